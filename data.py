@@ -1,0 +1,1239 @@
+"""Problems, parallel programs, the tokenizer and the training mixtures.
+
+    python data.py make             # write the embedded corpus and its tokenizer
+    python data.py verify           # run every program of the corpus against its tests
+    python data.py show train-17    # one problem with all its programs side by side
+
+**Records.** One JSON object a line, in plain or gzipped JSONL:
+
+    {"id": "train-17", "prompt": "Read integers. ...",
+     "tests": [{"stdin": "3 1 2\\n", "stdout": "1 2 3\\n"}, ...],
+     "solutions": {"python": "...", "cpp": "..."}}
+
+A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
+function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty`.
+
+**The embedded corpus.** A function is a short pipeline of operations on a line of integers or
+words. `OPERATIONS` says what each operation does, and expected outputs come from running that, so
+the tests are independent of every program text. `SNIPPETS` says how each PL writes it: a PL is one
+entry there. Each operation has wordings reserved for RL and evaluation, so that RL has something to
+teach that no supervised example taught.
+
+Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or is silent:
+
+1. Splits are by behaviour: functions with equal outputs on fixed probe inputs are the same function,
+   however they are written or worded, and a held-out function is in no training or RL record.
+2. `base` stands in for pre-training: it shows all PLs, in documents of one PL each, and most of them
+   have no statement. The SFT mixtures show the SFT PLs alone; with `general` > 0 that share of their
+   examples is replayed from `base`, as SFT mixtures replay general data, and is the only place where
+   an unseen PL may occur.
+3. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
+   it stopped.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+import sandbox
+
+# --------------------------------------------------------------------------------------------------
+# Settings and files: the few things that every stage needs
+
+
+def flag(default, help: str, **metadata):
+    """A dataclass field that `parse_flags` turns into a command-line flag with this help line."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def parse_flags(settings: type, description: str, argv: Sequence[str] | None = None):
+    """An instance of the dataclass `settings`, its fields read from the command line.
+
+    `snake_case` fields become `--kebab-case` flags; a tuple takes several words; a bool takes
+    `--name` or `--no-name`. `metadata["choices"]` restricts the values.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for f in dataclasses.fields(settings):
+        options = {
+            "default": f.default,
+            "help": f"{f.metadata['help']} (default: {shown(f.default)})",
+        }
+        if isinstance(f.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(f.default, tuple):
+            options.update(nargs="*", metavar=f.name.upper())
+        else:
+            options.update(type=type(f.default), choices=f.metadata.get("choices"))
+            if not options["choices"]:
+                options["metavar"] = f.name.upper()
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    values = vars(parser.parse_args(argv))
+    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def shown(value) -> str:
+    """A default as it stands in --help: tuples as words, the empty value as 'none'."""
+    text = " ".join(value) if isinstance(value, tuple) else str(value)
+    return text.replace("%", "%%") or "none"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a temporary name beside `path`, then renames it: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fail(message: str):
+    """Ends the program with a message for its user: no traceback for a user's mistake."""
+    sys.exit(f"error: {message}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Records
+
+
+class RecordError(ValueError):
+    """A record that is not of the format; names file, line, field and the mend."""
+
+
+def check_record(record, where: str) -> dict:
+    """`record` itself if it is of the format in the module docstring, else a `RecordError`."""
+
+    def need(ok: bool, field: str, mend: str):
+        if not ok:
+            raise RecordError(f"{where}: field {field!r}: {mend}")
+
+    def text(value) -> bool:
+        return isinstance(value, str)
+
+    if not isinstance(record, dict):
+        raise RecordError(f"{where}: not a JSON object; write one object a line")
+    for name in ("id", "prompt"):
+        need(text(record.get(name)) and record[name], name, "give a text that is not empty")
+    tests, solutions = record.get("tests"), record.get("solutions")
+    need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
+    for i, test in enumerate(tests):
+        ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
+        need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
+    need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
+    for language, program in solutions.items():
+        need(
+            language in sandbox.LANGUAGES,
+            f"solutions.{language}",
+            "name a PL that `python sandbox.py languages` lists",
+        )
+        need(text(program) and program.strip(), f"solutions.{language}", "give the program's text")
+    return record
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """All records of a JSONL file, plain or .gz.
+
+    Raises FileNotFoundError, or RecordError naming file, line, field and the mend.
+    """
+    path, records, seen = Path(path), [], {}
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; `python data.py make` writes the embedded corpus"
+        )
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
+            check_record(record, where)
+            if record["id"] in seen:
+                raise RecordError(
+                    f"{where}: field 'id': {record['id']!r} is also on line {seen[record['id']]}; make it unique"
+                )
+            seen[record["id"]] = number
+            records.append(record)
+    if not records:
+        raise RecordError(f"{path}: holds no record; give at least one line")
+    return records
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Writes JSONL (gzipped for .gz, without a time stamp: equal records give equal bytes)."""
+    body = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+    if path.suffix == ".gz":
+        body = gzip.compress(body, mtime=0)
+    write_atomically(path, lambda p: p.write_bytes(body))
+
+
+# --------------------------------------------------------------------------------------------------
+# Operations: what a program of the embedded corpus is made of
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a pipeline.
+
+    `run(values, k)` is its meaning. `kind` names the snippet that writes it, with the expressions
+    `cond` and `expr` in it; a PL may instead give a snippet under the operation's own name. `takes`
+    and `gives` are "ints", "words", "list" (either, unchanged) or "value" (a fold: the last step).
+    """
+
+    name: str
+    takes: str
+    gives: str
+    run: Callable[[list, Any], Any]
+    known: tuple[str, ...]  # wordings that base and SFT show
+    new: tuple[str, ...]  # wordings reserved for RL and evaluation
+    params: tuple = (None,)  # the values that «k» may take
+    kind: str = ""
+    cond: str = ""
+    expr: str = ""
+    rare: bool = False
+
+
+def _running_sums(a, k):
+    return [sum(a[: i + 1]) for i in range(len(a))]
+
+
+OPERATIONS = {op.name: op for op in [
+    Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], kind="filter", cond="even",
+              known=("keep the even numbers", "keep only even values", "drop the odd numbers"),
+              new=("discard whatever two does not divide", "retain multiples of two")),
+    Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], kind="filter", cond="odd",
+              known=("keep the odd numbers", "keep only odd values", "drop the even numbers"),
+              new=("discard whatever two divides", "retain what leaves a remainder by two")),
+    Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], kind="filter", cond="gt", params=(1, 2, 3, 4, 5, 6, 7, 8),
+              known=("keep numbers greater than {k}", "keep values above {k}", "drop numbers up to {k}"),
+              new=("retain what exceeds {k}", "leave only entries past {k}")),
+    Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], kind="filter", cond="lt", params=(4, 5, 6, 7, 8, 9, 10, 12),
+              known=("keep numbers less than {k}", "keep values below {k}", "drop numbers from {k} up"),
+              new=("retain what stays under {k}", "leave only entries short of {k}")),
+    Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], kind="map", expr="add", params=(1, 2, 3, 4, 5, 6, 7, 8, 9),
+              known=("add {k} to each", "increase every number by {k}", "raise each value by {k}"),
+              new=("shift everything up by {k}", "put {k} on top of each entry")),
+    Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], kind="map", expr="sub", params=(1, 2, 3, 4, 5, 6, 7, 8, 9),
+              known=("subtract {k} from each", "decrease every number by {k}", "lower each value by {k}"),
+              new=("shift everything down by {k}", "take {k} away from each entry")),
+    Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], kind="map", expr="mul", params=(2, 3, 4, 5, 6),
+              known=("multiply each by {k}", "make every number {k} times as big", "replace each value by {k} times it"),
+              new=("scale everything by {k}", "stretch each entry {k}-fold")),
+    Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], kind="map", expr="square",
+              known=("square each", "multiply every number by itself", "replace each value by its square"),
+              new=("raise everything to the second power", "apply the power two")),
+    Operation("abs", "ints", "ints", lambda a, k: [abs(x) for x in a], kind="mapif", cond="negative", expr="negated",
+              known=("take absolute values", "make negative numbers positive", "drop the signs"),
+              new=("measure how far each is from zero", "flip whatever is under zero")),
+    Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], kind="mapif", cond="negative", expr="zero", rare=True,
+              known=("replace negative numbers by 0", "set negative values to 0"),
+              new=("let nothing fall under zero", "clip from below at zero")),
+    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 7, 8, 9, 10), rare=True,
+              known=("replace numbers above {k} by {k}", "limit every value to {k}"),
+              new=("let nothing rise over {k}", "clip from above at {k}")),
+    Operation("sums", "ints", "ints", _running_sums, rare=True,
+              known=("compute running sums", "replace each by the sum so far"),
+              new=("accumulate from left to right", "turn the list into prefix totals")),
+    Operation("sort", "list", "list", lambda a, k: sorted(a),
+              known=("sort ascending", "sort in increasing order", "order from low to high"),
+              new=("arrange so that they climb", "line them up smallest first")),
+    Operation("rsort", "list", "list", lambda a, k: sorted(a, reverse=True),
+              known=("sort descending", "sort in decreasing order", "order from high to low"),
+              new=("arrange so that they fall", "line them up biggest first")),
+    Operation("reverse", "list", "list", lambda a, k: a[::-1],
+              known=("reverse the list", "reverse the order", "put the list backwards"),
+              new=("go from the back to the front", "mirror the sequence")),
+    Operation("take", "list", "list", lambda a, k: a[:k], params=(1, 2, 3, 4),
+              known=("take the first {k}", "keep the first {k} items", "keep {k} from the start"),
+              new=("cut the list off after {k}", "stop once {k} were seen")),
+    Operation("drop", "list", "list", lambda a, k: a[k:], params=(1, 2, 3),
+              known=("skip the first {k}", "drop the first {k} items", "remove {k} from the start"),
+              new=("begin only after {k} have passed", "ignore the leading {k}")),
+    Operation("upper", "words", "words", lambda a, k: [x.upper() for x in a], kind="map", expr="upper",
+              known=("convert to upper case", "make each word upper case", "write the words in capitals"),
+              new=("shout everything", "use big letters throughout")),
+    Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], kind="map", expr="mirror", rare=True,
+              known=("reverse each word", "spell every word backwards"),
+              new=("flip the letters inside every item", "read each one from its end")),
+    Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], kind="filter", cond="longer", params=(2, 3, 4, 5),
+              known=("keep words longer than {k}", "keep words with more than {k} letters", "drop words of up to {k} letters"),
+              new=("retain what needs over {k} characters", "leave only long ones past size {k}")),
+    Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], kind="filter", cond="has", params=tuple("aeiorlnt"),
+              known=("keep words with the letter {k}", "keep words that contain {k}", "drop words without {k}"),
+              new=("retain what has {k} somewhere", "leave only items where {k} shows up")),
+    Operation("lengths", "words", "ints", lambda a, k: [len(x) for x in a],
+              known=("replace each word by its length", "take the word lengths", "count the letters of each word"),
+              new=("measure how long the items are", "turn everything into sizes")),
+    Operation("sum", "ints", "value", lambda a, k: sum(a),
+              known=("find the sum", "add everything up", "compute the total"),
+              new=("combine all by plus", "work out what they make together")),
+    Operation("max", "ints", "value", lambda a, k: max(a),
+              known=("find the maximum", "find the largest", "pick the biggest"),
+              new=("name the winner by size", "see how high it goes")),
+    Operation("min", "ints", "value", lambda a, k: min(a),
+              known=("find the minimum", "find the smallest", "pick the least"),
+              new=("name the loser by size", "see how low it goes")),
+    Operation("count", "list", "value", lambda a, k: len(a),
+              known=("count the items", "find how many there are", "compute the length of the list"),
+              new=("tell how large the collection is", "report the number of entries")),
+    Operation("join", "words", "value", lambda a, k: "".join(a),
+              known=("join the words", "glue the words together", "join without spaces"),
+              new=("fuse everything into one string", "write all with no gap")),
+]}  # fmt: skip
+
+Function = tuple[str, tuple[tuple[str, Any], ...]]  # the input's type, then (operation, k) pairs
+
+WORDS = """
+tea sun river apple stone bird cloud lemon tiger ant moon green wolf
+table ink candle rose iron violet salt oak island north leaf otter snow garden pine clay anchor
+""".split()
+
+
+def interpret(function: Function, line: str) -> str | None:
+    """What a program for `function` prints for the input `line`; None where that is undefined.
+
+    Undefined: the maximum or minimum of nothing, and values that some PL's integers do not hold.
+    """
+    kind, steps = function
+    value: Any = [int(x) for x in line.split()] if kind == "ints" else line.split()
+    for name, k in steps:
+        if name in ("max", "min") and not value:
+            return None
+        value = OPERATIONS[name].run(value, k)
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
+        return None
+    return " ".join(map(str, values)) + "\n"
+
+
+def random_line(kind: str, rng: random.Random) -> str:
+    """One line of input: 5 to 8 integers in [-9, 15], or 4 to 6 words."""
+    if kind == "ints":
+        return " ".join(str(rng.randint(-9, 15)) for _ in range(rng.randint(5, 8))) + "\n"
+    return " ".join(rng.choices(WORDS, k=rng.randint(4, 6))) + "\n"
+
+
+@functools.cache
+def _probes(kind: str) -> tuple[str, ...]:
+    rng = random.Random(f"probes {kind}")
+    return tuple(random_line(kind, rng) for _ in range(24))
+
+
+def fingerprint(function: Function) -> str:
+    """A hash of what `function` does on fixed probe inputs: equal for equal behaviour."""
+    outputs = [interpret(function, line) for line in _probes(function[0])]
+    return hashlib.sha256(json.dumps([function[0], outputs]).encode()).hexdigest()[:16]
+
+
+def held_out(print_: str, share: float) -> bool:
+    """Whether the function of this fingerprint is kept from all training (`share` of all are)."""
+    return int(print_, 16) % 1000 < 1000 * share
+
+
+def result_type(kind: str, name: str) -> str | None:
+    """The type that operation `name` makes of a `kind` value; None where it does not take one."""
+    op = OPERATIONS[name]
+    if kind == "value" or op.takes not in ("list", kind):
+        return None
+    return kind if op.gives == "list" else op.gives
+
+
+def is_interesting(function: Function) -> bool:
+    """Whether every step matters and the outputs vary: no step can be left out unnoticed."""
+    kind, steps = function
+    outputs = [interpret(function, line) for line in _probes(kind)]
+    if outputs.count(None) > 12 or len(set(outputs)) < 6 or sum(o == "\n" for o in outputs) > 8:
+        return False
+    for i in range(len(steps)):
+        shorter = (kind, steps[:i] + steps[i + 1 :])
+        types = functools.reduce(lambda t, s: t and result_type(t, s[0]), shorter[1], kind)
+        if types and fingerprint(shorter) == fingerprint(function):
+            return False
+    return True
+
+
+def random_function(
+    rng: random.Random, operations: int, rare: float, must: Sequence[str] = ()
+) -> Function:
+    """An interesting pipeline of `operations` steps, rare ones weighted by `rare`.
+
+    With `must`, at least one of these operations is in it.
+    """
+    while True:
+        kind = start = rng.choice(("ints", "ints", "words"))
+        steps = []
+        for i in range(operations):
+            fit = [op for op in OPERATIONS.values() if result_type(kind, op.name)]
+            fit = [op for op in fit if op.gives != "value" or i == operations - 1]
+            op = rng.choices(fit, [rare if op.rare else 1.0 for op in fit])[0]
+            steps.append((op.name, rng.choice(op.params)))
+            kind = result_type(kind, op.name)
+        function = (start, tuple(steps))
+        if (not must or any(name in must for name, _ in steps)) and is_interesting(function):
+            return function
+
+
+# --------------------------------------------------------------------------------------------------
+# Statements: English for a function
+
+OPENERS = {
+    "ints": ("Read integers.", "Given a line of integers,", "Take the numbers from the input."),
+    "words": ("Read words.", "Given a line of words,", "Take the words from the input."),
+}
+JOINERS = (", then ", " and ", ", after that ")
+CLOSERS = (". Print the result.", " and print it.", ". Output what you get.")
+
+
+def state(
+    function: Function, rng: random.Random, new_share: float, reworded: Sequence[str]
+) -> tuple[str, int]:
+    """(statement, number of reserved wordings in it) for a function.
+
+    Each operation in `reworded` takes a reserved wording with probability `new_share`.
+    """
+    kind, steps = function
+    phrases, new = [], 0
+    for name, k in steps:
+        reserved = name in reworded and rng.random() < new_share
+        phrases.append(
+            rng.choice(OPERATIONS[name].new if reserved else OPERATIONS[name].known).format(k=k)
+        )
+        new += reserved
+    body = phrases[0] + "".join(rng.choice(JOINERS) + phrase for phrase in phrases[1:])
+    opener = rng.choice(OPENERS[kind])
+    if opener.endswith("."):
+        body = body[0].upper() + body[1:]
+    return f"{opener} {body}{rng.choice(CLOSERS)}", new
+
+
+# --------------------------------------------------------------------------------------------------
+# Emitters: how each PL writes the operations. A PL is one entry; `emit` below fills it in.
+#
+# Placeholders: «body» the steps, «imports» what the body needs of `imports` (marker -> line),
+# «v» the list's variable (a for integers, w for words), «x» an element, «c» and «e» the operation's
+# condition and expression, «k» its number or letter, «j» k - 1, «i» the number of the step.
+# A key may be narrowed to a type ("words.sort"); "words.upper" narrows to one operation.
+
+COMMON = {  # expressions that most PLs write alike
+    "even": "«x» % 2 == 0", "odd": "«x» % 2 != 0", "gt": "«x» > «k»", "lt": "«x» < «k»", "negative": "«x» < 0",
+    "add": "«x» + «k»", "sub": "«x» - «k»", "mul": "«x» * «k»", "square": "«x» * «x»",
+    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x",
+}  # fmt: skip
+
+SNIPPETS = {
+    "python": {
+        "program": "«body»",
+        "ints.read": "a = list(map(int, input().split()))",
+        "words.read": "w = input().split()",
+        "filter": "«v» = [x for x in «v» if «c»]",
+        "map": "«v» = [«e» for x in «v»]",
+        "mapif": "a = [«e» if «c» else x for x in a]",
+        "sort": "«v».sort()",
+        "rsort": "«v».sort(reverse=True)",
+        "reverse": "«v».reverse()",
+        "take": "«v» = «v»[:«k»]",
+        "drop": "«v» = «v»[«k»:]",
+        "sums": "for i in range(1, len(a)):\n    a[i] += a[i - 1]",
+        "lengths": "a = [len(x) for x in w]",
+        "print": "print(*«v»)",
+        "sum": "print(sum(a))",
+        "max": "print(max(a))",
+        "min": "print(min(a))",
+        "count": "print(len(«v»))",
+        "join": 'print("".join(w))',
+        "upper": "x.upper()", "mirror": "x[::-1]", "longer": "len(x) > «k»", "has": '"«k»" in x',
+    },
+    "javascript": {
+        "program": "«body»",
+        "ints.read": 'let a = require("fs").readFileSync(0, "utf8").trim().split(" ").map(Number);',
+        "words.read": 'let w = require("fs").readFileSync(0, "utf8").trim().split(" ");',
+        "filter": "«v» = «v».filter(x => «c»);",
+        "map": "«v» = «v».map(x => «e»);",
+        "mapif": "a = a.map(x => «c» ? «e» : x);",
+        "sort": "a.sort((p, q) => p - q);", "words.sort": "w.sort();",
+        "rsort": "a.sort((p, q) => q - p);", "words.rsort": "w.sort().reverse();",
+        "reverse": "«v».reverse();",
+        "take": "«v» = «v».slice(0, «k»);",
+        "drop": "«v» = «v».slice(«k»);",
+        "sums": "for (let i = 1; i < a.length; i++) a[i] += a[i - 1];",
+        "lengths": "let a = w.map(x => x.length);",
+        "print": 'console.log(«v».join(" "));',
+        "sum": "console.log(a.reduce((s, x) => s + x, 0));",
+        "max": "console.log(Math.max(...a));",
+        "min": "console.log(Math.min(...a));",
+        "count": "console.log(«v».length);",
+        "join": 'console.log(w.join(""));',
+        "upper": "x.toUpperCase()", "mirror": 'x.split("").reverse().join("")',
+        "longer": "x.length > «k»", "has": 'x.includes("«k»")',
+    },
+    "c": {
+        "program": "#include <stdio.h>\n«imports»\nint main() {\n    «body»\n}",
+        "imports": {"str": "#include <string.h>", "toupper": "#include <ctype.h>"},
+        "ints.read": 'long a[99], n = 0, m, i, j, t;\nwhile (scanf("%ld", &a[n]) == 1) n++;',
+        "words.read": 'char w[99][99], s[99];\nlong n = 0, m, i, j;\nwhile (scanf("%s", w[n]) == 1) n++;',
+        "filter": "for (m = i = 0; i < n; i++) if («c») a[m++] = a[i];\nn = m;",
+        "words.filter": "for (m = i = 0; i < n; i++) if («c») memmove(w[m++], w[i], 99);\nn = m;",
+        "map": "for (i = 0; i < n; i++) a[i] = «e»;",
+        "mapif": "for (i = 0; i < n; i++) if («c») a[i] = «e»;",
+        "sort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (a[j] < a[i]) t = a[i], a[i] = a[j], a[j] = t;",
+        "words.sort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (strcmp(w[j], w[i]) < 0) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
+        "rsort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (a[j] > a[i]) t = a[i], a[i] = a[j], a[j] = t;",
+        "words.rsort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (strcmp(w[j], w[i]) > 0) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
+        "reverse": "for (i = 0, j = n - 1; i < j; i++, j--) t = a[i], a[i] = a[j], a[j] = t;",
+        "words.reverse": "for (i = 0, j = n - 1; i < j; i++, j--) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
+        "take": "if (n > «k») n = «k»;",
+        "drop": "for (m = 0, i = «k»; i < n; i++) a[m++] = a[i];\nn = m;",
+        "words.drop": "for (m = 0, i = «k»; i < n; i++) strcpy(w[m++], w[i]);\nn = m;",
+        "sums": "for (i = 1; i < n; i++) a[i] += a[i - 1];",
+        "words.upper": "for (i = 0; i < n; i++) for (j = 0; w[i][j]; j++) w[i][j] = toupper(w[i][j]);",
+        "words.mirror": "for (i = 0; i < n; i++) {\n    strcpy(s, w[i]), m = strlen(s);\n    for (j = 0; j < m; j++) w[i][j] = s[m - 1 - j];\n}",
+        "lengths": "long a[99], t;\nfor (i = 0; i < n; i++) a[i] = strlen(w[i]);",
+        "print": 'for (i = 0; i < n; i++) printf("%ld ", a[i]);',
+        "words.print": 'for (i = 0; i < n; i++) printf("%s ", w[i]);',
+        "sum": 'for (m = i = 0; i < n; i++) m += a[i];\nprintf("%ld\\n", m);',
+        "max": 'for (m = a[0], i = 1; i < n; i++) if (a[i] > m) m = a[i];\nprintf("%ld\\n", m);',
+        "min": 'for (m = a[0], i = 1; i < n; i++) if (a[i] < m) m = a[i];\nprintf("%ld\\n", m);',
+        "count": 'printf("%ld\\n", n);',
+        "join": 'for (i = 0; i < n; i++) printf("%s", w[i]);',
+        "x": "a[i]", "longer": "strlen(w[i]) > «k»", "has": "strchr(w[i], '«k»')",
+    },
+    "cpp": {
+        "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}",
+        "ints.read": "vector<long> a;\nfor (long x; cin >> x;) a.push_back(x);",
+        "words.read": "vector<string> w;\nfor (string x; cin >> x;) w.push_back(x);",
+        "filter": "erase_if(«v», [](auto x) { return !(«c»); });",
+        "map": "for (auto& x : «v») x = «e»;",
+        "mapif": "for (auto& x : a) if («c») x = «e»;",
+        "sort": "sort(«v».begin(), «v».end());",
+        "rsort": "sort(«v».rbegin(), «v».rend());",
+        "reverse": "reverse(«v».begin(), «v».end());",
+        "take": "if («v».size() > «k») «v».resize(«k»);",
+        "drop": "«v».erase(«v».begin(), «v».begin() + min<int>(«k», «v».size()));",
+        "sums": "for (int i = 1; i < a.size(); i++) a[i] += a[i - 1];",
+        "words.upper": "for (auto& x : w) for (auto& c : x) c = toupper(c);",
+        "words.mirror": "for (auto& x : w) reverse(x.begin(), x.end());",
+        "lengths": "vector<long> a;\nfor (auto x : w) a.push_back(x.size());",
+        "print": 'for (auto x : «v») cout << x << " ";',
+        "sum": "long s = 0;\nfor (auto x : a) s += x;\ncout << s << endl;",
+        "max": "cout << *max_element(a.begin(), a.end()) << endl;",
+        "min": "cout << *min_element(a.begin(), a.end()) << endl;",
+        "count": "cout << «v».size() << endl;",
+        "join": "for (auto x : w) cout << x;",
+        "longer": "x.size() > «k»", "has": "x.find('«k»') != string::npos",
+    },
+    "java": {
+        "program": "import java.util.*;\n\nclass Main {\n    public static void main(String[] args) {\n        «body»\n    }\n}",
+        "ints.read": "List<Integer> a = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) a.add(in.nextInt());",
+        "words.read": "List<String> w = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) w.add(in.next());",
+        "filter": "«v».removeIf(x -> !(«c»));",
+        "map": "«v».replaceAll(x -> «e»);",
+        "mapif": "a.replaceAll(x -> «c» ? «e» : x);",
+        "sort": "Collections.sort(«v»);",
+        "rsort": "«v».sort(Collections.reverseOrder());",
+        "reverse": "Collections.reverse(«v»);",
+        "take": "«v».subList(Math.min(«k», «v».size()), «v».size()).clear();",
+        "drop": "«v».subList(0, Math.min(«k», «v».size())).clear();",
+        "sums": "for (int i = 1; i < a.size(); i++) a.set(i, a.get(i) + a.get(i - 1));",
+        "lengths": "List<Integer> a = new ArrayList<>();\nfor (var x : w) a.add(x.length());",
+        "print": 'for (var x : «v») System.out.print(x + " ");',
+        "sum": "int s = 0;\nfor (var x : a) s += x;\nSystem.out.println(s);",
+        "max": "System.out.println(Collections.max(a));",
+        "min": "System.out.println(Collections.min(a));",
+        "count": "System.out.println(«v».size());",
+        "join": 'System.out.println(String.join("", w));',
+        "upper": "x.toUpperCase()", "mirror": "new StringBuilder(x).reverse().toString()",
+        "longer": "x.length() > «k»", "has": 'x.contains("«k»")',
+    },
+    "go": {
+        "program": 'package main\n\nimport "fmt"\n«imports»\nfunc main() {\n\t«body»\n}',
+        "imports": {"sort.": 'import "sort"', "strings.": 'import "strings"'},
+        "ints.read": "a := []int{}\nfor x := 0; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\ta = append(a, x)\n}",
+        "words.read": 'w := []string{}\nfor x := ""; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\tw = append(w, x)\n}',
+        "filter": "b«i» := «v»[:0]\nfor _, x := range «v» {\n\tif «c» {\n\t\tb«i» = append(b«i», x)\n\t}\n}\n«v» = b«i»",
+        "map": "for i, x := range «v» {\n\t«v»[i] = «e»\n}",
+        "mapif": "for i, x := range a {\n\tif «c» {\n\t\ta[i] = «e»\n\t}\n}",
+        "sort": "sort.Ints(a)", "words.sort": "sort.Strings(w)",
+        "rsort": "sort.Sort(sort.Reverse(sort.IntSlice(a)))", "words.rsort": "sort.Sort(sort.Reverse(sort.StringSlice(w)))",
+        "reverse": "for i, j := 0, len(«v»)-1; i < j; i, j = i+1, j-1 {\n\t«v»[i], «v»[j] = «v»[j], «v»[i]\n}",
+        "take": "if len(«v») > «k» {\n\t«v» = «v»[:«k»]\n}",
+        "drop": "for i := 0; i < «k» && len(«v») > 0; i++ {\n\t«v» = «v»[1:]\n}",
+        "sums": "for i := 1; i < len(a); i++ {\n\ta[i] += a[i-1]\n}",
+        "words.mirror": 'for i, x := range w {\n\ts := ""\n\tfor _, c := range x {\n\t\ts = string(c) + s\n\t}\n\tw[i] = s\n}',
+        "lengths": "a := []int{}\nfor _, x := range w {\n\ta = append(a, len(x))\n}",
+        "print": 'for _, x := range «v» {\n\tfmt.Print(x, " ")\n}',
+        "sum": "s := 0\nfor _, x := range a {\n\ts += x\n}\nfmt.Println(s)",
+        "max": "m := a[0]\nfor _, x := range a {\n\tif x > m {\n\t\tm = x\n\t}\n}\nfmt.Println(m)",
+        "min": "m := a[0]\nfor _, x := range a {\n\tif x < m {\n\t\tm = x\n\t}\n}\nfmt.Println(m)",
+        "count": "fmt.Println(len(«v»))",
+        "join": 'fmt.Println(strings.Join(w, ""))',
+        "upper": "strings.ToUpper(x)", "longer": "len(x) > «k»", "has": 'strings.Contains(x, "«k»")',
+    },
+    "rust": {
+        "program": "use std::io::*;\n\nfn main() {\n    let mut s = String::new();\n    stdin().read_to_string(&mut s).unwrap();\n    «body»\n}",
+        "ints.read": "let mut a: Vec<i64> = s.split_whitespace().map(|x| x.parse().unwrap()).collect();",
+        "words.read": "let mut w: Vec<String> = s.split_whitespace().map(String::from).collect();",
+        "filter": "a.retain(|&x| «c»);", "words.filter": "w.retain(|x| «c»);",
+        "map": "for x in a.iter_mut() {\n    *x = «e»;\n}",
+        "words.map": "w = w.iter().map(|x| «e»).collect();",
+        "mapif": "a = a.iter().map(|&x| if «c» { «e» } else { x }).collect();",
+        "sort": "«v».sort();",
+        "rsort": "«v».sort_by(|p, q| q.cmp(p));",
+        "reverse": "«v».reverse();",
+        "take": "«v».truncate(«k»);",
+        "drop": "«v» = «v».into_iter().skip(«k»).collect();",
+        "sums": "for i in 1..a.len() {\n    a[i] += a[i - 1];\n}",
+        "lengths": "let mut a: Vec<i64> = w.iter().map(|x| x.len() as i64).collect();",
+        "print": 'for x in &«v» {\n    print!("{} ", x);\n}',
+        "sum": 'println!("{}", a.iter().sum::<i64>());',
+        "max": 'println!("{}", a.iter().max().unwrap());',
+        "min": 'println!("{}", a.iter().min().unwrap());',
+        "count": 'println!("{}", «v».len());',
+        "join": 'println!("{}", w.concat());',
+        "add": "*x + «k»", "sub": "*x - «k»", "mul": "*x * «k»", "square": "*x * *x",
+        "upper": "x.to_uppercase()", "mirror": "x.chars().rev().collect()",
+        "longer": "x.len() > «k»", "has": "x.contains('«k»')",
+    },
+    "ruby": {
+        "program": "«body»",
+        "ints.read": "a = gets.split.map { |x| x.to_i }",
+        "words.read": "w = gets.split",
+        "filter": "«v» = «v».select { |x| «c» }",
+        "map": "«v» = «v».map { |x| «e» }",
+        "mapif": "a = a.map { |x| «c» ? «e» : x }",
+        "sort": "«v» = «v».sort",
+        "rsort": "«v» = «v».sort.reverse",
+        "reverse": "«v» = «v».reverse",
+        "take": "«v» = «v».first(«k»)",
+        "drop": "«v» = «v».drop(«k»)",
+        "sums": "(1...a.size).each { |i| a[i] += a[i - 1] }",
+        "lengths": "a = w.map { |x| x.size }",
+        "print": 'puts «v».join(" ")',
+        "sum": "puts a.sum",
+        "max": "puts a.max",
+        "min": "puts a.min",
+        "count": "puts «v».size",
+        "join": "puts w.join",
+        "upper": "x.upcase", "mirror": "x.reverse", "longer": "x.size > «k»", "has": 'x.include?("«k»")',
+    },
+    "perl": {
+        "program": "«body»",
+        "ints.read": "my @a = split ' ', <STDIN>;",
+        "words.read": "my @w = split ' ', <STDIN>;",
+        "filter": "@«v» = grep { «c» } @«v»;",
+        "map": "@«v» = map { «e» } @«v»;",
+        "mapif": "@a = map { «c» ? «e» : $_ } @a;",
+        "sort": "@a = sort { $a <=> $b } @a;", "words.sort": "@w = sort @w;",
+        "rsort": "@a = sort { $b <=> $a } @a;", "words.rsort": "@w = reverse sort @w;",
+        "reverse": "@«v» = reverse @«v»;",
+        "take": "@«v» = splice @«v», 0, «k»;",
+        "drop": "splice @«v», 0, «k»;",
+        "sums": "$a[$_] += $a[$_ - 1] for 1 .. $#a;",
+        "lengths": "my @a = map { length } @w;",
+        "print": 'print "@«v»\\n";',
+        "sum": 'my $s = 0;\n$s += $_ for @a;\nprint "$s\\n";',
+        "max": 'my ($m) = sort { $b <=> $a } @a;\nprint "$m\\n";',
+        "min": 'my ($m) = sort { $a <=> $b } @a;\nprint "$m\\n";',
+        "count": 'print @«v» . "\\n";',
+        "join": 'print join("", @w), "\\n";',
+        "x": "$_", "upper": "uc", "mirror": "scalar reverse", "longer": "length > «k»", "has": "/«k»/",
+    },
+    "php": {
+        "program": "<?php\n«body»",
+        "ints.read": '$a = array_map("intval", explode(" ", trim(fgets(STDIN))));',
+        "words.read": '$w = explode(" ", trim(fgets(STDIN)));',
+        "filter": "$«v» = array_values(array_filter($«v», fn($x) => «c»));",
+        "map": "$«v» = array_map(fn($x) => «e», $«v»);",
+        "mapif": "$a = array_map(fn($x) => «c» ? «e» : $x, $a);",
+        "sort": "sort($«v»);",
+        "rsort": "rsort($«v»);",
+        "reverse": "$«v» = array_reverse($«v»);",
+        "take": "$«v» = array_slice($«v», 0, «k»);",
+        "drop": "$«v» = array_slice($«v», «k»);",
+        "sums": "for ($i = 1; $i < count($a); $i++) $a[$i] += $a[$i - 1];",
+        "lengths": '$a = array_map(fn($x) => strlen($x), $w);',
+        "print": 'echo implode(" ", $«v»), "\\n";',
+        "sum": 'echo array_sum($a), "\\n";',
+        "max": 'echo max($a), "\\n";',
+        "min": 'echo min($a), "\\n";',
+        "count": 'echo count($«v»), "\\n";',
+        "join": 'echo implode("", $w), "\\n";',
+        "x": "$x", "upper": "strtoupper($x)", "mirror": "strrev($x)", "longer": "strlen($x) > «k»", "has": 'str_contains($x, "«k»")',
+    },
+    "lua": {
+        "program": "«body»",
+        "ints.read": 'local a = {}\nfor x in io.read():gmatch("%S+") do a[#a + 1] = tonumber(x) end',
+        "words.read": 'local w = {}\nfor x in io.read():gmatch("%S+") do w[#w + 1] = x end',
+        "filter": "local b = {}\nfor _, x in ipairs(«v») do if «c» then b[#b + 1] = x end end\n«v» = b",
+        "map": "for i, x in ipairs(«v») do «v»[i] = «e» end",
+        "mapif": "for i, x in ipairs(a) do if «c» then a[i] = «e» end end",
+        "sort": "table.sort(«v»)",
+        "rsort": "table.sort(«v», function(p, q) return p > q end)",
+        "reverse": "local b = {}\nfor i = #«v», 1, -1 do b[#b + 1] = «v»[i] end\n«v» = b",
+        "take": "while #«v» > «k» do table.remove(«v») end",
+        "drop": "for i = 1, «k» do table.remove(«v», 1) end",
+        "sums": "for i = 2, #a do a[i] = a[i] + a[i - 1] end",
+        "lengths": "local a = {}\nfor i, x in ipairs(w) do a[i] = #x end",
+        "print": 'print(table.concat(«v», " "))',
+        "sum": "local s = 0\nfor _, x in ipairs(a) do s = s + x end\nprint(s)",
+        "max": "print(math.max(table.unpack(a)))",
+        "min": "print(math.min(table.unpack(a)))",
+        "count": "print(#«v»)",
+        "join": "print(table.concat(w))",
+        "odd": "x % 2 == 1", "upper": "x:upper()", "mirror": "x:reverse()", "longer": "#x > «k»", "has": 'x:find("«k»")',
+    },
+    "bash": {
+        "program": "«body»",
+        "ints.read": "read -a a",
+        "words.read": "read -a w",
+        "filter": "b=()\nfor x in ${a[@]}; do ((«c»)) && b+=($x); done\na=(${b[@]})",
+        "words.filter": "b=()\nfor x in ${w[@]}; do [[ «c» ]] && b+=($x); done\nw=(${b[@]})",
+        "map": "for i in ${!a[@]}; do x=${a[i]}; a[i]=$((«e»)); done",
+        "words.map": "for i in ${!w[@]}; do x=${w[i]}; w[i]=«e»; done",
+        "mapif": "for i in ${!a[@]}; do x=${a[i]}; ((«c»)) && a[i]=$((«e»)); done",
+        "sort": 'a=($(printf "%s\\n" ${a[@]} | sort -n))', "words.sort": 'w=($(printf "%s\\n" ${w[@]} | sort))',
+        "rsort": 'a=($(printf "%s\\n" ${a[@]} | sort -nr))', "words.rsort": 'w=($(printf "%s\\n" ${w[@]} | sort -r))',
+        "reverse": "b=()\nfor x in ${«v»[@]}; do b=($x ${b[@]}); done\n«v»=(${b[@]})",
+        "take": "«v»=(${«v»[@]:0:«k»})",
+        "drop": "«v»=(${«v»[@]:«k»})",
+        "sums": "for ((i = 1; i < ${#a[@]}; i++)); do ((a[i] += a[i - 1])); done",
+        "words.mirror": 'for i in ${!w[@]}; do\n    x=${w[i]} s=\n    for ((j = 0; j < ${#x}; j++)); do s=${x:j:1}$s; done\n    w[i]=$s\ndone',
+        "lengths": "a=()\nfor x in ${w[@]}; do a+=(${#x}); done",
+        "print": "echo ${«v»[@]}",
+        "sum": "s=0\nfor x in ${a[@]}; do ((s += x)); done\necho $s",
+        "max": "m=${a[0]}\nfor x in ${a[@]}; do ((x > m)) && m=$x; done\necho $m",
+        "min": "m=${a[0]}\nfor x in ${a[@]}; do ((x < m)) && m=$x; done\necho $m",
+        "count": "echo ${#«v»[@]}",
+        "join": 'printf "%s" ${w[@]}',
+        "upper": "${x^^}", "longer": "${#x} -gt «k»", "has": "$x == *«k»*",
+    },
+    "awk": {
+        "program": "{\n    «body»\n}",
+        "ints.read": "n = split($0, a)",
+        "words.read": "n = split($0, w)",
+        "filter": "m = 0\nfor (i = 1; i <= n; i++) if («c») «v»[++m] = «v»[i]\nn = m",
+        "map": "for (i = 1; i <= n; i++) «v»[i] = «e»",
+        "mapif": "for (i = 1; i <= n; i++) if («c») a[i] = «e»",
+        "sort": "for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++)\n    if («v»[j] < «v»[i]) { t = «v»[i]; «v»[i] = «v»[j]; «v»[j] = t }",
+        "rsort": "for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++)\n    if («v»[j] > «v»[i]) { t = «v»[i]; «v»[i] = «v»[j]; «v»[j] = t }",
+        "reverse": "for (i = 1; i < n + 1 - i; i++) { t = «v»[i]; «v»[i] = «v»[n + 1 - i]; «v»[n + 1 - i] = t }",
+        "take": "if (n > «k») n = «k»",
+        "drop": "m = 0\nfor (i = «k» + 1; i <= n; i++) «v»[++m] = «v»[i]\nn = m",
+        "sums": "for (i = 2; i <= n; i++) a[i] += a[i - 1]",
+        "words.mirror": 'for (i = 1; i <= n; i++) {\n    s = ""\n    for (j = length(w[i]); j > 0; j--) s = s substr(w[i], j, 1)\n    w[i] = s\n}',
+        "lengths": "for (i = 1; i <= n; i++) a[i] = length(w[i])",
+        "print": 'for (i = 1; i <= n; i++) printf "%s ", «v»[i]',
+        "sum": "s = 0\nfor (i = 1; i <= n; i++) s += a[i]\nprint s",
+        "max": "m = a[1]\nfor (i = 1; i <= n; i++) if (a[i] > m) m = a[i]\nprint m",
+        "min": "m = a[1]\nfor (i = 1; i <= n; i++) if (a[i] < m) m = a[i]\nprint m",
+        "count": "print n",
+        "join": 'for (i = 1; i <= n; i++) printf "%s", w[i]',
+        "x": "«v»[i]", "upper": "toupper(w[i])", "longer": "length(w[i]) > «k»", "has": 'index(w[i], "«k»")',
+    },
+    "tcl": {
+        "program": "«body»",
+        "ints.read": "set a [split [gets stdin]]",
+        "words.read": "set w [split [gets stdin]]",
+        "filter": "set «v» [lmap x $«v» {if {«c»} {set x} else continue}]",
+        "map": "set a [lmap x $a {expr {«e»}}]", "words.map": "set w [lmap x $w {«e»}]",
+        "mapif": "set a [lmap x $a {expr {«c» ? «e» : $x}}]",
+        "sort": "set a [lsort -integer $a]", "words.sort": "set w [lsort $w]",
+        "rsort": "set a [lsort -integer -decreasing $a]", "words.rsort": "set w [lsort -decreasing $w]",
+        "reverse": "set «v» [lreverse $«v»]",
+        "take": "set «v» [lrange $«v» 0 «j»]",
+        "drop": "set «v» [lrange $«v» «k» end]",
+        "sums": "set s 0\nset a [lmap x $a {incr s $x}]",
+        "lengths": "set a [lmap x $w {string length $x}]",
+        "print": "puts [join $«v»]",
+        "sum": "puts [tcl::mathop::+ {*}$a]",
+        "max": "puts [tcl::mathfunc::max {*}$a]",
+        "min": "puts [tcl::mathfunc::min {*}$a]",
+        "count": "puts [llength $«v»]",
+        "join": 'puts [join $w ""]',
+        "x": "$x", "upper": "string toupper $x", "mirror": "string reverse $x",
+        "longer": "[string length $x] > «k»", "has": "[string first «k» $x] >= 0",
+    },
+}  # fmt: skip
+
+
+def fill(text: str, values: dict) -> str:
+    """`text` with its «placeholders» replaced; a multi-line value keeps its first line's indent."""
+
+    def put(match):
+        indent = re.search(r"[ \t]*$", text[: match.start()].rpartition("\n")[2]).group()
+        return str(values[match[1]]).replace("\n", "\n" + indent)
+
+    return re.sub("«(.*?)»", put, text)
+
+
+def emit(function: Function, language: str) -> str:
+    """The program for `function` in `language`: reads one line, prints one line."""
+    table = COMMON | SNIPPETS[language]
+
+    def snippet(kind: str, base: str, name: str = "") -> str:
+        for key in (f"{kind}.{name}", f"{kind}.{base}", base):
+            if key in table:
+                return table[key]
+        raise KeyError(
+            f"SNIPPETS[{language!r}] lacks {base!r} for {kind}; add it to the PL's entry"
+        )
+
+    kind, steps = function
+    body = [snippet(kind, "read")]
+    for i, (name, k) in enumerate(steps, 1):
+        op = OPERATIONS[name]
+        values = {"v": "a" if kind == "ints" else "w", "k": k, "i": i}
+        values["j"] = k - 1 if isinstance(k, int) else ""
+        values["x"] = fill(table["x"], values)
+        values |= {
+            "c": fill(table.get(op.cond, ""), values),
+            "e": fill(table.get(op.expr, ""), values),
+        }
+        body.append(fill(snippet(kind, op.kind or name, name), values))
+        kind = result_type(kind, name)
+    if kind != "value":
+        body.append(fill(snippet(kind, "print"), {"v": "a" if kind == "ints" else "w"}))
+    text = "\n".join(body)
+    imports = [line for marker, line in table.get("imports", {}).items() if marker in text]
+    program = fill(table["program"], {"body": text, "imports": "\n".join(imports)})
+    return "\n".join(line.rstrip() for line in program.splitlines()) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# The embedded corpus
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    out: str = flag(
+        "runs/data",
+        "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into",
+    )
+    seed: int = flag(0, "seed of everything in the corpus")
+    train: int = flag(6000, "training problems with known wordings, for base and SFT")
+    rl: int = flag(600, "RL problems, with reserved wordings")
+    eval: int = flag(120, "held-out problems of each kind: known wordings, reserved wordings")
+    tests: int = flag(4, "tests per problem")
+    operations: int = flag(3, "most operations in a problem with known wordings")
+    rl_operations: int = flag(2, "most operations in a problem with reserved wordings")
+    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
+    reworded: tuple = flag(
+        ("even", "mul", "rsort", "take", "sum"),
+        "operations whose reserved wordings RL and evaluation use; each such problem has at least one of them",
+    )
+    new_share: float = flag(
+        0.7,
+        "share of the phrases of reworded operations that take a reserved wording in RL problems",
+    )
+    held_out: float = flag(0.15, "share of all functions kept from training, for evaluation")
+    vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included")
+
+
+def make_problem(
+    function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float
+) -> dict:
+    """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
+    prompt, new = state(function, rng, new_share, s.reworded)
+    tests = []
+    while len(tests) < s.tests:
+        line = random_line(function[0], rng)
+        expected = interpret(function, line)
+        if expected is not None and expected.strip():
+            tests.append({"stdin": line, "stdout": expected})
+    steps = [name for name, _ in function[1]]
+    return {
+        "id": name,
+        "prompt": prompt,
+        "tests": tests,
+        "solutions": {language: emit(function, language) for language in SNIPPETS},
+        "function": fingerprint(function),
+        "operations": steps,
+        "difficulty": {"operations": len(steps), "rare": sum(OPERATIONS[n].rare for n in steps), "new": new},
+    }  # fmt: skip
+
+
+def make_problems(
+    s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float
+) -> list[dict]:
+    """`count` problems of 1 to `most` operations from the held-out functions or from the others.
+
+    With `new_share`, each has a reworded operation; held-out ones also at least one reserved wording
+    and no function twice.
+    """
+    rng, problems, seen = random.Random(f"{s.seed} {name}"), [], set()
+    must = s.reworded if new_share else ()
+    for _ in range(1000 * count):
+        if len(problems) == count:
+            return problems
+        function = random_function(rng, rng.randint(1, most), s.rare, must)
+        print_ = fingerprint(function)
+        if held_out(print_, s.held_out) != hold or (hold and print_ in seen):
+            continue
+        problem = make_problem(function, f"{name}-{len(problems)}", s, rng, new_share)
+        if hold and new_share and not problem["difficulty"]["new"]:
+            continue
+        seen.add(print_)
+        problems.append(problem)
+    fail(
+        f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations"
+    )
+
+
+def make(s: CorpusSettings) -> None:
+    """Writes the corpus and its tokenizer into `s.out`."""
+    out = Path(s.out)
+    unknown = set(s.reworded) - set(OPERATIONS)
+    if unknown:
+        fail(
+            f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}"
+        )
+    train = make_problems(s, "train", s.train, False, s.operations, 0.0)
+    evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
+    evaluation += make_problems(s, "new", s.eval, True, s.rl_operations, s.new_share)
+    write_records(out / "train.jsonl.gz", train)
+    write_records(
+        out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share)
+    )
+    write_records(out / "eval.jsonl.gz", evaluation)
+    train_tokenizer(train, s.vocabulary, out)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer and prompt template
+
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+# Llama-3's own pre-tokenisation: contractions, words, numbers of up to three digits, punctuation, space.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
+    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (
+        ask(r["prompt"], [p]) + answer(r["solutions"], [p])
+        for r in records[:1000]
+        for p in r["solutions"]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+
+
+class Tokenizer:
+    """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in the chat format.
+
+    Attributes: `bos`, `eos` (end of a document), `eot` (end of a turn, the stop token of an answer),
+    `pad` (differs from each of them and is never trained), `stops` = (eot, eos).
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / "tokenizer.json"
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"{self.path}: no such file; `python data.py make` writes one for the embedded corpus"
+            )
+        self.core = tokenizers.Tokenizer.from_file(str(self.path))
+        self.core.encode_special_tokens = (
+            True  # '<|eot_id|>' inside a statement is text, not a token
+        )
+        self.bos, self.eos, self.start, self.end, self.eot = map(
+            self._special,
+            (
+                "<|begin_of_text|>",
+                "<|end_of_text|>",
+                "<|start_header_id|>",
+                "<|end_header_id|>",
+                "<|eot_id|>",
+            ),
+        )
+        self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+        self.stops = (self.eot, self.eos)
+        self.size = self.core.get_vocab_size()
+
+    def _special(self, *names: str) -> int:
+        for name in names:
+            if (token := self.core.token_to_id(name)) is not None:
+                return token
+        raise ValueError(f"{self.path}: has no token {' or '.join(names)}; use a Llama-3 tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens` without special tokens."""
+        return self.core.decode(list(tokens), skip_special_tokens=True)
+
+    def _turn(self, role: str, content: str) -> list[int]:
+        return [self.start, *self.encode(role), self.end, *self.encode("\n\n" + content)]
+
+    def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
+        """Llama-3's chat format up to where the answer in `languages` begins."""
+        user = self._turn("user", ask(statement, languages))
+        return [self.bos, *user, self.eot, *self._turn("assistant", "")]
+
+    def save(self, folder: str | Path) -> None:
+        """Copies tokenizer.json into `folder`, so that a checkpoint is whole."""
+        write_atomically(Path(folder) / "tokenizer.json", lambda path: shutil.copy(self.path, path))
+
+
+def ask(statement: str, languages: Sequence[str]) -> str:
+    """The prompt's text. The only prompt template: SFT, RL and evaluation all use it."""
+    return f"{statement.strip()}\nAnswer in {', '.join(languages)}."
+
+
+def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
+    """The response's text: one fenced block a PL."""
+    return "\n".join(f"```{language}\n{solutions[language].strip()}\n```" for language in languages)
+
+
+def extract(response: str, language: str) -> str | None:
+    """The program in the last closed fenced block of `language` or of an alias of it, else None."""
+    names = {language, *sandbox.LANGUAGES[language].aliases}
+    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response, re.MULTILINE | re.DOTALL)
+    return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixtures: named iterators over records
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids; those from `start` on are trained, the stop token among them. `kind` as in MIXTURES."""
+
+    tokens: list[int]
+    start: int
+    languages: tuple[str, ...]
+    kind: str
+
+
+def example(tokenizer: Tokenizer, record: dict, languages: Sequence[str], kind: str) -> Example:
+    """Statement and answer in the chat format; trained on the answer and its stop token."""
+    prompt = tokenizer.prompt(record["prompt"], languages)
+    response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.eot]
+    return Example(prompt + response, len(prompt), tuple(languages), kind)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Example number i of an endless mixture: `mixture[i]`, a function of the seed and i alone.
+
+    `sft` are the SFT PLs, the source PL first; `everything` all PLs that base shows. Each pass over
+    the records (or over records × SFT PLs) is shuffled anew.
+    """
+
+    name: str
+    records: Sequence[dict]
+    tokenizer: Tokenizer
+    sft: tuple[str, ...]
+    everything: tuple[str, ...]
+    seed: int = 0
+    general: float = 0.0
+    statements: float = 0.45
+    in_context: bool = False
+
+    def __post_init__(self):
+        if self.name not in MIXTURES:
+            raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
+        needed = self.everything if self.name == "base" or self.general else self.sft
+        for record in self.records:
+            if missing := [p for p in needed if p not in record["solutions"]]:
+                raise RecordError(
+                    f"record {record['id']!r}: field 'solutions': lacks {', '.join(missing)}; add it or leave the PL out"
+                )
+
+    def __getitem__(self, i: int) -> Example:
+        rng = random.Random(f"{self.seed} {self.name} {i}")
+        if rng.random() < self.general:
+            return base(self, i, rng)
+        return MIXTURES[self.name](self, i, rng)
+
+    def pick(self, i: int, count: int, salt: str) -> int:
+        """Item i of an endless sequence of shuffled passes over range(count)."""
+        return _shuffle(f"{self.seed} {salt} {i // count}", count)[i % count]
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffle(seed: str, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
+
+
+def base(m: Mixture, i: int, rng: random.Random) -> Example:
+    """A stand-in for pre-training: a document of one PL; a share `statements` begins with a statement."""
+    at = m.pick(i, len(m.records) * len(m.everything), "base")
+    record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
+    if rng.random() < m.statements:
+        return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
+    tokens = m.tokenizer.encode(answer(record["solutions"], [language]))
+    return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
+
+
+def source(m: Mixture, i: int, rng: random.Random) -> Example:
+    """The source PL only."""
+    return example(m.tokenizer, m.records[m.pick(i, len(m.records), "sft")], m.sft[:1], "source")
+
+
+def multi(m: Mixture, i: int, rng: random.Random) -> Example:
+    """All SFT PLs, but each problem in one of them only."""
+    at = m.pick(i, len(m.records), "sft")
+    return example(m.tokenizer, m.records[at], [m.sft[at % len(m.sft)]], "multi")
+
+
+def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
+    """Each problem in all SFT PLs: as separate examples, or with `in_context` in one answer."""
+    if m.in_context:
+        record = m.records[m.pick(i, len(m.records), "sft")]
+        return example(m.tokenizer, record, rng.sample(m.sft, len(m.sft)), "parallel")
+    at = m.pick(i, len(m.records) * len(m.sft), "sft")
+    return example(m.tokenizer, m.records[at // len(m.sft)], [m.sft[at % len(m.sft)]], "parallel")
+
+
+MIXTURES: dict[str, Callable[[Mixture, int, random.Random], Example]] = {
+    "base": base, "source": source, "multi": multi, "parallel": parallel,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    data: str = flag("runs/data", "folder of the corpus, or one JSONL file of records")
+    languages: tuple = flag((), "PLs to run (default: all in the records whose toolchain is here)")
+    limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all")
+
+
+def verify(s: VerifySettings) -> int:
+    """Runs every program against its tests; prints a count per PL. The number of failures."""
+    paths = sorted(Path(s.data).glob("*.jsonl*")) if Path(s.data).is_dir() else [Path(s.data)]
+    if not paths:
+        fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
+    records = [r for path in paths for r in read_records(path)[: s.limit or None]]
+    here = sandbox.installed()
+    wanted = [sandbox.canonical(p) for p in s.languages] or list(here)
+    jobs = [(r, p) for r in records for p in wanted if p in r["solutions"]]
+    with sandbox.Sandbox() as box:
+        results = box.map([(r["solutions"][p], p, r["tests"]) for r, p in jobs], progress="verify")
+    runs, failures = Counter(p for _, p in jobs), Counter()
+    for (record, language), result in zip(jobs, results, strict=True):
+        if not result.passed:
+            if not failures[language]:
+                print(
+                    f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}"
+                )
+            failures[language] += 1
+    for language in wanted:
+        print(
+            f"{language:<12} {runs[language] - failures[language]:>6} of {runs[language]} programs pass"
+        )
+    absent = {p for r in records for p in r["solutions"]} - set(here)
+    if absent:
+        print(
+            f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)"
+        )
+    return sum(failures.values())
+
+
+def beside(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
+    """The texts in columns side by side, in as many rows of columns as `width` characters need."""
+    rows, row, used = [], [], 0
+    for title, text in zip(titles, texts, strict=True):
+        lines = [f"[{title}]", *text.expandtabs(4).splitlines()]
+        wide = max(map(len, lines)) + 3
+        if row and used + wide > width:
+            rows, row, used = [*rows, row], [], 0
+        row, used = [*row, [line.ljust(wide) for line in lines]], used + wide
+    return "\n\n".join(_columns(row) for row in [*rows, row])
+
+
+def _columns(blocks: Sequence[Sequence[str]]) -> str:
+    height = max(map(len, blocks))
+    padded = [[*block, *[" " * len(block[0])] * (height - len(block))] for block in blocks]
+    return "\n".join("".join(cells).rstrip() for cells in zip(*padded, strict=True))
+
+
+@dataclass(frozen=True)
+class ShowSettings:
+    data: str = flag("runs/data", "folder of the corpus")
+
+
+def show(s: ShowSettings, name: str) -> None:
+    """Prints the record `name` with all its programs side by side."""
+    for path in sorted(Path(s.data).glob("*.jsonl*")):
+        for record in read_records(path):
+            if record["id"] == name:
+                print(
+                    record["prompt"],
+                    *record["tests"],
+                    json.dumps(record.get("difficulty", {})),
+                    "",
+                    sep="\n",
+                )
+                width = shutil.get_terminal_size((160, 50)).columns
+                print(beside(list(record["solutions"]), list(record["solutions"].values()), width))
+                return
+    fail(f"{s.data}: no record {name!r}; the embedded corpus has train-N, rl-N, known-N and new-N")
+
+
+def main(argv: Sequence[str]) -> None:
+    command, rest = (argv[0] if argv else "--help"), list(argv[1:])
+    if command == "make":
+        s = parse_flags(CorpusSettings, "Writes the embedded corpus.", rest)
+        make(s)
+        print(
+            f"wrote {s.out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs"
+        )
+    elif command == "verify":
+        sys.exit(
+            min(
+                verify(
+                    parse_flags(
+                        VerifySettings, "Runs every program of a corpus in the sandbox.", rest
+                    )
+                ),
+                1,
+            )
+        )
+    elif command == "show" and rest:
+        name = rest.pop(0)
+        show(parse_flags(ShowSettings, "Prints one problem with all its programs.", rest), name)
+    else:
+        print("usage: python data.py make | verify | show ID   (each with --help)\n\n" + __doc__)
+        sys.exit(command not in ("-h", "--help"))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (RecordError, FileNotFoundError, ValueError) as error:
+        fail(str(error))
