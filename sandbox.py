@@ -17,10 +17,17 @@ program wrote; whether that is right is decided here, where the expected output 
 import argparse
 import atexit
 import contextlib
+import ctypes
 import dataclasses
+import errno
+import fcntl
 import functools
+import hashlib
+import itertools
 import json
+import math
 import os
+import platform
 import queue
 import re
 import resource
@@ -35,6 +42,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -85,7 +93,8 @@ class Language:
     aliases: tuple[str, ...] = ()  # as in Markdown fences
     version: str = "--version"  # arguments that make the first tool print its version
     env: dict[str, str] = field(default_factory=dict)
-    slack: int = 64  # MB of address space that the runtime reserves beside the program's own data
+    overhead: int = 16  # MB that the runtime itself takes beside the program's own memory
+    warm: str = ""  # shell lines that prepare $OUT, later to be found in {cache}
     sysroot: str = ""  # command printing the prefix of the real tool where PATH has a proxy
 
 
@@ -106,7 +115,12 @@ _TABLE = (
         aliases=("py", "python3"),
     ),
     Language(
-        "javascript", "main.js", "node {box}/main.js", "nodejs", aliases=("js", "node"), slack=1024
+        "javascript",
+        "main.js",
+        "node {box}/main.js",
+        "nodejs",
+        aliases=("js", "node"),
+        overhead=128,
     ),
     Language(
         "c",
@@ -132,7 +146,7 @@ _TABLE = (
         "default-jdk-headless",
         "javac -J-XX:TieredStopAtLevel=1 -J-XX:+UseSerialGC -proc:none -nowarn -d {box} {file}",
         version="-version",
-        slack=4096,
+        overhead=256,
     ),
     Language(
         "go",
@@ -143,7 +157,7 @@ _TABLE = (
         aliases=("golang",),
         version="version",
         env={"GO111MODULE": "off", "CGO_ENABLED": "0"},
-        slack=512,
+        overhead=64,
     ),
     Language(
         "rust",
@@ -225,6 +239,48 @@ def installed() -> dict[str, str]:
         return {name: version for name, version in versions if version is not None}
 
 
+def _missing(language: Language) -> str:
+    return f"Debian package {language.package}" if language.package else "not in Debian"
+
+
+# ---------------------------------------------------------------------------------------------
+# Caches: what a toolchain can prepare once for all programs, which may only read it
+
+
+def _cache_root() -> Path:
+    """Root's home may be closed to the user that programs run as."""
+    base = "/var/cache" if os.geteuid() == 0 else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
+
+
+@functools.cache
+def cache(name: str) -> Path:
+    """Where a language's prepared files are, for this toolchain and these commands."""
+    language, tools = LANGUAGES[name], toolchain(name) or {}
+    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
+    key = hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]
+    return _cache_root() / f"{name}-{key}"
+
+
+@functools.cache
+def _warm(name: str) -> None:
+    """Prepares a language's cache unless it is there. Raises OSError if that fails."""
+    place, language = cache(name), LANGUAGES[name]
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="warm-", dir=place.parent) as temporary:
+        env = {**os.environ, "HOME": temporary, "OUT": f"{temporary}/out", "CACHE": str(place)}
+        os.mkdir(env["OUT"])
+        command = ["/bin/sh", "-ec", language.warm]
+        done = subprocess.run(command, env=env, cwd=temporary, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"preparing {name}: {done.stderr[-500:]}")
+        os.chmod(env["OUT"], 0o755)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(env["OUT"], place)
+
+
 # ---------------------------------------------------------------------------------------------
 # Comparing
 
@@ -268,7 +324,8 @@ class Result:
     language: str
     tests: tuple[TestResult, ...] = ()
     compile: TestResult | None = None
-    level: str = ""  # confinement in force
+    level: str = ""  # confinement in force, from LEVELS
+    accounting: str = ""  # how memory was watched: "cgroup v1", "cgroup v2" or "polling"
     message: str = ""
 
     @property
@@ -303,16 +360,456 @@ def _receive(sock: socket.socket) -> tuple[dict, list[bytes]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The helper
+# The kernel, through ctypes
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ARCH = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
+
+# Numbers on x86-64 and 64-bit ARM of what the helper itself calls by number.
+_MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
+_PIVOT_ROOT = (155, 41)
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 32, 4096, 16384
+_MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
+_NEW_NS, _NEW_PID = 0x00020000, 0x20000000
+_NEW_ALL = 0x10000000 | _NEW_NS | _NEW_PID | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = (
+    1,
+    4,
+    22,
+    36,
+    38,
+)
+
+
+def _checked(name: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(name: str, number: int, *args) -> int:
+    words = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    return _checked(name, _libc.syscall(ctypes.c_long(number), *words))
+
+
+def _prctl(option: int, value) -> None:
+    _checked(f"prctl {option}", _libc.prctl(option, value, 0, 0, 0))
+
+
+def _seccomp(program) -> None:
+    mode_filter = 2
+    _checked("seccomp", _libc.prctl(_PR_SET_SECCOMP, mode_filter, program, 0, 0))
+
+
+def _unshare(flags: int) -> None:
+    _checked("unshare", _libc.unshare(flags))
+
+
+def _mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
+    arguments = [text.encode() for text in (source, target, kind)]
+    result = _libc.mount(*arguments, ctypes.c_ulong(flags), data.encode())
+    _checked(f"mount {target}", result)
+
+
+def _unmount(target: str) -> None:
+    _checked(f"unmount {target}", _libc.umount2(target.encode(), _MNT_DETACH))
+
+
+def _read_only(path: str, *, recursive: bool = True) -> None:
+    """Makes a mount, and those under it, read-only and without setuid programs."""
+    here, at_recursive = -100, 0x8000 if recursive else 0
+    attributes = struct.pack("QQQQ", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY | NOSUID
+    _syscall(f"read-only {path}", _MOUNT_SETATTR, here, path.encode(), at_recursive, attributes, 32)
+
+
+# ---------------------------------------------------------------------------------------------
+# System calls refused to programs (seccomp)
+
+# On x86-64 and on 64-bit ARM; None where the architecture has no such call.
+_REFUSED = {
+    # memory and messages outside the limits
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    # other processes
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "kcmp": (312, 272),
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
+    # network; pairs of local sockets are allowed below
+    "socket": (41, 198),
+    # mounts, namespaces, and the whole machine
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
+    "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
+    "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
+    "mount_setattr": (442, 442), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    "swapon": (167, 224), "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161),
+    "setdomainname": (171, 162), "acct": (163, 89), "quotactl": (179, 60), "quotactl_fd": (443, 443),
+    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
+    "finit_module": (313, 273), "delete_module": (176, 106), "settimeofday": (164, 170),
+    "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
+    "syslog": (103, 116), "vhangup": (153, 58), "lookup_dcookie": (212, 18), "iopl": (172, None),
+    "ioperm": (173, None), "modify_ldt": (154, None), "uselib": (134, None), "mknod": (133, None),
+    "mknodat": (259, 33),
+    # large or young parts of the kernel
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "bpf": (321, 280),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
+}  # fmt: skip
+# Allowed only with this first argument: families of socket pairs, and the caller's own process.
+_ONLY = {"socketpair": ((53, 199), 1), "prlimit64": ((302, 261), 0),
+         "sched_setaffinity": ((203, 122), 0), "sched_setscheduler": ((144, 119), 0),
+         "sched_setparam": ((142, 118), 0), "sched_setattr": ((314, 274), 0)}  # fmt: skip
+# Refused where the program's user is the caller's own and no mount namespace hides its files.
+_OWN_FILES = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+}  # fmt: skip
+_SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+               "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+               "pidfd_send_signal": (424, 424)}  # fmt: skip
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+
+_AUDIT_ARCH = (0xC000003E, 0xC00000B7)
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_REFUSE = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+_PERMIT = (_RETURN, 0, 0, _ALLOW)
+_FIRST_ARGUMENT = (_LOAD, 0, 0, 16)
+
+
+def _rules(own_files: bool, own_pid: int | None) -> dict[int, list[tuple]]:
+    """What the filter does at each system call that is not simply allowed."""
+
+    def only(value: int) -> list[tuple]:
+        return [_FIRST_ARGUMENT, (_JUMP_EQUAL, 0, 1, value), _PERMIT, _REFUSE]
+
+    rules = {numbers[_ARCH]: [_REFUSE] for numbers in _REFUSED.values()}
+    rules |= {numbers[_ARCH]: only(value) for numbers, value in _ONLY.values()}
+    new_namespaces = (_NEW_ALL | 0x80, _FIRST_ARGUMENT)  # 0x80 is CLONE_NEWTIME
+    rules[_CLONE[_ARCH]] = [
+        new_namespaces[1],
+        (_JUMP_BITS, 0, 1, new_namespaces[0]),
+        _REFUSE,
+        _PERMIT,
+    ]
+    rules[_CLONE3[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # libc falls back to clone
+    if own_files:
+        rules |= {numbers[_ARCH]: [_REFUSE] for numbers in _OWN_FILES.values()}
+    if own_pid is not None:
+        rules |= {numbers[_ARCH]: only(own_pid) for numbers in _SIGNALLING.values()}
+    rules.pop(None, None)
+    return rules
+
+
+def _search(rules: list[tuple[int, list[tuple]]]) -> list[tuple]:
+    """A binary search for the number loaded: the filter runs at every system call."""
+    if len(rules) <= 2:
+        found = [[(_JUMP_EQUAL, 0, len(body), number), *body] for number, body in rules]
+        return [*itertools.chain(*found), _PERMIT]
+    middle = len(rules) // 2
+    below, above = _search(rules[:middle]), _search(rules[middle:])
+    return [(_JUMP_GREATER_EQUAL, len(below), 0, rules[middle][0]), *below, *above]
+
+
+def _filter(own_files: bool = False, own_pid: int | None = None):
+    """The struct sock_fprog, to be given to _seccomp. Foreign calling conventions, which number
+    the calls differently, end the program."""
+    start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), (_RETURN, 0, 0, _KILL)]
+    x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)] if _ARCH == 0 else []
+    body = _search(sorted(_rules(own_files, own_pid).items()))
+    code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(code), ctypes.addressof(text))
+    )
+    program.text = text  # keeps it alive
+    return program
+
+
+# ---------------------------------------------------------------------------------------------
+# Landlock: which files a program may open, where there are no mount namespaces
+
+_READ, _READ_FILE, _WRITE_FILE = 1 | 4 | 8, 1 | 4, 2
+_ALL_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # 5 and later: 0xFFFF
+_FILE_ONLY = 1 | 2 | 4 | 0x4000
+
+
+def _landlock_version() -> int:
+    """Raises OSError where the kernel has no Landlock."""
+    return _syscall("landlock", _LANDLOCK_CREATE, None, 0, 1)
+
+
+def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
+    """Confines this process and its children to these files, for good."""
+    version = _landlock_version()
+    everything = _ALL_BY_VERSION.get(version, 0xFFFF)
+    attributes = struct.pack("QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, size, 0)
+    for paths, allowed in ((readable, _READ), (writable, everything)):
+        for path in filter(os.path.exists, paths):
+            _landlock_allow(rules, path, allowed)
+    for device in ("null", "zero", "full"):
+        _landlock_allow(rules, f"/dev/{device}", _READ_FILE | _WRITE_FILE)
+    _syscall("landlock", _LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def _landlock_allow(rules: int, path: str, allowed: int) -> None:
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if not os.path.isdir(path):
+        allowed &= _FILE_ONLY
+    _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+    os.close(place)
+
+
+# ---------------------------------------------------------------------------------------------
+# Control groups, where they may be written
+
+
+# Names of the limit on memory and of the count of kills, by version.
+_GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.oom_control"),
+    2: ("memory.max", "memory.events"),
+}
+
+
+class _Group:
+    """The control group of one helper's programs. Its files are opened before privileges are
+    given up, so that it can be used from inside the confinement."""
+
+    def __init__(self, version: int, memory: Path, pids: Path):
+        self.version, self.places = version, {memory, pids}
+        limit, events = _GROUP_FILES[version]
+        self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
+        self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
+        self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
+        self.members = [
+            os.open(place / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for place in self.places
+        ]
+        self.limits: tuple = ()
+        swap = memory / "memory.swap.max"
+        if swap.exists():
+            swap.write_text("0")
+
+    def begin(self, memory: int, processes: int) -> None:
+        """Sets the limits for the next program. memory: bytes."""
+        if self.limits != (memory, processes):
+            os.pwrite(self.limit, str(memory).encode(), 0)
+            os.pwrite(self.processes, str(processes).encode(), 0)
+            self.limits = memory, processes
+        self.kills_before = self.kills()
+
+    def join(self) -> None:
+        """Moves the calling process in."""
+        for member in self.members:
+            os.write(member, b"0")
+
+    def kills(self) -> int:
+        """Processes killed so far for want of memory."""
+        found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
+        return int(found[1])
+
+    def remove(self) -> None:
+        """Once no process is left in it."""
+        for place in self.places:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def _own_cgroups() -> dict[str, Path]:
+    """Directory of this process's group by controller; "" for version 2."""
+    mounts = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, options = line.split()[:4]
+        if kind == "cgroup":
+            mounts |= dict.fromkeys(options.split(","), place)
+        elif kind == "cgroup2":
+            mounts.setdefault("", place)
+    own = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for name in controllers.split(","):
+            if name in mounts:
+                own[name] = (Path(mounts[name]), Path(mounts[name] + path))
+    return own
+
+
+def _make_directory(top: Path, own: Path, probe: str) -> Path | None:
+    """A new group under the process's own, or else under the nearest parent that allows it."""
+    for parent in (own, *own.parents):
+        place = parent / f"sandbox-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            if probe == _GROUP_FILES[2][0]:
+                with contextlib.suppress(OSError):
+                    (parent / "cgroup.subtree_control").write_text("+memory +pids")
+            place.mkdir()
+            if (place / probe).exists():
+                return place
+            place.rmdir()
+        if parent == top:
+            return None
+    return None
+
+
+def _make_group() -> _Group | None:
+    """None where control groups can't be had."""
+    own = _own_cgroups()
+    if "memory" in own and "pids" in own:
+        version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
+        pids = _make_directory(*own["pids"], "pids.max")
+    elif "" in own:
+        version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0])
+        pids = memory
+    else:
+        return None
+    if memory and pids:
+        with contextlib.suppress(OSError):
+            return _Group(version, memory, pids)
+    for place in filter(None, (memory, pids)):
+        place.rmdir()
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# The helper: a nurse outside the confinement, which only clears up, and the warden, which runs
+# the programs. Under `namespaces` the warden is process 1 of the programs' own world, so that
+# they can neither signal it nor outlive it.
+
+_TICK = 0.02  # seconds between looks at memory and processor time
+_CORES = os.cpu_count() or 1
+_STACK = 64  # MB
+_RESERVE = 16 << 10  # MB of address space that a program may take without using it
+_FILES = 4096  # in the scratch directory
+_CLOSE_RANGE = 436
+_PATIENCE = 10  # most that waiting for a busy processor can stretch the wall limit
+_OUT_OF_MEMORY = re.compile(
+    rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemoryError|heap exhausted"
+    rb"|cannot allocate memory|not enough memory|Allowed memory size|failed to allocate memory"
+    rb"|heap out of memory|Storage_Error|Out of memory",
+)
+
+
+@dataclass
+class _Watch:
+    """What is known of a program while it runs."""
+
+    step: dict
+    start: float
+    verdict: str = ""
+    message: str = ""
+    memory: int = 0
+    patience: float = 0.0  # seconds added to the wall limit
+
+    def end(self, verdict: str, message: str) -> None:
+        if not self.verdict:
+            self.verdict, self.message = verdict, message
+
+
+def _ticks(pid: int) -> float:
+    """Processor time of a process and the children it has waited for, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _private_memory(pid: int) -> int:
+    """Memory of a process but for mapped files, bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(kb) for kb in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status)) << 10
+
+
+def _fair_memory(pid: int) -> int:
+    """The same with pages that processes share counted once; slow."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except PermissionError:
+        return _private_memory(pid)
+    return sum(int(kb) for kb in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+)", rollup)) << 10
+
+
+def _waited(pid: int) -> float:
+    """Longest that a thread of the process was ready but had no processor, seconds."""
+    waits = [task.read_text().split()[1] for task in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return max(map(int, waits), default=0) / 1e9
+
+
+def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
+    values = []
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            values.append(measure(pid))
+    return values
+
+
+def _sealed(data: bytes) -> int:
+    """A file of these bytes that can't be changed, to read standard input from: unlike a pipe
+    it never fills, and is never left half read."""
+    source = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(source, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(source, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(source, fcntl.F_ADD_SEALS, seals)
+    return source
+
+
+def _set_limits(step: dict) -> None:
+    """Limits per process, beside those on all processes together that the warden keeps."""
+    mb, cpu = 1 << 20, int(step["cpu"]) + 2
+    for name, value in (
+        ("CORE", 0),
+        ("MSGQUEUE", 0),
+        ("MEMLOCK", 64 << 10),
+        ("CPU", cpu),
+        ("FSIZE", step["files"] * mb),
+        ("NOFILE", 1024),
+        ("NPROC", step["processes"]),
+        ("STACK", _STACK * mb),
+        # Address space is cheap and runtimes reserve much of it; what is used is watched.
+        ("DATA", (step["memory"] + _RESERVE) * mb),
+    ):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
+    """Verdict and message of a program that ended by itself."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return "ok", ""
+    message = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+    full = watch.memory > 0.9 * (watch.step["memory"] << 20)
+    if code == -signal.SIGXCPU:
+        return "time_limit", message
+    if code == -signal.SIGXFSZ:
+        return "output_limit", message
+    if _OUT_OF_MEMORY.search(stderr[-(1 << 16) :]) or (code < 0 and full):
+        return "memory_limit", message
+    return "runtime_error", message
 
 
 class _Warden:
-    """Runs steps, one at a time, in a process of its own."""
+    """Runs steps, one at a time. What differs between the levels is in the subclasses."""
 
-    def __init__(self, sock: socket.socket):
-        self.sock = sock
-        self.home = tempfile.mkdtemp(prefix="sandbox-")
-        self.box, self.scratch = self.home + "/box", self.home + "/tmp"
+    box = tmp = ""  # directories as the programs see them
+    seccomp = None
+
+    def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
+        self.sock, self.group, self.settings = sock, group, settings
+
+    # Of the subclasses:
+    def new_box(self) -> None: ...
+    def close_box(self) -> None: ...
+    def new_scratch(self, step: dict) -> None: ...
+    def end_scratch(self) -> None: ...
+    def confine(self, step: dict) -> None: ...
+    def members(self) -> list[int]: ...
+    def kill_all(self) -> None: ...
+    def stored_too_much(self, step: dict) -> bool: ...
 
     def serve(self) -> None:
         """Answers requests until the caller goes."""
@@ -320,128 +817,553 @@ class _Warden:
             while True:
                 request, blobs = _receive(self.sock)
                 try:
-                    reply, out = self.answer(request, blobs)
+                    reply, streams = self.answer(request, blobs[0])
                 except OSError as error:
-                    reply, out = {"verdict": "internal_error", "message": repr(error)}, (b"", b"")
-                _send(self.sock, reply, *out)
-        shutil.rmtree(self.home, ignore_errors=True)
+                    reply, streams = {"verdict": "internal_error", "message": str(error)}, ()
+                _send(self.sock, reply, *(streams or (b"", b"")))
 
-    def answer(self, request: dict, blobs: list[bytes]) -> tuple[dict, tuple[bytes, bytes]]:
-        for path in [self.scratch] + [self.box] * (request["op"] == "open"):
-            shutil.rmtree(path, ignore_errors=True)
-            os.mkdir(path)
-        if request["op"] == "open":
-            Path(self.box, request["file"]).write_bytes(blobs[0])
-            if not request["step"]:
-                return {"verdict": "ok"}, (b"", b"")
-            return self.execute(request["step"], b"")
-        return self.execute(request["step"], blobs[0])
+    def answer(self, request: dict, blob: bytes) -> tuple[dict, tuple]:
+        if request["op"] == "test":
+            return self.execute(request["step"], blob)
+        self.new_box()
+        Path(self.box, request["file"]).write_bytes(blob)
+        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, ())
+        self.close_box()
+        return answer
 
-    def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple[bytes, bytes]]:
-        source = os.memfd_create("stdin")
-        with open(os.dup(source), "wb") as file:
-            file.write(stdin)
-        os.lseek(source, 0, 0)
-        pipes = os.pipe(), os.pipe()
-        start = time.monotonic()
+    def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple]:
+        """Runs one program to its end and clears up after it."""
+        self.new_scratch(step)
+        if self.group:
+            self.group.begin(step["memory"] << 20, step["processes"])
+        source, out, err, trouble = _sealed(stdin), os.pipe(), os.pipe(), os.pipe()
+        watch = _Watch(step, time.monotonic())
         pid = os.fork()
         if pid == 0:
-            self.become(step, source, pipes[0][1], pipes[1][1])
-        for fd in (source, pipes[0][1], pipes[1][1]):
+            self.become(step, (source, out[1], err[1]), trouble[1])
+        for fd in (source, out[1], err[1], trouble[1]):
             os.close(fd)
-        outcome, out = self.watch(step, pid, start, pipes[0][0], pipes[1][0])
-        os.close(pipes[0][0])
-        os.close(pipes[1][0])
-        return outcome, out
+        streams = {out[0]: bytearray(), err[0]: bytearray(), trouble[0]: bytearray()}
+        try:
+            self.watch(pid, watch, streams)
+        finally:
+            status, cpu = self.reap(pid, watch)
+            for fd, stream in streams.items():
+                self.drain(fd, stream, watch)
+                os.close(fd)
+            self.end_scratch()
+        return self.report(watch, status, cpu, [bytes(stream) for stream in streams.values()])
 
-    def become(self, step: dict, *fds: int) -> None:
+    def become(self, step: dict, streams: tuple[int, int, int], trouble: int) -> None:
+        """In the new process: gives up all it can and turns into the program. Whatever can't be
+        done is reported; the program doesn't start without it."""
         try:
             os.setsid()
-            for target, fd in enumerate(fds):
+            if self.group:
+                self.group.join()
+            for target, fd in enumerate(streams):
                 os.dup2(fd, target)
-            os.closerange(3, 4096)
-            os.chdir(self.scratch)
+            every, on_exec = 0xFFFFFFFF, 4
+            _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
+            fill = {"box": self.box, "tmp": self.tmp}
+            os.chdir(fill[step["cwd"]])
             for number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_DATA, (step["data"] << 20,) * 2)
-            fill = {"box": self.box}
-            argv = [word.format(**fill) for word in step["argv"]]
-            os.execve(argv[0], argv, {k: v.format(**fill) for k, v in step["env"].items()})
+            argv = [word.format_map(fill) for word in step["argv"]] + step["args"]
+            env = {key: value.format_map(fill) for key, value in step["env"].items()}
+            self.confine(step)
+            os.execve(argv[0], argv, env)
         except BaseException as error:
-            os.write(2, repr(error).encode())
+            os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
 
-    def watch(self, step: dict, pid: int, start: float, *pipes: int) -> tuple[dict, tuple]:
-        poll, heads, verdict = select.poll(), {fd: bytearray() for fd in pipes}, "ok"
-        alive = os.pidfd_open(pid)
-        for fd in (*pipes, alive):
+    def watch(self, pid: int, watch: _Watch, streams: dict[int, bytearray]) -> None:
+        """Collects output until the program ends or a limit is passed."""
+        alive, poll = os.pidfd_open(pid), select.poll()
+        for fd in (*streams, alive):
             poll.register(fd, select.POLLIN)
-        while verdict == "ok":
-            left = start + step["wall"] - time.monotonic()
-            ready = [fd for fd, _ in poll.poll(max(0, left) * 1000)]
-            if not ready:
-                verdict = "time_limit"
-            for fd in set(ready) - {alive}:
-                part = os.read(fd, 1 << 16)
-                heads[fd] += part
-                if not part:
-                    poll.unregister(fd)
-                if len(heads[fd]) > step["output"]:
-                    verdict = "output_limit"
-            if ready == [alive]:
+        poll.register(self.sock, select.POLLRDHUP)
+        looked = watch.start
+        while not watch.verdict:
+            ready = {fd for fd, _ in poll.poll(_TICK * 1000)}
+            if self.sock.fileno() in ready:
+                raise EOFError("the caller has gone")
+            if alive in ready:
                 break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+            for fd in ready:
+                if not self.read(fd, streams[fd], watch):
+                    poll.unregister(fd)
+            if time.monotonic() - looked >= _TICK:
+                self.look(watch)
+                looked = time.monotonic()
         os.close(alive)
-        _, status, usage = os.wait4(pid, 0)
+
+    def read(self, fd: int, stream: bytearray, watch: _Watch) -> bool:
+        """False at the end of the stream."""
+        limit = watch.step["output"]
+        part = os.read(fd, min(1 << 16, limit + 1 - len(stream)))
+        stream += part
+        if len(stream) > limit:
+            watch.end("output_limit", f"more than {limit} bytes")
+            del stream[limit:]
+            return False
+        return bool(part)
+
+    def drain(self, fd: int, stream: bytearray, watch: _Watch) -> None:
+        """Takes what is left in the pipe of a program that has ended."""
+        while len(stream) < watch.step["output"] or not watch.verdict:
+            if not self.read(fd, stream, watch):
+                return
+
+    def look(self, watch: _Watch) -> None:
+        """Ends the watch if the program has passed a limit."""
+        step, elapsed = watch.step, time.monotonic() - watch.start
+        members = self.members()
+        if elapsed > step["wall"] + watch.patience:
+            watch.patience = min(
+                max(_each(_waited, members), default=0), (_PATIENCE - 1) * step["wall"]
+            )
+            if elapsed > step["wall"] + watch.patience:
+                watch.end("time_limit", f"{step['wall']} s by the clock")
+        if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
+            watch.end("time_limit", f"{step['cpu']} s of processor time")
+        if self.short_of_memory(watch, members):
+            watch.end("memory_limit", f"{step['memory']} MB")
+        if self.stored_too_much(step):
+            watch.end("output_limit", f"more than {step['files']} MB in files")
+
+    def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
+        limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
+        if used > limit:
+            used = sum(_each(_fair_memory, members))
+        watch.memory = max(watch.memory, used)
+        return used > limit or self.group_killed()
+
+    def group_killed(self) -> bool:
+        return self.group is not None and self.group.kills() > self.group.kills_before
+
+    def reap(self, pid: int, watch: _Watch) -> tuple[int, float]:
+        """Ends every process that is left. Wait status of the program; processor time of all."""
+        statuses, cpu = {}, 0.0
+        while True:
+            self.kill_all()
+            try:
+                done, status, usage = os.wait4(-1, 0)
+            except ChildProcessError:
+                break
+            statuses[done] = status
+            cpu += usage.ru_utime + usage.ru_stime
+            watch.memory = max(watch.memory, usage.ru_maxrss << 10)
+        if self.group_killed():
+            watch.end("memory_limit", f"{watch.step['memory']} MB")
+        return statuses[pid], cpu
+
+    def report(self, watch: _Watch, status: int, cpu: float, streams: list[bytes]) -> tuple:
+        out, err, trouble = streams
         code = os.waitstatus_to_exitcode(status)
-        if verdict == "ok" and code != 0:
-            verdict = "memory_limit" if b"MemoryError" in heads[pipes[1]] else "runtime_error"
+        if trouble:
+            watch.verdict, watch.message = "internal_error", trouble.decode("utf-8", "replace")
+        elif not watch.verdict:
+            watch.end(*_classify(watch, status, err))
         outcome = {
-            "verdict": verdict,
+            "verdict": watch.verdict,
+            "message": watch.message,
             "exit_code": code if code >= 0 else None,
             "signal": signal.Signals(-code).name if code < 0 else "",
-            "wall": time.monotonic() - start,
-            "cpu": usage.ru_utime + usage.ru_stime,
-            "memory": usage.ru_maxrss << 10,
+            "wall": time.monotonic() - watch.start,
+            "cpu": cpu,
+            "memory": watch.memory,
         }
-        return outcome, tuple(bytes(heads[fd][: step["output"]]) for fd in pipes)
+        return outcome, (out, err)
+
+
+# ---------------------------------------------------------------------------------------------
+# Level `namespaces`
+
+_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "java-*", "mono", "php", "R", "octave*",
+        "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
+_MADE_UP = {
+    "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
+    "group": "user:x:1000:\n",
+    "hosts": "127.0.0.1 localhost\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+}
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+
+
+def _show(path: str, top: str) -> None:
+    """Makes a host file or directory appear, read-only, at its own path under top."""
+    target = top + path
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):
+        return os.symlink(os.readlink(path), target)
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    else:
+        Path(target).touch()
+    _mount(path, target, "", _MS_BIND | _MS_REC)
+    return _read_only(target)
+
+
+def _etc() -> list[str]:
+    return sorted(str(path) for name in _ETC for path in Path("/etc").glob(name))
+
+
+def _build_root(top: str, paths: Iterable[str]) -> None:
+    """A root directory with the toolchains and a few devices, and nothing else of the host."""
+    _mount("tmpfs", top, "tmpfs", _MS_NOSUID, "size=4m,nr_inodes=8192,mode=755")
+    for name in ("box", "tmp", "proc", "dev", "etc"):
+        os.mkdir(f"{top}/{name}")
+    for path in (*_SYSTEM, *_etc(), *paths):
+        if os.path.lexists(path):
+            _show(path, top)
+    for name in _DEVICES:
+        Path(f"{top}/dev/{name}").touch()
+        _mount(f"/dev/{name}", f"{top}/dev/{name}", "", _MS_BIND)
+    links = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}
+    for name, number in links.items():
+        os.symlink(f"/proc/self/fd{number}", f"{top}/dev/{name}")
+    os.symlink("/tmp", f"{top}/dev/shm")
+    for name, text in _MADE_UP.items():
+        Path(f"{top}/etc/{name}").write_text(text)
+
+
+def _drop_to(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def _spare_uid() -> int:
+    """A user id that nobody has and no other helper uses; that of nobody if the caller's own
+    user namespace is too small for it."""
+    wanted = (1 << 21) + os.getpid()
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        inside, _, count = map(int, line.split())
+        if inside <= wanted < inside + count:
+            return wanted
+    return 65534
+
+
+def _die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _enter_namespaces(top: str, paths: Iterable[str], sock: socket.socket) -> None:
+    """Returns in a new process: the first of its own process namespace, in a private root."""
+    _die_with_parent()
+    if os.geteuid() == 0:
+        # As root the tree is built first, from directories that others may not enter.
+        _unshare(_NEW_NS)
+        _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+        _build_root(top, paths)
+        _drop_to(_spare_uid())
+        _prctl(_PR_SET_DUMPABLE, 1)  # /proc/self/uid_map must be ours to write
+        _die_with_parent()
+        paths = None
+    uid, gid = os.getuid(), os.getgid()
+    _unshare(_NEW_ALL)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+    if paths is not None:
+        _build_root(top, paths)
+    pid = os.fork()
+    if pid:
+        sock.close()
+        os.waitpid(pid, 0)
+        os._exit(0)
+    _die_with_parent()
+    _settle(top)
+
+
+def _settle(top: str) -> None:
+    """Moves process 1 into the root directory that was built."""
+    _mount(top, top, "", _MS_BIND | _MS_REC)
+    noexec, hide_others = 8, "hidepid=2"
+    _mount("proc", f"{top}/proc", "proc", _MS_NOSUID | _MS_NODEV | noexec, hide_others)
+    os.chdir(top)
+    _syscall("pivot_root", _PIVOT_ROOT[_ARCH], b".", b".")
+    _unmount(".")
+    os.chdir("/")
+    _read_only("/", recursive=False)
+    socket.sethostname("sandbox")
+    _prctl(_PR_SET_DUMPABLE, 0)  # programs share our user: keep them out of /proc/1
+
+
+class _NamespaceWarden(_Warden):
+    """Process 1 of a world that it alone outlives: work directories are file systems of their
+    own and kill(-1) reaches every program."""
+
+    box, tmp = "/box", "/tmp"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        _prctl(_PR_NO_NEW_PRIVS, 1)
+        self.seccomp = _filter()
+
+    def new_box(self) -> None:
+        with contextlib.suppress(OSError):
+            _unmount(self.box)
+        _mount(
+            "tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755"
+        )
+
+    def close_box(self) -> None:
+        flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+        _mount("", self.box, "", flags)
+
+    def new_scratch(self, step: dict) -> None:
+        size = f"size={step['files']}m,nr_inodes=4096,mode=755"
+        _mount("tmpfs", self.tmp, "tmpfs", _MS_NOSUID | _MS_NODEV, size)
+
+    def end_scratch(self) -> None:
+        _unmount(self.tmp)
+
+    def confine(self, step: dict) -> None:
+        _set_limits(step)
+        _seccomp(self.seccomp)
+
+    def members(self) -> list[int]:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+
+    def kill_all(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+
+    def stored_too_much(self, step: dict) -> bool:
+        return False  # the file systems are sized
+
+
+# ---------------------------------------------------------------------------------------------
+# Levels `landlock` and `none`: programs share the host's process table and file systems
+
+_VISIBLE = ("/dev/random", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/proc/stat",
+            "/proc/version", "/proc/filesystems", "/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/osrelease",
+            "/sys/devices/system/cpu", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/localtime")  # fmt: skip
+
+
+def _descendants(pid: int) -> list[int]:
+    """Living processes below pid."""
+    found, parents = [], [pid]
+    while parents:
+        parent = parents.pop()
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").glob("*/children"):
+                parents += map(int, task.read_text().split())
+            if (
+                parent != pid
+                and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2][1] not in "ZX"
+            ):
+                found.append(parent)
+    return found
+
+
+def _end_descendants(pid: int) -> None:
+    """Kills until a look finds nothing. Stopped first, so that they don't multiply meanwhile."""
+    while pids := _descendants(pid):
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for each in pids:
+                with contextlib.suppress(OSError):
+                    os.kill(each, number)
+        time.sleep(0.0005)
+
+
+def _tasks_of(uid: int) -> int:
+    """Threads that a user has now: the kernel counts them against the process limit."""
+    count = 0
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == uid:
+                count += len(os.listdir(f"/proc/{entry.name}/task"))
+    return count
+
+
+def _empty(directory: str) -> None:
+    """Removes what is in a directory, whatever its modes."""
+    for entry in os.scandir(directory):
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry)
+            continue
+        os.chmod(
+            entry, 0o700, follow_symlinks=False
+        ) if os.chmod in os.supports_follow_symlinks else None
+        _empty(entry.path)
+        os.rmdir(entry)
+
+
+class _LandlockWarden(_Warden):
+    """Adopts what its programs leave, and kills by descent. As root, programs get a user id that
+    no one else has; otherwise they are kept from signalling by Landlock (from version 6 on) or
+    by allowing signals to the program's own process only."""
+
+    confined = True
+
+    def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
+        super().__init__(sock, group, settings)
+        self.home = settings["home"]
+        self.box, self.tmp = f"{self.home}/box", f"{self.home}/tmp"
+        self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
+        os.chmod(self.home, 0o711)
+        for path in (self.box, self.tmp):
+            os.mkdir(path)
+            if self.uid:
+                os.chown(path, self.uid, self.uid)
+        _prctl(_PR_SUBREAPER, 1)
+        _prctl(_PR_NO_NEW_PRIVS, 1)
+        self.alone = self.uid or _landlock_version() >= 6
+
+    def new_box(self) -> None:
+        _empty(self.box)
+
+    def close_box(self) -> None:
+        """Without chmod the linker can't mark its output executable."""
+        for path in Path(self.box).iterdir():
+            if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+                path.chmod(0o755)
+
+    def new_scratch(self, step: dict) -> None:
+        self.taken = 0 if self.uid else _tasks_of(os.getuid())
+
+    def end_scratch(self) -> None:
+        _empty(self.tmp)
+
+    def confine(self, step: dict) -> None:
+        _set_limits({**step, "processes": step["processes"] + self.taken})
+        if self.uid:
+            _drop_to(self.uid)
+        writable = [self.tmp] + [self.box] * (step["cwd"] == "box")
+        system = [*_SYSTEM, *_etc(), *_VISIBLE]
+        _landlock([*system, *self.settings["paths"], self.box], writable)
+        _seccomp(_filter(not self.uid, None if self.alone else os.getpid()))
+
+    def members(self) -> list[int]:
+        return _descendants(os.getpid())
+
+    def kill_all(self) -> None:
+        _end_descendants(os.getpid())
+
+    def stored_too_much(self, step: dict) -> bool:
+        files = [Path(place, name) for place, _, names in os.walk(self.tmp) for name in names]
+        sizes = _each(lambda path: path.lstat().st_blocks * 512, files)
+        return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES
+
+
+class _BareWarden(_LandlockWarden):
+    """No confinement but for the limits per process."""
+
+    confined = False
+
+    def confine(self, step: dict) -> None:
+        _set_limits({**step, "processes": step["processes"] + self.taken})
+
+
+# ---------------------------------------------------------------------------------------------
+# The nurse
+
+
+def _sweep(directory: Path) -> None:
+    """Removes what helpers left that were killed before they could."""
+    for path in directory.glob("sandbox-*"):
+        owner = path.name.split("-")[1]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
+    """The rest of a warden's life."""
+    level = settings["level"]
+    try:
+        if level == "namespaces":
+            _enter_namespaces(settings["home"], settings["paths"], sock)
+        kinds = {"namespaces": _NamespaceWarden, "landlock": _LandlockWarden, "none": _BareWarden}
+        warden = kinds[level](sock, group, settings)
+    except OSError as error:
+        _send(sock, {"level": None, "message": str(error)})
+        return
+    accounting = f"cgroup v{group.version}" if group else "polling"
+    _send(sock, {"level": level, "accounting": accounting})
+    warden.serve()
 
 
 def _helper(fd: int) -> None:
+    """The helper process, from its start to its end."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
-    _Warden(sock).serve()
+    settings, _ = _receive(sock)
+    group = _make_group() if settings["cgroups"] else None
+    _sweep(Path(tempfile.gettempdir()))
+    settings["home"] = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-")
+    _prctl(_PR_SUBREAPER, 1)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _warden(sock, group, settings)
+        finally:
+            os._exit(0)
+    sock.close()
+    os.waitpid(pid, 0)
+    _end_descendants(os.getpid())
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    shutil.rmtree(settings["home"], ignore_errors=True)
+    if group:
+        group.remove()
 
 
 # ---------------------------------------------------------------------------------------------
 # The caller's side
 
-_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+LEVELS = ("namespaces", "landlock", "none")
+_ENV = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "{tmp}",
+    "TMPDIR": "{tmp}",
+    "LANG": "C.UTF-8",
+}
 _RETRIES = 2
+_GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 
 
 class _Deadline(Exception):
-    """The caller's time for a whole batch is over."""
+    """The caller's time is over."""
 
 
-def _stem(language: Language, program: str) -> tuple[str, str]:
+class _Refused(Exception):
+    """A level of confinement can't be had here."""
+
+
+def _home_of(tool: str) -> str | None:
+    """What must be visible for a tool to work; None if the system's directories are enough."""
+    real = os.path.realpath(tool)
+    if real.startswith(tuple(f"{place}/" for place in _SYSTEM)):
+        return None
+    prefix = str(Path(real).parent.parent)
+    # Nobody's whole home, nor the whole disk, for a program that lies in ~/bin.
+    return real if Path.home().is_relative_to(prefix) else prefix
+
+
+@functools.cache
+def _visible_paths() -> list[str]:
+    """Directories outside the system's that toolchains live in, none inside another."""
+    tools = [tool for name in LANGUAGES for tool in (toolchain(name) or {}).values()]
+    homes = sorted({home for tool in tools if (home := _home_of(tool))} | {str(_cache_root())})
+    return [path for path in homes if not any(path.startswith(f"{other}/") for other in homes)]
+
+
+def _source_name(language: Language, program: str) -> tuple[str, str]:
     """File name and main class; Java ties both to the program's text."""
     if language.name != "java":
         return language.file, Path(language.file).stem
-    public = re.search(
-        r"^\s*public\s+(?:\w+\s+)*?(?:class|record|enum|interface)\s+(\w+)", program, re.M
-    )
+    kinds = r"(?:class|record|enum|interface)"
+    public = re.search(rf"^\s*public\s+(?:\w+\s+)*?{kinds}\s+(\w+)", program, re.M)
     name = public[1] if public else "Main"
     return f"{name}.java", name
-
-
-def _step(line: str, language: Language, name: tuple[str, str], **settings) -> dict:
-    tools = toolchain(language.name)
-    fill = {"box": "{box}", "file": "{box}/" + name[0], "stem": name[1], "mb": settings["memory"]}
-    words = [tools.get(word, word).format(**fill) for word in shlex.split(line)]
-    return {"argv": words, "env": {**_ENV, **language.env}, **settings}
 
 
 def _text(data: bytes) -> str:
@@ -451,24 +1373,30 @@ def _text(data: bytes) -> str:
 class _Worker:
     """One helper process and the talk with it; used by one thread at a time."""
 
-    def __init__(self):
-        mine, theirs = socket.socketpair()
-        place = Path(__file__)
-        start = f"import sys; sys.path.insert(0, {str(place.parent)!r})\nimport {place.stem}"
-        code = f"{start}; {place.stem}._helper({theirs.fileno()})"
+    def __init__(self, level: str, cgroups: bool):
+        self.sock, theirs = socket.socketpair()
+        here = Path(__file__).resolve()
+        lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
+        code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
+        library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", code],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        self.sock = mine
+        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths()}
+        hello, *_ = self.ask(settings, b"", 60, math.inf)
+        if hello["level"] is None:
+            self.close()
+            raise _Refused(hello["message"])
+        self.level, self.accounting = level, hello["accounting"]
 
-    def ask(self, request: dict, blob: bytes, seconds: float, expires: float) -> TestResult | tuple:
-        """(outcome, stdout, stderr). Raises _Deadline, OSError or EOFError."""
-        left = expires - time.monotonic()
-        self.sock.settimeout(max(0.001, min(seconds, left)))
+    def ask(self, request: dict, blob: bytes, seconds: float, expires: float) -> tuple:
+        """(answer, stdout, stderr). Raises _Deadline, OSError or EOFError."""
+        self.sock.settimeout(max(0.001, min(seconds, expires - time.monotonic())))
         try:
             _send(self.sock, request, blob)
             header, blobs = _receive(self.sock)
@@ -480,93 +1408,147 @@ class _Worker:
         return header, *blobs
 
     def close(self) -> None:
+        """The helper ends when its socket closes, and all it has started with it."""
         self.sock.close()
         try:
-            self.process.wait(5)
+            self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
 
+_TRUE = {"argv": ["/bin/true"], "args": [], "env": {}, "cwd": "tmp", "wall": 20, "cpu": 20}
+_TRUE |= {"memory": 256, "output": 1, "processes": 16, "files": 1}
+
+
+@functools.cache
+def best_level(cgroups: bool = True) -> str:
+    """The strongest confinement that works here, found by running a program in it.
+    Raises RuntimeError saying what was refused."""
+    refusals = []
+    for level in LEVELS[:2]:
+        try:
+            worker = _Worker(level, cgroups)
+            answer, *_ = worker.ask({"op": "test", "step": _TRUE}, b"", 60, math.inf)
+            worker.close()
+            if answer["verdict"] == "ok":
+                return level
+            refusals.append(f"{level}: {answer['message']}")
+        except (_Refused, OSError, EOFError) as error:
+            refusals.append(f"{level}: {error}")
+    raise RuntimeError(
+        f"no confinement can be had here ({'; '.join(refusals)}); "
+        "level='none' runs programs with the caller's rights"
+    )
+
+
 @dataclass(frozen=True)
 class _Job:
     program: str
-    language: str
+    language: Language
     tests: Sequence[dict]
     limits: Limits
-    stop_at_failure: bool = False
-    checker: Checker = same_lines
-    expires: float = float("inf")
+    stop_at_failure: bool
+    checker: Checker
+    expires: float  # on the monotonic clock
 
+    def step(self, line: str, args: Iterable = (), **limits) -> dict:
+        """What a helper needs to know to run one of the language's command lines."""
+        tools = toolchain(self.language.name)
+        source, stem = _source_name(self.language, self.program)
+        fill = {"box": "{box}", "tmp": "{tmp}", "file": "{box}/" + source, "stem": stem}
+        fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name))}
+        words = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
+        env = {key: value.format_map(fill) for key, value in self.language.env.items()}
+        limits["memory"] += self.language.overhead
+        return {"argv": words, "args": [str(arg) for arg in args], "env": {**_ENV, **env}, **limits}
 
-def _compile(worker: _Worker, job: _Job, name: tuple[str, str]) -> TestResult:
-    language, limits = LANGUAGES[job.language], job.limits
-    step = None
-    if language.compile:
-        step = _step(
-            language.compile,
-            language,
-            name,
-            memory=limits.compile_memory,
-            data=limits.compile_memory + language.slack,
-            wall=limits.compile_wall,
-            cpu=limits.compile_wall,
-            output=1 << 20,
+    def compile(self, worker: _Worker) -> TestResult:
+        limits, step = self.limits, None
+        if self.language.compile:
+            step = self.step(
+                self.language.compile,
+                cwd="box",
+                wall=limits.compile_wall,
+                cpu=limits.compile_wall * 2,
+                memory=limits.compile_memory,
+                output=1 << 20,
+                processes=max(limits.processes, 256),
+                files=256,
+            )
+        name, _ = _source_name(self.language, self.program)
+        request = {"op": "open", "file": name, "step": step}
+        result, _ = self.ask(worker, request, self.program, limits.compile_wall)
+        if result.verdict == "runtime_error":
+            result = dataclasses.replace(result, verdict="compile_error")
+        return result
+
+    def test(self, worker: _Worker, test: dict) -> TestResult:
+        limits = self.limits
+        step = self.step(
+            self.language.run,
+            test.get("args", ()),
+            cwd="tmp",
+            wall=limits.wall,
+            cpu=limits.cpu,
+            memory=limits.memory,
+            output=limits.output,
+            processes=limits.processes,
+            files=limits.files,
         )
-    request = {"op": "open", "file": name[0], "step": step}
-    header, out, err = worker.ask(
-        request, job.program.encode("utf-8", "replace"), limits.compile_wall * 10 + 10, job.expires
-    )
-    if header["verdict"] == "runtime_error":
-        header["verdict"] = "compile_error"
-    keep = limits.keep
-    return TestResult(**header, stdout=_text(out)[:keep], stderr=_text(err)[:keep])
+        request = {"op": "test", "step": step}
+        result, stdout = self.ask(worker, request, test.get("stdin", ""), limits.wall)
+        if result.verdict == "ok" and not self.checker(test, stdout):
+            result = dataclasses.replace(result, verdict="wrong_answer")
+        return result
 
+    def ask(self, worker: _Worker, request: dict, text: str, wall: float) -> tuple[TestResult, str]:
+        """The helper's answer, and the whole of stdout for the checker."""
+        data = text.encode("utf-8", "surrogateescape")
+        answer, out, err = worker.ask(request, data, wall * _PATIENCE + _GRACE, self.expires)
+        stdout, keep = _text(out), self.limits.keep
+        return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
 
-def _test(worker: _Worker, job: _Job, name: tuple[str, str], test: dict) -> TestResult:
-    language, limits = LANGUAGES[job.language], job.limits
-    step = _step(
-        language.run,
-        language,
-        name,
-        memory=limits.memory,
-        data=limits.memory + language.slack,
-        wall=limits.wall,
-        cpu=limits.cpu,
-        output=limits.output,
-    )
-    step["argv"] += map(str, test.get("args", ()))
-    stdin = test.get("stdin", "").encode("utf-8", "replace")
-    header, out, err = worker.ask(
-        {"op": "test", "step": step}, stdin, limits.wall * 10 + 10, job.expires
-    )
-    stdout = _text(out)
-    if header["verdict"] == "ok" and not job.checker(test, stdout):
-        header["verdict"] = "wrong_answer"
-    return TestResult(**header, stdout=stdout[: limits.keep], stderr=_text(err)[: limits.keep])
+    def result(self, verdict: str, worker: _Worker | None = None, **more) -> Result:
+        place = {"level": worker.level, "accounting": worker.accounting} if worker else {}
+        return Result(verdict, self.language.name, **place, **more)
 
-
-def _attempt(worker: _Worker, job: _Job) -> Result:
-    name = _stem(LANGUAGES[job.language], job.program)
-    built = _compile(worker, job, name)
-    if built.verdict != "ok":
-        return Result(built.verdict, job.language, compile=built)
-    results: list[TestResult] = []
-    for test in job.tests:
-        results.append(_test(worker, job, name, test))
-        if results[-1].verdict != "ok" and job.stop_at_failure:
-            break
-    verdict = next((r.verdict for r in results if r.verdict != "ok"), "ok")
-    return Result(verdict, job.language, tuple(results), built)
+    def grade(self, worker: _Worker) -> Result:
+        built = self.compile(worker)
+        if built.verdict != "ok":
+            return self.result(built.verdict, worker, compile=built, message=built.message)
+        results: list[TestResult] = []
+        for test in self.tests:
+            results.append(self.test(worker, test))
+            if results[-1].verdict != "ok" and self.stop_at_failure:
+                break
+        first = next((r for r in results if r.verdict != "ok"), TestResult("ok"))
+        return self.result(
+            first.verdict, worker, tests=tuple(results), compile=built, message=first.message
+        )
 
 
 class Sandbox:
     """A pool of helpers. Use it as a context manager, or call close().
 
-    workers: programs run at a time; the number of processors by default."""
+    workers: programs run at a time; by default the processors that this process may use.
+    level:   of confinement, from LEVELS; by default the strongest that works here. Raises
+             RuntimeError where none does; `none` has to be asked for.
+    cgroups: whether to use control groups where they may be written."""
 
-    def __init__(self, workers: int | None = None, limits: Limits = Limits()):
-        self.limits = limits
+    def __init__(
+        self,
+        workers: int | None = None,
+        limits: Limits = Limits(),
+        level: str | None = None,
+        cgroups: bool = True,
+    ):
+        if level not in (None, *LEVELS):
+            raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
+        if level == "none":
+            warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
+        self.limits, self.cgroups = limits, cgroups
+        self.level = level or best_level(cgroups)
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.workers, "sandbox")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -597,15 +1579,9 @@ class Sandbox:
         """Queues one program and returns at once. tests: {"stdin", "stdout"} and, if wanted,
         "args"; deadline: seconds from now after which the result is internal_error.
         Raises ValueError for an unknown language."""
-        job = _Job(
-            program,
-            canonical(language),
-            tests,
-            limits or self.limits,
-            stop_at_failure,
-            checker,
-            time.monotonic() + deadline if deadline is not None else float("inf"),
-        )
+        expires = math.inf if deadline is None else time.monotonic() + deadline
+        lang = LANGUAGES[canonical(language)]
+        job = _Job(program, lang, tests, limits or self.limits, stop_at_failure, checker, expires)
         return self._pool.submit(self._grade, job)
 
     def run(self, program: str, language: str, tests: Sequence[dict], **options) -> Result:
@@ -625,28 +1601,36 @@ class Sandbox:
         return [future.result() for future in _watched(futures, progress)]
 
     def _grade(self, job: _Job) -> Result:
-        if toolchain(job.language) is None:
-            package = LANGUAGES[job.language].package or "none in Debian"
-            return Result("no_toolchain", job.language, message=f"package: {package}")
-        message = ""
+        if toolchain(job.language.name) is None:
+            return job.result("no_toolchain", message=_missing(job.language))
+        result = job.result("internal_error")
         for _ in range(1 + _RETRIES):
-            worker = self._idle.get() if not self._idle.empty() else _Worker()
             try:
-                result = _attempt(worker, job)
+                result = self._attempt(job)
             except _Deadline:
-                worker.process.kill()
-                worker.close()
-                return Result("internal_error", job.language, message="deadline")
-            except (OSError, EOFError) as error:
-                message = repr(error)
-                worker.process.kill()
-                worker.close()
-                continue
-            self._idle.put(worker)
+                return job.result("internal_error", message="deadline")
+            except (OSError, EOFError, _Refused) as error:
+                result = job.result("internal_error", message=repr(error))
             if result.verdict != "internal_error":
-                return result
-            message = next((r.message for r in result.tests if r.message), "")
-        return Result("internal_error", job.language, message=message)
+                break
+        return result
+
+    def _attempt(self, job: _Job) -> Result:
+        if job.language.warm:
+            _warm(job.language.name)
+        if time.monotonic() > job.expires:
+            raise _Deadline
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            worker = _Worker(self.level, self.cgroups)
+        try:
+            result = job.grade(worker)
+        except BaseException:
+            worker.close()
+            raise
+        self._idle.put(worker)
+        return result
 
 
 def _watched(futures: list[Future], progress: str | None) -> Iterable[Future]:
@@ -659,14 +1643,14 @@ def _watched(futures: list[Future], progress: str | None) -> Iterable[Future]:
     return tqdm(futures, desc=progress, unit="program")
 
 
-_default_lock = threading.Lock()
-
-
 @functools.cache
 def _default() -> Sandbox:
     sandbox = Sandbox(workers=1)
     atexit.register(sandbox.close)
     return sandbox
+
+
+_default_lock = threading.Lock()
 
 
 def run(
@@ -680,14 +1664,9 @@ def run(
 ) -> Result:
     """Runs one program in a sandbox kept for such calls; for many use Sandbox."""
     with _default_lock:
-        return _default().run(
-            program,
-            language,
-            tests,
-            limits=limits,
-            stop_at_failure=stop_at_failure,
-            checker=checker,
-        )
+        sandbox = _default()
+    options = {"limits": limits, "stop_at_failure": stop_at_failure, "checker": checker}
+    return sandbox.run(program, language, tests, **options)
 
 
 # ---------------------------------------------------------------------------------------------
