@@ -14,39 +14,40 @@ the caller, which may hold a model and many threads, is never forked. The helper
 program wrote; whether that is right is decided here, where the expected output stays.
 """
 
-import argparse
-import atexit
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
-import platform
-import queue
 import re
 import resource
 import select
 import shlex
-import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+# A helper runs this file too, and forks at every run: the less it holds, the faster.
+_IN_HELPER = sys.argv[1:] == ["sandbox helper"]
+if not _IN_HELPER:
+    import argparse
+    import atexit
+    import hashlib
+    import queue
+    import shutil
+    import subprocess
+    import tempfile
+    import warnings
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 VERDICTS = (
     "ok",
@@ -95,7 +96,7 @@ class Language:
     env: dict[str, str] = field(default_factory=dict)
     overhead: int = 16  # MB that the runtime itself takes beside the program's own memory
     warm: str = ""  # shell lines that prepare $OUT, later to be found in {cache}
-    sysroot: str = ""  # command printing the prefix of the real tool where PATH has a proxy
+    sysroot: str = ""  # arguments that make the tool print the prefix it is installed in
 
 
 # Without the site module python starts four times faster, but lacks exit() and quit(). The names
@@ -135,7 +136,7 @@ _TABLE = (
         "main.cpp",
         "{box}/main",
         "g++",
-        "g++ -std=gnu++17 -O1 -w -o {box}/main {file}",
+        "g++ -std=gnu++20 -O1 -w -o {box}/main {file}",
         aliases=("c++", "cc", "cxx"),
     ),
     Language(
@@ -166,7 +167,7 @@ _TABLE = (
         "rustc",
         "rustc --edition 2021 -C opt-level=1 -A warnings -o {box}/main {file}",
         aliases=("rs",),
-        sysroot="rustc --print sysroot",
+        sysroot="--print sysroot",
     ),
     Language("ruby", "main.rb", "ruby --disable=gems {box}/main.rb", "ruby", aliases=("rb",)),
     Language("perl", "main.pl", "perl {box}/main.pl", "perl-base", aliases=("pl",)),
@@ -195,24 +196,39 @@ def _tools(language: Language) -> list[str]:
     return [word for word in words if "{" not in word]
 
 
-def _locate(tool: str, language: Language) -> str | None:
+def _open_to_all(path: str) -> bool:
+    """Whether any user may reach the file: root's tools often lie under a closed home."""
+    return all(parent.stat().st_mode & 1 for parent in Path(os.path.realpath(path)).parents)
+
+
+def _candidates(tool: str, language: Language) -> Iterable[str]:
+    """Where a tool is, best place first. A proxy such as rustup's is followed."""
     if tool == "python3":
-        return os.path.realpath(sys.executable)
-    found = next(filter(None, map(shutil.which, tool.split("|"))), None)
-    if found and language.sysroot:
-        prefix = subprocess.run(
-            shlex.split(language.sysroot), capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        inside = Path(prefix.stdout.strip()) / "bin" / tool
-        return str(inside) if inside.exists() else found
-    return found
+        yield os.path.realpath(sys.executable)
+    for name in tool.split("|"):
+        for directory in os.get_exec_path():
+            path = os.path.join(directory, name)
+            if not os.access(path, os.X_OK):
+                continue
+            if language.sysroot:
+                command = [path, *language.sysroot.split()]
+                done = subprocess.run(command, capture_output=True, text=True)
+                inside = os.path.join(done.stdout.strip(), "bin", name)
+                path = inside if os.path.exists(inside) else path
+            yield path
 
 
 @functools.cache
-def toolchain(name: str) -> dict[str, str] | None:
-    """Path of each tool that the language needs; None if one is missing."""
-    language = LANGUAGES[name]
-    paths = {tool: _locate(tool, language) for tool in _tools(language)}
+def toolchain(name: str, level: str = "namespaces") -> dict[str, str] | None:
+    """Path of each tool that a language needs; None if one is missing. Below `namespaces` root's
+    programs, which run as another user, can't use what lies in closed directories."""
+    closed = level == "landlock" and os.geteuid() == 0
+    paths = {}
+    for tool in _tools(LANGUAGES[name]):
+        found = (
+            path for path in _candidates(tool, LANGUAGES[name]) if not closed or _open_to_all(path)
+        )
+        paths[tool] = next(found, None)
     return None if None in paths.values() else paths
 
 
@@ -254,18 +270,18 @@ def _cache_root() -> Path:
 
 
 @functools.cache
-def cache(name: str) -> Path:
+def cache(name: str, level: str = "namespaces") -> Path:
     """Where a language's prepared files are, for this toolchain and these commands."""
-    language, tools = LANGUAGES[name], toolchain(name) or {}
+    language, tools = LANGUAGES[name], toolchain(name, level) or {}
     stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
     key = hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]
     return _cache_root() / f"{name}-{key}"
 
 
 @functools.cache
-def _warm(name: str) -> None:
+def _warm(name: str, level: str) -> None:
     """Prepares a language's cache unless it is there. Raises OSError if that fails."""
-    place, language = cache(name), LANGUAGES[name]
+    place, language = cache(name, level), LANGUAGES[name]
     if place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +379,7 @@ def _receive(sock: socket.socket) -> tuple[dict, list[bytes]]:
 # The kernel, through ctypes
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_ARCH = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
+_ARCH = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 
 # Numbers on x86-64 and 64-bit ARM of what the helper itself calls by number.
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
@@ -640,13 +656,22 @@ def _own_cgroups() -> dict[str, Path]:
     return own
 
 
+def _owner_gone(path: Path) -> bool:
+    """Whether the process whose number is in a name like sandbox-123-abc has ended."""
+    owner = path.name.split("-")[1]
+    return owner.isdigit() and not Path("/proc", owner).exists()
+
+
 def _make_directory(top: Path, own: Path, probe: str) -> Path | None:
     """A new group under the process's own, or else under the nearest parent that allows it."""
     for parent in (own, *own.parents):
         place = parent / f"sandbox-{os.getpid()}"
+        for left in filter(_owner_gone, parent.glob("sandbox-*")):
+            with contextlib.suppress(OSError):
+                left.rmdir()
         with contextlib.suppress(OSError):
             if probe == _GROUP_FILES[2][0]:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # may be on already
                     (parent / "cgroup.subtree_control").write_text("+memory +pids")
             place.mkdir()
             if (place / probe).exists():
@@ -1213,7 +1238,8 @@ class _LandlockWarden(_Warden):
                 os.chown(path, self.uid, self.uid)
         _prctl(_PR_SUBREAPER, 1)
         _prctl(_PR_NO_NEW_PRIVS, 1)
-        self.alone = self.uid or _landlock_version() >= 6
+        self.fenced = self.uid or _landlock_version() >= 6  # off from others' processes
+        self.seccomp = _filter(own_files=not self.uid) if self.fenced else None
 
     def new_box(self) -> None:
         _empty(self.box)
@@ -1237,7 +1263,7 @@ class _LandlockWarden(_Warden):
         writable = [self.tmp] + [self.box] * (step["cwd"] == "box")
         system = [*_SYSTEM, *_etc(), *_VISIBLE]
         _landlock([*system, *self.settings["paths"], self.box], writable)
-        _seccomp(_filter(not self.uid, None if self.alone else os.getpid()))
+        _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid()))
 
     def members(self) -> list[int]:
         return _descendants(os.getpid())
@@ -1264,14 +1290,6 @@ class _BareWarden(_LandlockWarden):
 # The nurse
 
 
-def _sweep(directory: Path) -> None:
-    """Removes what helpers left that were killed before they could."""
-    for path in directory.glob("sandbox-*"):
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
     """The rest of a warden's life."""
     level = settings["level"]
@@ -1296,8 +1314,6 @@ def _helper(fd: int) -> None:
     sock.set_inheritable(False)
     settings, _ = _receive(sock)
     group = _make_group() if settings["cgroups"] else None
-    _sweep(Path(tempfile.gettempdir()))
-    settings["home"] = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-")
     _prctl(_PR_SUBREAPER, 1)
     pid = os.fork()
     if pid == 0:
@@ -1311,7 +1327,9 @@ def _helper(fd: int) -> None:
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
-    shutil.rmtree(settings["home"], ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _empty(settings["home"])
+        os.rmdir(settings["home"])
     if group:
         group.remove()
 
@@ -1375,19 +1393,25 @@ class _Worker:
 
     def __init__(self, level: str, cgroups: bool):
         self.sock, theirs = socket.socketpair()
+        self.home = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-")
         here = Path(__file__).resolve()
         lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
         code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
         library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code],
+                [sys.executable, "-I", "-S", "-c", code, "sandbox helper"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths()}
+        settings = {
+            "level": level,
+            "cgroups": cgroups,
+            "paths": _visible_paths(),
+            "home": self.home,
+        }
         hello, *_ = self.ask(settings, b"", 60, math.inf)
         if hello["level"] is None:
             self.close()
@@ -1415,6 +1439,13 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Removes what was left where caller and helper were killed together."""
+    for path in filter(_owner_gone, Path(tempfile.gettempdir()).glob("sandbox-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 _TRUE = {"argv": ["/bin/true"], "args": [], "env": {}, "cwd": "tmp", "wall": 20, "cpu": 20}
@@ -1451,13 +1482,14 @@ class _Job:
     stop_at_failure: bool
     checker: Checker
     expires: float  # on the monotonic clock
+    level: str
 
     def step(self, line: str, args: Iterable = (), **limits) -> dict:
         """What a helper needs to know to run one of the language's command lines."""
-        tools = toolchain(self.language.name)
+        tools = toolchain(self.language.name, self.level)
         source, stem = _source_name(self.language, self.program)
         fill = {"box": "{box}", "tmp": "{tmp}", "file": "{box}/" + source, "stem": stem}
-        fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name))}
+        fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name, self.level))}
         words = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
         env = {key: value.format_map(fill) for key, value in self.language.env.items()}
         limits["memory"] += self.language.overhead
@@ -1480,7 +1512,7 @@ class _Job:
         request = {"op": "open", "file": name, "step": step}
         result, _ = self.ask(worker, request, self.program, limits.compile_wall)
         if result.verdict == "runtime_error":
-            result = dataclasses.replace(result, verdict="compile_error")
+            result = replace(result, verdict="compile_error")
         return result
 
     def test(self, worker: _Worker, test: dict) -> TestResult:
@@ -1499,7 +1531,7 @@ class _Job:
         request = {"op": "test", "step": step}
         result, stdout = self.ask(worker, request, test.get("stdin", ""), limits.wall)
         if result.verdict == "ok" and not self.checker(test, stdout):
-            result = dataclasses.replace(result, verdict="wrong_answer")
+            result = replace(result, verdict="wrong_answer")
         return result
 
     def ask(self, worker: _Worker, request: dict, text: str, wall: float) -> tuple[TestResult, str]:
@@ -1548,10 +1580,11 @@ class Sandbox:
         if level == "none":
             warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
         self.limits, self.cgroups = limits, cgroups
+        _sweep()
         self.level = level or best_level(cgroups)
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.workers, "sandbox")
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._idle = queue.SimpleQueue()
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -1581,7 +1614,8 @@ class Sandbox:
         Raises ValueError for an unknown language."""
         expires = math.inf if deadline is None else time.monotonic() + deadline
         lang = LANGUAGES[canonical(language)]
-        job = _Job(program, lang, tests, limits or self.limits, stop_at_failure, checker, expires)
+        limits = limits or self.limits
+        job = _Job(program, lang, tests, limits, stop_at_failure, checker, expires, self.level)
         return self._pool.submit(self._grade, job)
 
     def run(self, program: str, language: str, tests: Sequence[dict], **options) -> Result:
@@ -1601,7 +1635,7 @@ class Sandbox:
         return [future.result() for future in _watched(futures, progress)]
 
     def _grade(self, job: _Job) -> Result:
-        if toolchain(job.language.name) is None:
+        if toolchain(job.language.name, self.level) is None:
             return job.result("no_toolchain", message=_missing(job.language))
         result = job.result("internal_error")
         for _ in range(1 + _RETRIES):
@@ -1617,7 +1651,7 @@ class Sandbox:
 
     def _attempt(self, job: _Job) -> Result:
         if job.language.warm:
-            _warm(job.language.name)
+            _warm(job.language.name, self.level)
         if time.monotonic() > job.expires:
             raise _Deadline
         try:
@@ -1633,7 +1667,7 @@ class Sandbox:
         return result
 
 
-def _watched(futures: list[Future], progress: str | None) -> Iterable[Future]:
+def _watched(futures: "list[Future]", progress: str | None) -> "Iterable[Future]":
     if progress is None:
         return futures
     try:
@@ -1650,9 +1684,6 @@ def _default() -> Sandbox:
     return sandbox
 
 
-_default_lock = threading.Lock()
-
-
 def run(
     program: str,
     language: str,
@@ -1663,10 +1694,8 @@ def run(
     checker: Checker = same_lines,
 ) -> Result:
     """Runs one program in a sandbox kept for such calls; for many use Sandbox."""
-    with _default_lock:
-        sandbox = _default()
     options = {"limits": limits, "stop_at_failure": stop_at_failure, "checker": checker}
-    return sandbox.run(program, language, tests, **options)
+    return _default().run(program, language, tests, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1687,7 +1716,7 @@ def _cmd_run(options) -> int:
     language = options.language or by_extension.get(path.suffix[1:], path.suffix[1:])
     tests = [json.loads(line) for line in Path(options.tests).read_text().splitlines() if line]
     result = run(path.read_text(), language, tests)
-    print(json.dumps(dataclasses.asdict(result), indent=1))
+    print(json.dumps(asdict(result), indent=1))
     return 0 if result.passed else 1
 
 
