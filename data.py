@@ -71,10 +71,12 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for f in dataclasses.fields(settings):
-        options = {
-            "default": f.default,
-            "help": f"{f.metadata['help']} (default: {shown(f.default)})",
-        }
+        text = f.metadata["help"]
+        if f.default not in ("", ()) and not isinstance(f.default, bool):
+            text += (
+                f" (default: {' '.join(f.default) if isinstance(f.default, tuple) else f.default})"
+            )
+        options = {"default": f.default, "help": text.replace("%", "%%")}
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
@@ -86,12 +88,6 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def shown(value) -> str:
-    """A default as it stands in --help: tuples as words, the empty value as 'none'."""
-    text = " ".join(value) if isinstance(value, tuple) else str(value)
-    return text.replace("%", "%%") or "none"
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -817,6 +813,75 @@ def emit(function: Function, language: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Roles of the PLs
+
+SFT_CHOICE = ("python", "javascript", "ruby", "go", "c", "java", "cpp")
+UNSEEN_CHOICE = ("php", "perl", "lua", "rust", "tcl", "bash", "awk", "java", "cpp", "c")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The part of each PL: `sft` are shown in SFT, the first of them is the source of RL; `unseen`
+    are in the base model's data alone and only evaluated. DATA/languages.json holds them."""
+
+    sft: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        return self.sft[0]
+
+    @property
+    def everything(self) -> tuple[str, ...]:
+        return self.sft + self.unseen
+
+
+def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
+    """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
+    here = sandbox.installed()
+    absent = [p for p in (*SFT_CHOICE, *UNSEEN_CHOICE) if p not in here]
+    sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
+    unseen = [sandbox.canonical(p) for p in unseen] or [
+        p for p in UNSEEN_CHOICE if p in here and p not in sft
+    ][:4]
+    if both := set(sft) & set(unseen):
+        raise ValueError(
+            f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either"
+        )
+    if lacking := [p for p in (*sft, *unseen) if p not in SNIPPETS]:
+        raise ValueError(
+            f"{', '.join(lacking)}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}"
+        )
+    print(
+        f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}"
+    )
+    if absent:
+        print(
+            f"no toolchain here for {', '.join(dict.fromkeys(absent))}; `python sandbox.py languages` names the packages"
+        )
+    return Roles(tuple(sft), tuple(unseen))
+
+
+def read_roles(folder: str | Path) -> Roles:
+    """The roles in `folder`/languages.json."""
+    path = Path(folder) / "languages.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f'{path}: no such file; write {{"sft": ["python", ...], "unseen": [...]}} into it, the source PL first'
+        )
+    try:
+        raw = json.loads(path.read_text())
+        roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}'
+        ) from None
+    if not roles.sft:
+        raise ValueError(f"{path}: 'sft' is empty; name at least the source PL")
+    return roles
+
+
+# --------------------------------------------------------------------------------------------------
 # The embedded corpus
 
 
@@ -826,6 +891,11 @@ class CorpusSettings:
         "runs/data",
         "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into",
     )
+    sft: tuple = flag(
+        (),
+        "SFT PLs, the source PL of RL first (default: up to four of our choice that have a toolchain here)",
+    )
+    unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
     train: int = flag(6000, "training problems with known wordings, for base and SFT")
     rl: int = flag(600, "RL problems, with reserved wordings")
@@ -904,6 +974,7 @@ def make(s: CorpusSettings) -> None:
         fail(
             f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}"
         )
+    roles = choose_roles(s.sft, s.unseen)
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
     evaluation += make_problems(s, "new", s.eval, True, s.rl_operations, s.new_share)
@@ -913,6 +984,8 @@ def make(s: CorpusSettings) -> None:
     )
     write_records(out / "eval.jsonl.gz", evaluation)
     train_tokenizer(train, s.vocabulary, out)
+    text = json.dumps(dataclasses.asdict(roles)) + "\n"
+    write_atomically(out / "languages.json", lambda path: path.write_text(text))
 
 
 # --------------------------------------------------------------------------------------------------
