@@ -35,8 +35,10 @@ import json
 import math
 import os
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,38 +52,27 @@ IGNORE = -100  # a target that does not count
 CHUNK = 512  # positions per chunk of log-probs: 512 x 128,256 float32 logits are 263 MB
 STRIDE = 8  # decoding steps between two looks at which rows have finished
 PREFILL_TOKENS = 16384  # prompt tokens per prefill pass, which bounds its activations
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---------------------------------------------------------------------------------------------
 # Config
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # fmt: skip
-# What a config.json means when it leaves a field out (LlamaConfig's defaults, not the tiny ones).
-ABSENT = {
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# The only values of these fields that this file computes.
-SUPPORTED = {
-    "model_type": ("llama", None),
-    "architectures": (["LlamaForCausalLM"], None),
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "quantization_config": (None,),
-}
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+# What a config.json means by leaving a field out: LlamaConfig's defaults, which are not ours.
+ABSENT = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+# The one value of each of these fields that this file computes; it may also be absent or null.
+SUPPORTED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
+SUPPORTED |= {"quantization_config": None}
 
 
 @dataclass
 class Config:
-    """Hugging Face's config.json of a LlamaForCausalLM; the defaults are the tiny model (0.85M).
+    """Hugging Face's config.json of a LlamaForCausalLM; the defaults are the tiny model (0.92M).
 
-    Raises ValueError naming the field when the values do not make a model that this file computes.
+    ValueError names the field whose value makes no model that this file computes.
     """
 
     vocab_size: int = 1024
@@ -104,28 +95,23 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads ({self.num_key_value_heads}) must divide "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"num_key_value_heads ({groups}) must divide {heads} attention heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
-        scaling = dict(self.rope_scaling or {})
-        kind = scaling.pop("rope_type", "default")
-        known = {"default": set(), "llama3": LLAMA3_ROPE}.get(kind)
-        if known is None or set(scaling) != known:
+        scaling = self.rope_scaling
+        if scaling and (
+            scaling["rope_type"] != "llama3" or scaling.keys() - {"rope_type"} != LLAMA3_ROPE
+        ):
             raise ValueError(
-                f"rope_scaling is {self.rope_scaling}: use null, or rope_type 'llama3' with exactly "
-                f"{', '.join(sorted(LLAMA3_ROPE))}; other kinds are not implemented"
+                f"rope_scaling is {scaling}: only null, or rope_type 'llama3' with exactly "
+                f"{', '.join(sorted(LLAMA3_ROPE))}, is implemented; choose such a checkpoint"
             )
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Config":
-        """Reads folder/config.json as transformers 4 or 5 wrote it.
-
-        Raises FileNotFoundError, or ValueError naming the file, the field and the mend.
-        """
+        """Reads folder/config.json of transformers 4 or 5; ValueError names file, field and mend."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; give a folder that holds a Llama model")
@@ -136,37 +122,31 @@ class Config:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes folder/config.json in transformers 4's form, which version 5 reads as well."""
-        fields = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-        }
-        text = json.dumps({**fields, **asdict(self)}, indent=2) + "\n"
+        fields = {name: value for name, value in SUPPORTED.items() if value is not None}
+        text = json.dumps(fields | asdict(self), indent=2) + "\n"
         replace_file(Path(folder) / "config.json", lambda path: path.write_text(text))
 
 
 def read_fields(raw: dict) -> dict:
     """The arguments of Config in a parsed config.json; ValueError for what we would get wrong."""
-    for field, values in SUPPORTED.items():
-        if raw.get(field) not in values:
+    for name, value in SUPPORTED.items():
+        if raw.get(name) not in (value, None):
             raise ValueError(
-                f"{field} is {raw[field]!r}, but this model computes {values[0]!r} only; "
-                "choose a plain Llama 3 checkpoint"
+                f"{name} is {raw[name]!r}, but only {value!r} is implemented; "
+                "choose a checkpoint of a plain Llama 3"
             )
-    missing = [field for field in REQUIRED if field not in raw]
-    if missing:
+    if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
     fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw}
     fields["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return {**ABSENT, **fields, **read_rope(raw)}
+    return ABSENT | fields | read_rope(raw)
 
 
 def read_rope(raw: dict) -> dict:
     """rope_theta and rope_scaling, from version 5's `rope_parameters` or version 4's two fields."""
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    kind = rope.pop("type", "default")  # the oldest files say `type`
-    rope.setdefault("rope_type", kind)
+    rope = {"rope_type": rope.pop("type", "default")} | rope  # the oldest files say `type`
     return {"rope_theta": theta, "rope_scaling": rope if rope != {"rope_type": "default"} else None}
 
 
@@ -174,8 +154,13 @@ def read_rope(raw: dict) -> dict:
 # Norm and rotary positions
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is already that: for sums that bfloat16 would spoil."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467, eq. 4)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -183,7 +168,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = wide(x)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
@@ -223,10 +208,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def reference_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax(q k^T / sqrt(d)) v, spelled out in float32: what the fast paths must equal."""
+    """Causal softmax(q k^T / sqrt(d)) v, spelled out and in float32: what the fast paths must equal."""
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))  # (B, H, T, d)
-    scores = q.float() @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    k, v = (wide(x).repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, d)
+    scores = wide(q) @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, T)
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return (scores.masked_fill(future, -math.inf).softmax(-1) @ v).to(q.dtype)
 
@@ -242,13 +227,12 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         width, self.head_dim, self.layer = config.hidden_size, config.head_dim, layer
-        query, key = (
-            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(width, query, bias=False)
-        self.k_proj = nn.Linear(width, key, bias=False)
-        self.v_proj = nn.Linear(width, key, bias=False)
-        self.o_proj = nn.Linear(query, width, bias=False)
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         """x (B, T, D), rope's cos and sin broadcast to (B, H, T, d) -> (B, T, D)."""
@@ -294,10 +278,12 @@ class Block(nn.Module):
 
 
 def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-    """hidden (N, D), weight (V, D), targets (N,) -> log-probs and entropy, both (N,) float32."""
-    logp = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (N, V)
-    entropy = -(logp.exp() * logp).sum(-1).detach()
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+    """hidden (N, D), weight (V, D), targets (N,) -> log-probs and entropy, both (N,), wide."""
+    logp = (wide(F.linear(hidden, weight)) / temperature).log_softmax(-1)  # (N, V)
+    fixed = logp.detach()
+    entropy = -(fixed.exp() * fixed).sum(-1)
+    # The same as a gather, with a cheaper backward pass.
+    return -F.nll_loss(logp, targets, reduction="none"), entropy
 
 
 class Llama(nn.Module):
@@ -310,13 +296,10 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.attention = config, sdpa_attention
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -328,12 +311,12 @@ class Llama(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:  # a norm's weight
-                weight.fill_(1.0)
-                continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            if weight.ndim == 1:  # a norm's
+                weight.fill_(1.0)
+            else:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
         return self
 
     def head(self) -> Tensor:
@@ -354,22 +337,23 @@ class Llama(nn.Module):
         follows tokens[b, : t + 1] or is IGNORE: (logprobs, entropy), both (B, T) float32, of
         targets[b, t] under softmax(logits / temperature), and of that distribution, in nats; zeros
         where ignored. No gradient flows through the entropy. ValueError unless temperature > 0.
+        (A float64 model gives float64 throughout.)
         """
         rope = rope_table(self.config, tokens.shape[1], self.head())
         x = self.hidden(tokens, rope, self.attention)  # (B, T, D)
         if targets is None:
-            return F.linear(self.model.norm(x), self.head()).float()
+            return wide(F.linear(self.model.norm(x), self.head()))
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0 to score tokens, not {temperature}")
         counted = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
-        x = self.model.norm(x.flatten(0, 1)[counted])  # (N, D)
-        chunks = [
-            checkpoint(score_chunk, h, self.head(), t, temperature, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(x.split(CHUNK), targets.flatten()[counted].split(CHUNK), strict=True)
-        ]  # fmt: skip
-        zeros = torch.zeros(targets.numel(), device=tokens.device)
-        logprobs, entropy = (zeros.index_copy(0, counted, torch.cat(x)) for x in zip(*chunks, strict=True))  # fmt: skip
-        return logprobs.view_as(targets), entropy.view_as(targets)
+        x = self.model.norm(x.flatten(0, 1).index_select(0, counted))  # (N, D)
+        chunks = zip(x.split(CHUNK), targets.flatten()[counted].split(CHUNK), strict=True)
+        score = partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
+        scores = torch.cat(
+            [torch.stack(score(h, self.head(), t, temperature)) for h, t in chunks], 1
+        )
+        spread = scores.new_zeros(2, targets.numel()).index_copy(1, counted, scores)  # (2, B T)
+        return spread[0].view_as(targets), spread[1].detach().view_as(targets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,29 +368,31 @@ class Completion:
     logprobs: list[float]  # of each token, under the distribution that it was drawn from
     stopped: bool  # by a stop token, not by max_new_tokens
 
+    def finished(self, max_new_tokens: int) -> bool:
+        return self.stopped or len(self.tokens) == max_new_tokens
+
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None):
     """logits (R, V) -> one token id per row, (R,) int64, and its log-prob, (R,) float32.
 
-    temperature 0 takes the likeliest token, with its log-prob at temperature 1. Else with u uniform
-    in [0, 1), -log u is exponential noise and argmax p_v / -log u_v is a draw from p, without a wait
-    for the device; u = 0 gives infinite noise, so a token that cannot win, never a division by zero.
-    (torch's own exponential_ takes 9 times as long on a CPU.)
+    temperature 0 takes the likeliest token, with its log-prob at temperature 1. Else, with u uniform
+    in [0, 1), -log u is exponential noise, and argmax p / -log u = argmin p / log u is a draw from p.
+    u = 0 makes the noise infinite: that token cannot win, and nothing is divided by zero.
     """
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (R, V)
-    score = logp
-    if temperature > 0:
-        noise = torch.empty_like(logp).uniform_(generator=generator).log_().neg_()
-        score = logp.exp().div_(noise)
-    token = score.argmax(-1)  # (R,)
-    return token, logp.gather(1, token[:, None]).squeeze(1)
+    p = (wide(logits) / (temperature or 1.0)).softmax(-1)  # (R, V)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:  # not torch's exponential_, which takes 9 times as long as uniform_ on a CPU
+        noise = torch.empty_like(p).uniform_(generator=generator).log_()
+        token = (p / noise).argmin(-1)
+    return token, p.gather(1, token[:, None]).squeeze(1).log()
 
 
 class Rows:
-    """The rows being sampled: rows 0 .. n - 1 of a cache that is allocated once.
+    """The rows being sampled: the first n of a cache that is allocated once.
 
-    Each row has its own length; `position` is the column that its newest token will take. Row r sees
-    columns 0 .. position[r], so what a longer or an earlier row left further right is never read.
+    Each row has its own length: it sees columns 0 .. position[r] of the cache, where position[r] is
+    the place of its newest token, and what another row left further right is never read.
     """
 
     def __init__(self, model: Llama, rows: int, length: int):
@@ -417,53 +403,43 @@ class Rows:
         self.v = weight.new_zeros(*shape, length, config.head_dim)  # (layers, R, K, L, d)
         self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.position = torch.zeros_like(self.token)
-        self.index = torch.arange(rows, device=weight.device)
-        self.columns = torch.arange(length, device=weight.device)
         self.rope = rope_table(config, length, weight)
         self.model, self.n = model, 0
 
-    def admit(self, prompts: list[list[int]]) -> None:
-        """Appends a row for each prompt; a run of equal prompts is computed once."""
-        unique = [p for i, p in enumerate(prompts) if i == 0 or p is not prompts[i - 1]]
-        copies, last = [], None
-        for prompt in prompts:
-            copies.append((copies[-1] if copies else -1) + (prompt is not last))
-            last = prompt
-        device = self.token.device
-        longest = max(map(len, unique))
-        size = max(1, PREFILL_TOKENS // longest)
-        copies = torch.tensor(copies, device=device)
-        for start in range(0, len(unique), size):
-            self.prefill(unique[start : start + size], copies, start)
-        rows = slice(self.n, self.n + len(prompts))
-        self.token[rows] = torch.tensor([p[-1] for p in prompts], device=device)
-        self.position[rows] = torch.tensor([len(p) - 1 for p in prompts], device=device)
-        self.n += len(prompts)
+    def admit(self, prompts: list[list[int]], copies: list[int]) -> None:
+        """Appends copies[i] rows for prompt i, which is computed once."""
+        size = max(1, PREFILL_TOKENS // max(map(len, prompts)))
+        for i in range(0, len(prompts), size):
+            self.prefill(prompts[i : i + size], copies[i : i + size])
 
-    def prefill(self, prompts: list[list[int]], copies: Tensor, start: int) -> None:
-        """Fills the cache of the rows that copy prompts start .. start + len(prompts) - 1."""
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=copies.device)
-        mine = ((copies >= start) & (copies < start + len(prompts))).nonzero().squeeze(1)
-        rows, source = self.n + mine, copies[mine] - start
+    def prefill(self, prompts: list[list[int]], copies: list[int]) -> None:
+        """One pass of `admit`. The first `step` feeds a prompt's last token again, for its logits."""
+        device, longest = self.token.device, max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+        source = torch.repeat_interleave(torch.tensor(copies, device=device))  # row -> prompt
+        rows = slice(self.n, self.n + len(source))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, rows, :, :, :longest] = k[source].transpose(2, 3)
+            self.k[layer, rows, ..., :longest] = k.transpose(2, 3)[source]
             self.v[layer, rows, :, :longest] = v[source]
             return self.model.attention(layer, q, k, v)
 
         self.model.hidden(tokens, tuple(x[:longest] for x in self.rope), attend)
+        self.position[rows] = torch.tensor([len(p) - 1 for p in prompts], device=device)[source]
+        self.token[rows] = tokens[source, self.position[rows]]
+        self.n += len(source)
 
     def step(self, length: int) -> Tensor:
         """Feeds each row its newest token; logits (n, V) of the next. length > every position."""
         n, position = self.n, self.position[: self.n]
-        bias = torch.zeros(n, 1, 1, length, dtype=self.k.dtype, device=self.k.device)
-        bias.masked_fill_((self.columns[:length] > position[:, None])[:, None, None], -math.inf)
-        index = self.index[:n]
+        row = torch.arange(n, device=position.device)
+        hide = torch.arange(length, device=position.device) > position[:, None]  # (n, L)
+        bias = torch.zeros(n, 1, 1, length, dtype=self.k.dtype, device=position.device)
+        bias.masked_fill_(hide[:, None, None], -math.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer][index, :, :, position] = k[:, :, 0]
-            self.v[layer][index, :, position] = v[:, :, 0]
+            self.k[layer][row, :, :, position] = k[:, :, 0]
+            self.v[layer][row, :, position] = v[:, :, 0]
             keys, values = self.k[layer, :n, ..., :length], self.v[layer, :n, :, :length]
             q = q.view(n, keys.shape[1], -1, q.shape[-1]) / math.sqrt(q.shape[-1])  # (n, K, G, d)
             weights = (q @ keys + bias).softmax(-1, dtype=torch.float32)  # (n, K, G, L)
@@ -478,43 +454,57 @@ class Rows:
         length = int(self.position[: self.n].max()) + 1
         drawn = []
         for i in range(steps):
-            token, logprob = sample(self.step(length + i), temperature, generator)
-            self.token[: self.n] = token
+            drawn.append(sample(self.step(length + i), temperature, generator))
+            self.token[: self.n] = drawn[-1][0]
             self.position[: self.n] += 1
-            drawn.append((token, logprob))
-        tokens, logprobs = zip(*drawn, strict=True)
-        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+        return tuple(torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
 
     def keep(self, live: list[int]) -> list[int]:
-        """Drops the other rows by moving the last live ones into their places; the new order."""
+        """Drops the other rows; returns the rows that now stand at 0 .. len(live) - 1.
+
+        The last live rows move into the places of the dropped ones, so that the cost is that of the
+        rows that finished and not of those that go on.
+        """
         order = list(range(len(live)))
         holes = sorted(set(order) - set(live))
         tail = [row for row in live if row >= len(live)]
         for hole, row in zip(holes, tail, strict=True):
             order[hole] = row
-        for x, axis in ((self.k, 1), (self.v, 1), (self.token, 0), (self.position, 0)):
-            to, source = (
-                torch.tensor(rows, device=x.device, dtype=torch.int64) for rows in (holes, tail)
-            )
-            x.index_copy_(axis, to, x.index_select(axis, source))
+        self.k[:, holes], self.v[:, holes] = self.k[:, tail], self.v[:, tail]
+        self.token[holes], self.position[holes] = self.token[tail], self.position[tail]
         self.n = len(live)
         return order
 
 
-def check_request(model: Llama, prompts: list[list[int]], max_new_tokens: int, samples: int) -> int:
-    """Columns of cache that the request needs; ValueError for one that cannot be served."""
-    limit = model.config.max_position_embeddings
-    if not prompts or samples < 1 or max_new_tokens < 1:
-        raise ValueError("give at least one prompt, samples >= 1 and max_new_tokens >= 1")
+def check_request(model, prompts, max_new_tokens: int, samples: int, temperature: float) -> None:
+    """Raises ValueError for a request that `generate` cannot serve."""
+    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompts or samples < 1 or temperature < 0 or not 0 < max_new_tokens < limit:
+        raise ValueError(
+            f"{len(prompts)} prompts, {samples=}, {temperature=}, {max_new_tokens=}: give at least "
+            f"one prompt and one sample, a temperature from 0 up, and 1 to {limit - 1} new tokens"
+        )
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} and "
-                f"max_position_embeddings={limit} it may have 1 to {limit - max_new_tokens}"
+                f"prompt {i} has {len(prompt)} tokens: it may have 1 to {limit - max_new_tokens}, "
+                f"max_position_embeddings ({limit}) less max_new_tokens ({max_new_tokens})"
             )
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(f"prompt {i} holds ids outside 0 .. {model.config.vocab_size - 1}")
-    return max(map(len, prompts)) + max_new_tokens
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise ValueError(f"prompt {i} has a token outside 0 .. {vocab - 1}")
+
+
+def collect(drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion]) -> None:
+    """Appends a block of tokens to the rows' completions, cut after the first stop token."""
+    tokens, logprobs = drawn  # (n, steps)
+    stop = torch.isin(tokens, stops)
+    stopped = stop.any(1)
+    count = torch.where(stopped, stop.int().argmax(1) + 1, tokens.shape[1])  # (n,)
+    columns = (x.tolist() for x in (tokens, logprobs, count, stopped))
+    for completion, ids, logps, n, end in zip(into, *columns, strict=True):
+        completion.tokens += ids[:n]
+        completion.logprobs += logps[:n]
+        completion.stopped = end
 
 
 @torch.inference_mode()
@@ -533,48 +523,27 @@ def generate(
 
     temperature 0 is greedy. `generator` lives on the model's device; None is torch's global one.
     progress(n) hears of n newly finished completions (a tqdm bar's `update`). At most `rows` rows
-    are sampled at a time; a finished row makes place for the next. Nothing in the model depends on
-    train or eval mode, so it is left alone. ValueError for a request that cannot be served.
+    are sampled at a time, a finished one making place for the next. The model computes the same in
+    train and eval mode, so its mode is left alone. ValueError for a request it cannot serve.
     """
-    length = check_request(model, prompts, max_new_tokens, samples)
+    check_request(model, prompts, max_new_tokens, samples, temperature)
     done = [Completion([], [], False) for _ in range(len(prompts) * samples)]
-    batch = Rows(model, min(rows, len(done)), length)
+    batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=batch.token.device)
-    admitted, live = 0, []  # live[r]: the completion that row r is writing
-    while admitted < len(done) or live:
-        if (room := min(batch.token.numel() - len(live), len(done) - admitted)) > 0:
-            new = range(admitted, admitted + room)
-            batch.admit([prompts[i // samples] for i in new])
-            live, admitted = live + list(new), admitted + room
+    waiting, live = deque(range(len(done))), []  # live[r]: the completion that row r is writing
+    while waiting or live:
+        new = [waiting.popleft() for _ in range(min(rows - len(live), len(waiting)))]
+        if new:
+            copies = Counter(i // samples for i in new)
+            batch.admit([prompts[i] for i in copies], list(copies.values()))
+            live += new
         steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
-        finished = collect(
-            batch.decode(steps, temperature, generator),
-            stops,
-            [done[i] for i in live],
-            max_new_tokens,
-        )
-        if any(finished):
-            order = batch.keep([r for r, end in enumerate(finished) if not end])
-            live = [live[r] for r in order]
-            if progress:
-                progress(sum(finished))
+        collect(batch.decode(steps, temperature, generator), stops, [done[i] for i in live])
+        going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
+        if progress and len(going) < len(live):
+            progress(len(live) - len(going))
+        live = [live[r] for r in batch.keep(going)]
     return done
-
-
-def collect(
-    drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion], limit: int
-) -> list[bool]:
-    """Appends a block of tokens, each row's cut after its first stop token; which rows are done."""
-    tokens, logprobs = drawn  # (n, steps)
-    stop = torch.isin(tokens, stops)
-    stopped = stop.any(1)
-    count = torch.where(stopped, stop.int().argmax(1) + 1, tokens.shape[1])
-    columns = (x.tolist() for x in (tokens, logprobs, count, stopped))
-    for completion, ids, logps, n, end in zip(into, *columns, strict=True):
-        completion.tokens += ids[:n]
-        completion.logprobs += logps[:n]
-        completion.stopped = end
-    return [c.stopped or len(c.tokens) == limit for c in into]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -584,72 +553,77 @@ def collect(
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes under another name and renames, so that `path` is either the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    write(unfinished)
+    os.replace(unfinished, path)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`."""
+    """The safetensors files that make up the model in `folder`; FileNotFoundError names a gap."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
-    files = [
-        folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    ]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: {index.name} names {', '.join(missing)}; copy these shards too"
-        )
-    return files
+        raise FileNotFoundError(f"{folder}: holds neither {single.name} nor {index.name}")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder}: {index.name} asks for {', '.join(missing)}; fetch them")
+    return [folder / name for name in names]
+
+
+def read_weights(path: Path, shapes: dict, device, dtype) -> tuple[dict, dict[str, str]]:
+    """The tensors of one memory-mapped file that fit `shapes`, and what is wrong with the others."""
+    state, wrong = {}, {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            found, wanted = tuple(file.get_slice(name).get_shape()), shapes.get(name)
+            if found == wanted:
+                # A copy of its own: a view would keep the file mapped, at its odd alignment.
+                state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            else:
+                other = f"config.json says {wanted}" if wanted else "which the model does not have"
+                wrong[name] = f"{found} in {path.name}, {other}"
+    return state, wrong
 
 
 def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face folder: config.json, and safetensors in one file or in shards.
 
-    Tensors go from the memory-mapped file to `device` and `dtype` (None: as stored) one by one.
+    Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: as stored).
     FileNotFoundError for a missing file; ValueError that names every missing, unexpected or
     misshapen tensor, or the file that is cut short.
     """
     folder = Path(folder)
-    config = Config.load(folder)
     with torch.device("meta"):
-        model = Llama(config)
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    state, wrong = {}, []
+        model = Llama(Config.load(folder))
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    twin = {HEAD: shapes[EMBED]} if model.config.tie_word_embeddings else {}
+    state, wrong = {}, {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue  # a second copy of the embeddings
-                    if shape != shapes.get(name):
-                        wrong.append(
-                            f"{name}: {shape} in {path.name}, {tuple(shapes[name])} in config.json"
-                            if name in shapes
-                            else f"{name}: unexpected in {path.name}"
-                        )
-                        continue
-                    state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            found, unfit = read_weights(path, shapes | twin, device, dtype)
         except SafetensorError as error:
             raise ValueError(
-                f"{path}: not a whole safetensors file ({error}); copy it again"
+                f"{path}: not a whole safetensors file ({error}); fetch it again"
             ) from None
-    wrong += [f"{name}: missing" for name in shapes if name not in state]
+        state, wrong = state | found, wrong | unfit
+    wrong |= {name: "missing" for name in shapes if name not in state | wrong}
+    if twin and EMBED in state and not torch.equal(state.pop(HEAD, state[EMBED]), state[EMBED]):
+        wrong[HEAD] = f"differs from {EMBED}, but tie_word_embeddings is true"
     if wrong:
-        raise ValueError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(wrong))
+        lines = [f"  {name}: {what}" for name, what in sorted(wrong.items())]
+        raise ValueError(
+            "\n".join([f"{folder}: weights do not fit config.json; correct either:", *lines])
+        )
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    return model
 
 
 def split_shards(state: dict[str, Tensor], limit: float) -> list[dict[str, Tensor]]:
-    """Consecutive tensors of at most `limit` bytes together, but at least one."""
+    """Consecutive tensors, as many as fit `limit` bytes together, and at least one."""
     shards, room = [], 0
     for name, weight in state.items():
-        if not shards or weight.nbytes > room:
+        if weight.nbytes > room:
             shards.append({})
             room = limit
         shards[-1][name] = weight
@@ -660,34 +634,27 @@ def split_shards(state: dict[str, Tensor], limit: float) -> list[dict[str, Tenso
 def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> None:
     """Writes config.json and safetensors into `folder`, leaving its other files alone.
 
-    A kill at any moment leaves the old model or the new one, never a mixture: a single file is
-    renamed into place; shards get names of their own, and count once their index is renamed into
-    place and a model.safetensors from before, which would win over the index, is gone.
+    Killed at any moment it leaves the old weights or the new ones, never a mixture. A single file is
+    renamed into place. Shards get names that are not in use; they count once their index is renamed
+    into place and a model.safetensors from before, which would win over the index, is gone.
     """
-    folder = Path(folder)
-    state = model.state_dict()
+    folder, state = Path(folder), model.state_dict()
     model.config.torch_dtype = str(model.head().dtype).removeprefix("torch.")
-    before = set(folder.glob("model*.safetensors*"))
+    old = sorted(folder.glob("model*.safetensors*"))  # what a killed save left included
     shards = split_shards(state, shard_bytes)
-    tag = f"-{time.time_ns():x}" if before else ""
-    names = [
-        f"model{tag}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
-    ]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
+    tag = f"-{time.time_ns():x}" if old else ""
+    names = [f"model{tag}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
     model.config.save(folder)
     for name, shard in zip(names, shards, strict=True):
-        tensors = {key: weight.detach().contiguous().cpu() for key, weight in shard.items()}
-        replace_file(
-            folder / name, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"})
-        )
+        tensors = {key: weight.contiguous().cpu() for key, weight in shard.items()}
+        replace_file(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {
-            "metadata": {"total_size": sum(w.nbytes for w in state.values())},
-            "weight_map": places,
-        }
+        size = sum(weight.nbytes for weight in state.values())
+        index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
         names.append("model.safetensors.index.json")
-        replace_file(folder / names[-1], lambda path: path.write_text(json.dumps(index, indent=2)))
-    for path in sorted(before - {folder / name for name in names}):
-        path.unlink()
+        replace_file(folder / names[-1], lambda path: path.write_text(index))
+    for path in old:
+        if path.name not in names:
+            path.unlink(missing_ok=True)  # an .unfinished one may have become a file of ours
