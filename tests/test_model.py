@@ -1,0 +1,602 @@
+"""model.py against transformers' LlamaForCausalLM, plain float64 sums, and itself one row at a time."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import model as model_py
+from model import IGNORE, Config, Llama, generate, load, reference_attention, save
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+
+
+def peer(folder, shard=5_000_000_000, **changes):
+    """A random checkpoint written by transformers, with weights large enough to tell tokens apart."""
+    torch.manual_seed(0)
+    fields = {"initializer_range": 0.2, "tie_word_embeddings": False} | TINY | changes
+    theirs = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    for name, weight in theirs.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is left out or put elsewhere
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    return theirs
+
+
+def tiny(seed=0, scale=10.0, **changes):
+    """Our own random model; `scale` spreads its logits, which a fresh model keeps all near 0."""
+    ours = Llama(Config(**(TINY | {"tie_word_embeddings": True} | changes))).init_weights(seed)
+    with torch.no_grad():
+        for name, weight in ours.named_parameters():
+            weight.mul_(1 if "norm" in name else scale)
+    return ours
+
+
+def ids(*shape, seed=0):
+    return torch.randint(
+        0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def prompts_of(*lengths):
+    return [ids(n, seed=i).tolist() for i, n in enumerate(lengths)]
+
+
+def shifted(tokens):
+    """Each position's next token; the last has none."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The same function as transformers'
+
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "one key/value head": {"num_key_value_heads": 1},
+    "no grouping": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 24},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "llama3 rope": {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_greedy_text_equal_transformers(tmp_path, variant):
+    theirs = peer(tmp_path, **VARIANTS[variant])
+    ours = load(tmp_path)
+    tokens = ids(2, 200)  # far past the 32 positions that the llama3 scaling starts from
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    prompt = tokens[:1, :9]
+    text = theirs.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    [completion] = generate(ours, prompt.tolist(), 24, [], temperature=0)
+    assert completion.tokens == text[0, 9:].tolist()
+
+
+def test_llama3_scaling_matters_where_it_is_tested(tmp_path):
+    plain = peer(tmp_path, **VARIANTS["llama3 rope"] | {"rope_parameters": None})
+    scaled = peer(tmp_path, **VARIANTS["llama3 rope"])
+    with torch.no_grad():
+        gap = (plain(ids(1, 200)).logits - scaled(ids(1, 200)).logits).abs().amax(-1)[0]
+    assert gap[100:].min() > 0.01
+
+
+def test_reference_attention_equals_sdpa_forward_and_backward():
+    ours, tokens = tiny(), ids(2, 33)
+    results = []
+    for attention in (model_py.sdpa_attention, reference_attention):
+        ours.attention = attention
+        ours.zero_grad()
+        logits = ours(tokens)
+        logits.square().mean().backward()
+        results.append([logits] + [weight.grad.clone() for weight in ours.parameters()])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_right_padding_changes_nothing_before_it():
+    ours, tokens = tiny(), ids(1, 20)
+    padded = torch.cat([tokens, ids(1, 30, seed=1)], dim=1)
+    torch.testing.assert_close(ours(padded)[:, :20], ours(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_init_is_deterministic_scaled_and_leaves_the_global_generator_alone():
+    config = Config(num_hidden_layers=8)
+    ours = Llama(config)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    ours.init_weights(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = Llama(config).init_weights(3)
+    assert all(map(torch.equal, ours.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(ours.head(), Llama(config).init_weights(4).head())
+    mlp = ours.model.layers[0].mlp
+    assert mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert (ours.model.norm.weight == 1).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-probs
+
+
+def plain_scores(ours, tokens, targets, temperature):
+    """Log-probs and entropy by a full float64 log_softmax."""
+    logp = (ours(tokens).double() / temperature).log_softmax(-1)
+    counted = targets != IGNORE
+    chosen = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return chosen * counted, -(logp.exp() * logp).sum(-1) * counted
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_and_gradients_equal_a_plain_float64_log_softmax(temperature, tied):
+    ours, tokens = tiny(tie_word_embeddings=tied).double(), ids(3, 40)
+    targets = shifted(tokens)
+    targets[0, :11] = targets[2, 25:] = IGNORE
+    weight = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for score in (ours, lambda *a: plain_scores(ours, *a)):
+        ours.zero_grad()
+        logprobs, entropy = score(tokens, targets, temperature)
+        (logprobs * weight).sum().backward()
+        gradients.append([w.grad.clone() for w in ours.parameters()])
+        if score is ours:
+            kept = logprobs.detach(), entropy
+            assert not entropy.requires_grad
+    for ours_, plain in zip(kept, (logprobs, entropy), strict=True):
+        assert (ours_[targets == IGNORE] == 0).all()
+        torch.testing.assert_close(ours_, plain, atol=1e-10, rtol=1e-10)
+    for ours_, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours_, plain, atol=1e-10, rtol=1e-10)
+
+
+def test_the_chunk_size_changes_nothing(monkeypatch):
+    ours, tokens = tiny(), ids(2, 40)
+    results = []
+    for chunk in (1, 7, 78, 512):
+        monkeypatch.setattr(model_py, "CHUNK", chunk)
+        ours.zero_grad()
+        logprobs, entropy = ours(tokens, shifted(tokens))
+        logprobs.sum().backward()
+        results.append([logprobs.detach(), entropy, ours.head().grad.clone()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_no_tensor_of_all_logits_exists(monkeypatch):
+    monkeypatch.setattr(model_py, "CHUNK", 8)
+    ours, tokens, sizes = tiny(), ids(4, 32), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: sizes.append(x.numel()) or x, lambda x: x
+    ):
+        logprobs, _ = ours(tokens, shifted(tokens))
+    linear, shapes = F.linear, []
+    monkeypatch.setattr(
+        F, "linear", lambda x, w, b=None: shapes.append((*x.shape[:-1], w.shape[0])) or linear(x, w)
+    )
+    ours(tokens, shifted(tokens))[0].sum().backward()
+    logits = [shape for shape in shapes if shape[-1] == TINY["vocab_size"]]
+    assert len(logits) >= 2 * 4 * 31 / 8  # forward, and again in the backward pass
+    assert max(map(math.prod, logits)) == 8 * TINY["vocab_size"]
+    # What the forward pass keeps for the backward pass: nothing with a column per vocabulary entry.
+    assert logprobs.requires_grad and max(sizes) < 4 * 31 * TINY["vocab_size"]
+
+
+def test_scoring_nothing_and_bad_temperature():
+    ours, tokens = tiny(), ids(2, 5)
+    logprobs, entropy = ours(tokens, torch.full_like(tokens, IGNORE))
+    logprobs.sum().backward()  # a rank with nothing to learn still takes part in the all-reduce
+    assert logprobs.abs().sum() == entropy.abs().sum() == 0
+    assert all((weight.grad == 0).all() for weight in ours.parameters())
+    with pytest.raises(ValueError, match="temperature"):
+        ours(tokens, shifted(tokens), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_batched_greedy_equals_one_by_one_with_early_retirement():
+    ours = tiny(rope_scaling=LLAMA3, tie_word_embeddings=False)
+    prompts = prompts_of(3, 40, 1, 17, 29, 8, 5, 61, 2, 33, 12)
+    stops = list(range(0, 96, 16))
+    alone = [generate(ours, [p], 50, stops, temperature=0)[0] for p in prompts]
+    lengths = {len(c.tokens) for c in alone}
+    assert len(lengths) > 4 and 50 in lengths  # some stop early, at different steps, some never
+    for rows in (512, 4, 3):  # 4 and 3: a finished row's place goes to the next prompt
+        together = generate(ours, prompts, 50, stops, temperature=0, rows=rows)
+        assert [c.tokens for c in together] == [c.tokens for c in alone]
+        assert [c.stopped for c in together] == [c.stopped for c in alone]
+    for completion in alone:
+        assert completion.stopped == (completion.tokens[-1] in stops)
+        assert not set(completion.tokens[:-1]) & set(stops)
+        assert len(completion.logprobs) == len(completion.tokens)
+
+
+def test_finished_rows_are_no_longer_computed(monkeypatch):
+    ours, seen = tiny(), []
+    step = model_py.Rows.step
+    monkeypatch.setattr(model_py.Rows, "step", lambda rows, n: seen.append(rows.n) or step(rows, n))
+    generate(ours, prompts_of(*range(2, 30)), 60, list(range(0, 96, 8)))
+    assert seen[0] == 28 and seen[-1] < 14
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampler_log_probs_equal_the_trainers(temperature):
+    ours = tiny(rope_scaling=LLAMA3)
+    prompts = prompts_of(3, 20, 11)
+    generator = torch.Generator().manual_seed(0)
+    done = generate(ours, prompts, 40, [1, 2, 3], temperature, samples=4, generator=generator)
+    for i, completion in enumerate(done):
+        prompt, n = prompts[i // 4], len(completion.tokens)
+        tokens = torch.tensor([prompt + completion.tokens])
+        logprobs, _ = ours(tokens, shifted(tokens), temperature)
+        ours_ = logprobs[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(ours_, torch.tensor(completion.logprobs), atol=1e-4, rtol=0)
+        assert n == 40 or completion.stopped
+
+
+def test_greedy_log_probs_are_at_temperature_1():
+    ours, [prompt] = tiny(), prompts_of(9)
+    [completion] = generate(ours, [prompt], 20, [], temperature=0)
+    tokens = torch.tensor([prompt + completion.tokens])
+    logprobs, _ = ours(tokens, shifted(tokens))
+    torch.testing.assert_close(
+        logprobs[0, 8:-1], torch.tensor(completion.logprobs), atol=1e-4, rtol=0
+    )
+
+
+def test_samples_of_a_prompt_stand_together_and_differ():
+    ours, prompts = tiny(scale=4.0), prompts_of(4, 9, 6)
+    done = generate(ours, prompts, 12, [], samples=5, generator=torch.Generator().manual_seed(0))
+    assert len(done) == 15 and len({tuple(c.tokens) for c in done}) == 15
+    greedy = generate(ours, prompts, 12, [], temperature=0, samples=5)
+    single = generate(ours, prompts, 12, [], temperature=0)
+    assert [c.tokens for c in greedy] == [c.tokens for c in single for _ in range(5)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_softmax(temperature):
+    ours, [prompt] = tiny(scale=14.0), prompts_of(6)
+    n, generator = 20000, torch.Generator().manual_seed(0)
+    done = generate(ours, [prompt], 1, [], temperature, samples=n, generator=generator, rows=n)
+    drawn = torch.tensor([c.tokens[0] for c in done]).bincount(minlength=96)
+    with torch.no_grad():
+        expected = (ours(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1) * n
+    rare = expected < 20  # chi-square wants no tiny cells: one cell for all the rare tokens
+    drawn, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (drawn, expected))
+    freedom = len(expected) - 1
+    statistic = ((drawn - expected) ** 2 / expected).sum().item()
+    assert freedom > 10
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # about one false alarm in 10,000
+
+
+def test_sampling_repeats_with_a_seed_and_leaves_the_mode_and_gradients_usable():
+    ours, prompts = tiny(scale=4.0).train(), prompts_of(4, 9)
+
+    def draw(seed):
+        return generate(
+            ours, prompts, 10, [0], samples=3, generator=torch.Generator().manual_seed(seed)
+        )
+
+    assert draw(1) == draw(1) != draw(2)
+    assert ours.training
+    ours(ids(1, 5), shifted(ids(1, 5)))[0].sum().backward()
+    assert ours.head().grad.abs().sum() > 0
+
+
+def test_progress_hears_of_every_completion_once():
+    heard = []
+    done = generate(
+        tiny(), prompts_of(3, 4, 5), 30, list(range(20)), samples=4, progress=heard.append
+    )
+    assert sum(heard) == len(done) == 12 and 0 not in heard
+
+
+def test_a_stop_token_counts_wherever_the_block_ends():
+    ours, [prompt] = tiny(), prompts_of(7)
+    [free] = generate(ours, [prompt], 30, [], temperature=0)
+    for n in range(1, 31):
+        first = free.tokens.index(free.tokens[n - 1])
+        [cut] = generate(ours, [prompt], 30, [free.tokens[n - 1]], temperature=0)
+        assert cut.stopped and cut.tokens == free.tokens[: first + 1]
+        [short] = generate(ours, [prompt], n, [], temperature=0)
+        assert not short.stopped and short.tokens == free.tokens[:n]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[1], []], {}, "prompt 1 has 0 tokens"),
+        ([[1] * 253], {}, "prompt 0 has 253 tokens: it may have 1 to 252"),
+        ([[1]], {"max_new_tokens": 256}, "max_new_tokens=256"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"samples": 0}, "samples=0"),
+        ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
+        ([[1]], {"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_requests_that_cannot_be_served(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), prompts, **({"max_new_tokens": 4, "stop_ids": []} | options))
+
+
+def test_the_longest_prompt_is_served():
+    [completion] = generate(tiny(), [[1] * 252], 4, [])
+    assert len(completion.tokens) == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shard", [5e9, 2e4], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_round_trip_through_transformers(tmp_path, tied, shard, dtype):
+    rope = {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}
+    peer(tmp_path / "a", int(shard), tie_word_embeddings=tied, **rope)
+    ours, tokens = load(tmp_path / "a", dtype=dtype), ids(2, 60)
+    save(ours, tmp_path / "b", shard)
+    files = sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert (len(files) > 3) == (shard == 2e4)
+    theirs, info = LlamaForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(info.values()) and theirs.dtype == dtype
+    before = LlamaForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype)
+    again = load(tmp_path / "b")
+    assert again.config == ours.config and again.head().dtype == dtype
+    assert ("lm_head.weight" in again.state_dict()) != tied
+    with torch.no_grad():
+        logits = ours(tokens)
+        assert torch.equal(logits, again(tokens))
+        assert torch.equal(theirs(tokens).logits, before(tokens).logits)
+        near = (
+            {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+        )
+        torch.testing.assert_close(logits, theirs(tokens).logits.float(), **near)
+
+
+PUBLISHED = {  # hidden, intermediate, layers, heads, key/value heads, tied, head_dim, parameters
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, True, 64, 1_235_814_400),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, True, 128, 3_212_749_824),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, False, None, 8_030_261_248),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, False, None, 70_553_706_496),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(tmp_path, name):
+    hidden, inner, layers, heads, groups, tied, head_dim, count = PUBLISHED[name]
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": groups,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0",
+        "use_cache": True,
+        "vocab_size": 128256,
+    } | ({"head_dim": head_dim} if head_dim else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = Config.load(tmp_path)
+    assert config.rope_theta == 500000.0 and config.rope_scaling["factor"] == 8.0
+    assert config.head_dim == (head_dim or hidden // heads)
+    assert config.eos_token_id == [128001, 128008, 128009]
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Llama(config).parameters()) == count
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value != "drop"}))
+
+
+def test_both_styles_of_rope_fields_mean_the_same(tmp_path):
+    peer(tmp_path, rope_parameters=LLAMA3 | {"rope_theta": 7000.0})
+    new = Config.load(tmp_path)
+    assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
+    edit_config(tmp_path, rope_parameters="drop", rope_theta=7000.0, rope_scaling=LLAMA3)
+    old = Config.load(tmp_path)
+    assert old == new and old.rope_scaling == LLAMA3 and old.rope_theta == 7000.0
+    edit_config(
+        tmp_path, rope_scaling={"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}
+    )
+    assert Config.load(tmp_path) == new
+
+
+def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "llama"}
+            | {k: v for k, v in TINY.items() if "key" not in k and "max" not in k}
+        )
+    )
+    ours, theirs = Config.load(tmp_path), LlamaConfig.from_pretrained(tmp_path)
+    for field in dataclasses.fields(ours):
+        if field.name not in ("rope_theta", "rope_scaling", "torch_dtype"):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling is .*yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"vocab_size": "drop"}, "vocab_size missing"),
+    ],
+)
+def test_a_config_we_would_get_wrong_is_refused(tmp_path, changes, message):
+    peer(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load(tmp_path)
+    Config().save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load(tmp_path)
+    save(tiny(), tmp_path, shard_bytes=2e4)
+    shard = sorted(tmp_path.glob("model-*"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [5e9, 2e4])
+def test_every_wrong_tensor_is_named(tmp_path, shard):
+    save(tiny(), tmp_path, shard)
+    for path in tmp_path.glob("*.safetensors"):
+        state = load_file(path)
+        state.pop("model.layers.1.mlp.up_proj.weight", None)
+        state.pop("model.layers.1.mlp.up_proj.weight2", None)
+        if "model.norm.weight" in state:
+            state["model.norm.weight"] = torch.ones(31)
+            state["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32)
+        save_file(state, path)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    text = str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight: missing" in text
+    assert "model.norm.weight: (31,) in" in text and "config.json says (32,)" in text
+    assert "model.layers.2.mlp.up_proj.weight: (48, 32) in" in text
+    assert text.count("\n") == 3  # and nothing else
+
+
+def test_a_second_copy_of_tied_embeddings_must_be_equal(tmp_path):
+    save(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, path)
+    assert "lm_head.weight" not in load(tmp_path).state_dict()
+    state["lm_head.weight"][3, 5] += 1
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"lm_head\.weight: differs"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path):
+    save(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
+        load(tmp_path)
+
+
+def test_loaded_weights_are_trainable_and_their_own(tmp_path):
+    save(tiny(), tmp_path)
+    ours = load(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for weight in ours.parameters():
+            assert weight.requires_grad and weight.device.type == "cpu"
+            weight.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert load(tmp_path, dtype=torch.float64).head().dtype == torch.float64
+
+
+def same(a, b):
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("before", [5e9, 2e4], ids=["single before", "sharded before"])
+@pytest.mark.parametrize("after", [5e9, 2e4], ids=["single after", "sharded after"])
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(
+    tmp_path, monkeypatch, before, after
+):
+    """Killed before each of its renames and removals in turn, and halfway through each file."""
+    old, new = tiny(seed=1), tiny(seed=2)
+    replace, unlink, calls, outcomes = os.replace, os.unlink, [], []
+
+    def dying(action):
+        def act(*paths, **options):
+            calls.append(action)
+            if len(calls) == limit:
+                if action is replace:
+                    os.truncate(paths[0], os.path.getsize(paths[0]) // 2)
+                raise Killed
+            return action(*paths, **options)
+
+        return act
+
+    for limit in range(1, 100):
+        folder = tmp_path / str(limit)
+        save(old, folder, before)
+        (folder / "tokenizer.json").write_text("theirs")
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying(replace))
+            patch.setattr(
+                type(folder), "unlink", lambda path, missing_ok=False: dying(unlink)(path)
+            )
+            try:
+                save(new, folder, after)
+                finished = True
+            except Killed:
+                finished = False
+        found = load(folder)
+        assert same(found, old) or same(found, new)
+        outcomes.append(same(found, new))
+        save(new, folder, after)  # and the next save repairs what is left
+        assert same(load(folder), new)
+        assert (folder / "tokenizer.json").read_text() == "theirs"
+        expected = {"config.json", "tokenizer.json", "model.safetensors"} if after == 5e9 else None
+        assert not expected or {path.name for path in folder.iterdir()} == expected
+        assert not list(folder.glob("*.unfinished"))
+        if finished:
+            break
+    assert outcomes == sorted(outcomes) and outcomes[-1] and not outcomes[0]
