@@ -83,20 +83,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Language:
-    """How to build and run programs of one language. In the commands {box} is the program's
-    directory, {file} its source and {mb} the memory limit; a|b is the first of the two found."""
+    """How to build and run programs of one language.
+
+    In the command lines {box} is the program's directory, {file} its source, {stem} its class or
+    unit, {tmp} a scratch directory, {cache} what `warm` prepared and {mb} the memory limit.
+    a|b is the first of the two that is found; && joins lines."""
 
     name: str
     file: str
     run: str
-    package: str  # the Debian package that brings the toolchain; "" where Debian has none
+    version: str  # command that prints the version
+    package: str  # the Debian packages that bring the toolchain; "" where Debian has none
     compile: str = ""
     aliases: tuple[str, ...] = ()  # as in Markdown fences
-    version: str = "--version"  # arguments that make the first tool print its version
     env: dict[str, str] = field(default_factory=dict)
     overhead: int = 16  # MB that the runtime itself takes beside the program's own memory
-    warm: str = ""  # shell lines that prepare $OUT, later to be found in {cache}
-    sysroot: str = ""  # arguments that make the tool print the prefix it is installed in
+    warm: str = ""  # shell lines that prepare $OUT, which {cache} and $CACHE will be
+    named: str = ""  # pattern of the name in the program that the file must have
+    sysroot: str = ""  # arguments that make a tool print the prefix of the one it stands for
 
 
 # Without the site module python starts four times faster, but lacks exit() and quit(). The names
@@ -106,77 +110,118 @@ _PYTHON = (
     '__import__("sys").argv.pop(0); __file__ = __import__("sys").argv[0];'
     'exec(compile(open(__file__, "rb").read(), __file__, "exec"))'
 )
+_JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto"
+_JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m"
+_JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": f"{_JAVA} -Xss256m -Xmx{{mb}}m"}
+_CPP = "g++ -std=gnu++20 -O1 -w"
+_GO_PACKAGES = "{{if .Export}}packagefile {{.ImportPath}}={{.Export}}{{end}}"
 
+# fmt: off
 _TABLE = (
-    Language(
-        "python",
-        "main.py",
-        f"python3 -I -S -B -c {shlex.quote(_PYTHON)} {{box}}/main.py",
-        "python3",
-        aliases=("py", "python3"),
-    ),
-    Language(
-        "javascript",
-        "main.js",
-        "node {box}/main.js",
-        "nodejs",
-        aliases=("js", "node"),
-        overhead=128,
-    ),
-    Language(
-        "c",
-        "main.c",
-        "{box}/main",
-        "gcc",
-        "gcc -std=gnu17 -O1 -w -o {box}/main {file} -lm",
-        aliases=("h",),
-    ),
-    Language(
-        "cpp",
-        "main.cpp",
-        "{box}/main",
-        "g++",
-        "g++ -std=gnu++20 -O1 -w -o {box}/main {file}",
-        aliases=("c++", "cc", "cxx"),
-    ),
-    Language(
-        "java",
-        "Main.java",
-        "java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto -Xss256m -Xmx{mb}m"
-        " -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m -cp {box} {stem}",
-        "default-jdk-headless",
-        "javac -J-XX:TieredStopAtLevel=1 -J-XX:+UseSerialGC -proc:none -nowarn -d {box} {file}",
-        version="-version",
-        overhead=256,
-    ),
-    Language(
-        "go",
-        "main.go",
-        "{box}/main",
-        "golang-go",
-        "go build -o {box}/main {file}",
-        aliases=("golang",),
-        version="version",
-        env={"GO111MODULE": "off", "CGO_ENABLED": "0"},
-        overhead=64,
-    ),
-    Language(
-        "rust",
-        "main.rs",
-        "{box}/main",
-        "rustc",
-        "rustc --edition 2021 -C opt-level=1 -A warnings -o {box}/main {file}",
-        aliases=("rs",),
-        sysroot="--print sysroot",
-    ),
-    Language("ruby", "main.rb", "ruby --disable=gems {box}/main.rb", "ruby", aliases=("rb",)),
-    Language("perl", "main.pl", "perl {box}/main.pl", "perl-base", aliases=("pl",)),
-    Language("php", "main.php", "php -n {box}/main.php", "php-cli"),
-    Language("lua", "main.lua", "lua5.4|lua5.3|lua {box}/main.lua", "lua5.4", version="-v"),
-    Language("bash", "main.sh", "bash {box}/main.sh", "bash", aliases=("sh", "shell")),
-    Language("awk", "main.awk", "gawk -f {box}/main.awk", "gawk", aliases=("gawk",)),
-    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tcl", version=""),
+    Language("python", "main.py", f"python3 -I -S -B -c {shlex.quote(_PYTHON)} {{box}}/main.py",
+             "python3 --version", "python3", aliases=("py", "python3")),
+    Language("javascript", "main.js", "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js",
+             "node --version", "nodejs", aliases=("js", "node"), overhead=128),
+    Language("typescript", "main.ts", "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js",
+             "esbuild --version", "esbuild nodejs",
+             "esbuild --log-level=error --outfile={box}/main.js {file}", aliases=("ts",), overhead=128),
+    Language("c", "main.c", "{box}/main", "gcc --version", "gcc libc6-dev",
+             "gcc -std=gnu17 -O1 -w -o {box}/main {file} -lm", aliases=("h",)),
+    Language("cpp", "main.cpp", "{box}/main", "g++ --version", "g++",
+             f"{_CPP} -I{{cache}} -o {{box}}/main {{file}}", aliases=("c++", "cc", "cxx"),
+             warm=f"mkdir $OUT/bits; echo '#include <bits/stdc++.h>' > all.h\n"
+                  f"{_CPP} -x c++-header -o $OUT/bits/stdc++.h.gch all.h"),
+    Language("java", "Main.java", f"java {_JAVA} {_JAVA_SIZES} -cp {{box}} {{stem}}",
+             "javac -version", "default-jdk-headless",
+             "javac -J-XX:SharedArchiveFile={cache}/javac.jsa -J-XX:TieredStopAtLevel=1 -J-XX:+UseSerialGC"
+             " -J-XX:-UsePerfData -proc:none -nowarn -d {box} {file}",
+             overhead=256, named=r"^\s*public\s+(?:\w+\s+)*?(?:class|record|enum|interface)\s+(\w+)",
+             warm="echo 'import java.util.*; public class Main { public static void main(String[] a) {"
+                  " System.out.println(new Scanner(System.in).nextInt() + List.of(a).size()); } }' > Main.java\n"
+                  "javac -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -J-XX:TieredStopAtLevel=1"
+                  " -J-XX:+UseSerialGC -J-XX:-UsePerfData -proc:none -nowarn -d . Main.java"),
+    Language("go", "main.go", "{box}/main", "go version", "golang-go",
+             "{cache}/compile -p main -c=1 -importcfg {cache}/packages -o {box}/main.o {file}"
+             " && {cache}/link -s -w -importcfg {cache}/packages -o {box}/main {box}/main.o",
+             aliases=("golang",), env={"GOMEMLIMIT": "{mb}MiB"}, overhead=32,
+             warm="export GOCACHE=$OUT/build GO111MODULE=off GOPATH=/usr/share/gocode GOFLAGS= CGO_ENABLED=0\n"
+                  "assert=github.com/stretchr/testify/assert; test -d $GOPATH/src/$assert || assert=\n"
+                  f"go list -export -deps -f '{_GO_PACKAGES}' std $assert > all\n"
+                  'sed "s|$OUT|$CACHE|" all > $OUT/packages; test -s $OUT/packages\n'
+                  "ln -s $(go env GOTOOLDIR)/compile $(go env GOTOOLDIR)/link $OUT"),
+    Language("rust", "main.rs", "{box}/main", "rustc --version", "rustc",
+             "rustc --edition 2021 -C opt-level=1 -A warnings -o {box}/main {file}",
+             aliases=("rs",), sysroot="--print sysroot"),
+    Language("ruby", "main.rb", "ruby --disable=gems {box}/main.rb", "ruby --version", "ruby", aliases=("rb",)),
+    Language("perl", "main.pl", "perl {box}/main.pl", "perl --version", "perl", aliases=("pl",)),
+    Language("php", "main.php", "php -n -d memory_limit={mb}M -d display_errors=stderr {box}/main.php",
+             "php --version", "php-cli"),
+    Language("lua", "main.lua", "lua5.4|lua5.3|lua|luajit {box}/main.lua", "lua5.4|lua5.3|lua|luajit -v", "lua5.4"),
+    Language("bash", "main.sh", "bash {box}/main.sh", "bash --version", "bash", aliases=("sh", "shell")),
+    Language("awk", "main.awk", "gawk|mawk|awk -f {box}/main.awk", "gawk|mawk|awk -W version", "gawk",
+             aliases=("gawk",)),
+    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tclsh {version}", "tcl"),
+    Language("csharp", "main.cs", "mono {box}/main.exe", "mono --version", "mono-mcs mono-runtime",
+             "mcs -optimize+ -warn:0 -r:System.Numerics.dll -out:{box}/main.exe {file}", aliases=("cs", "c#"),
+             env={"MONO_GC_PARAMS": "max-heap-size={mb}m", "MONO_SHARED_DIR": "{tmp}"}, overhead=64),
+    Language("haskell", "main.hs", "{box}/main", "ghc --version", "ghc",
+             "ghc -v0 -O0 -outputdir {tmp} -o {box}/main {file}", aliases=("hs",)),
+    Language("ocaml", "main.ml", "{box}/main", "ocamlopt -version", "ocaml-nox",
+             "ocamlopt -w -a unix.cmxa str.cmxa -o {box}/main {file}", aliases=("ml",)),
+    Language("r", "main.R", "Rscript --vanilla {box}/main.R", "Rscript --version", "r-base-core", overhead=64),
+    Language("racket", "main.rkt", "racket {box}/main.rkt", "racket --version", "racket", aliases=("rkt",),
+             overhead=128),
+    Language("commonlisp", "main.lisp", "sbcl --dynamic-space-size {mb}MB --script {box}/main.lisp",
+             "sbcl --version", "sbcl", aliases=("lisp", "common-lisp", "cl"), overhead=64),
+    Language("scheme", "main.scm", "guile --no-auto-compile -s {box}/main.scm", "guile --version", "guile-3.0",
+             aliases=("scm", "guile"), overhead=64),
+    Language("d", "main.d", "{box}/main", "ldc2 --version", "ldc",
+             "ldc2 -O1 -od={tmp} -of={box}/main {file}", aliases=("dlang",)),
+    Language("ada", "main.adb", "{box}/main", "gnatmake --version", "gnat",
+             "gnatmake -q -D {tmp} -o {box}/main {file}", named=r"^\s*procedure\s+(\w+)\s+is\b", aliases=("adb",)),
+    Language("fortran", "main.f90", "{box}/main", "gfortran --version", "gfortran",
+             "gfortran -O1 -w -o {box}/main {file}", aliases=("f90",)),
+    Language("pascal", "main.pas", "{box}/main", "fpc -iV", "fp-compiler fp-units-base fp-units-rtl",
+             "fpc -v0e -l- -O1 -o{box}/main {file}", aliases=("pas", "delphi")),
+    Language("erlang", "main.erl", "escript {box}/main.erl", "erl -noshell -eval"
+             " 'io:put_chars(erlang:system_info(otp_release)),io:put_chars(\".0\"),halt().'",
+             "erlang-base", aliases=("erl",), env={"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}, overhead=64),
+    Language("elixir", "main.exs", "elixir {box}/main.exs", "elixir --version", "elixir", aliases=("ex", "exs"),
+             env={"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}, overhead=128),
+    Language("prolog", "main.pro", "swipl -q --on-error=halt -t halt {box}/main.pro", "swipl --version",
+             "swi-prolog-nox", aliases=("pro", "swipl"), env={"LANG": "C.UTF-8"}),
+    Language("nim", "main.nim", "{box}/main", "nim --version", "nim",
+             "nim c --hints:off --warnings:off --verbosity:0 --nimcache:{tmp}/nim -o:{box}/main {file}"),
+    Language("kotlin", "main.kt", "kotlin -cp {box} MainKt", "kotlinc -version", "kotlin",
+             "kotlinc -nowarn -d {box} {file}", aliases=("kt",), env=_JVM, overhead=256),
+    Language("scala", "main.scala", "scala -cp {box} {stem}", "scalac -version", "scala",
+             "scalac -nowarn -d {box} {file}", named=r"^\s*object\s+(\w+)", env=_JVM, overhead=256),
+    Language("clojure", "main.clj", "clojure {box}/main.clj", "clojure -e (clojure-version)", "clojure",
+             aliases=("clj",), env=_JVM, overhead=256),
+    Language("octave", "main.m", "octave-cli -q --no-init-file --no-history {box}/main.m",
+             "octave-cli --version", "octave", aliases=("matlab", "m"), overhead=128),
+    Language("sql", "main.sql", "sqlite3 -batch -bail :memory: '.read {box}/main.sql'", "sqlite3 --version",
+             "sqlite3", aliases=("sqlite",)),
+    Language("crystal", "main.cr", "{box}/main", "crystal --version", "crystal",
+             "crystal build --no-color --error-trace -o {box}/main {file}", aliases=("cr",),
+             env={"CRYSTAL_CACHE_DIR": "{tmp}"}),
+    Language("cobol", "main.cob", "{box}/main", "cobc --version", "gnucobol3",
+             "cobc -x -free -w -o {box}/main {file}", aliases=("cob",)),
+    Language("forth", "main.fs", "gforth {box}/main.fs -e bye", "gforth --version", "gforth"),
+    Language("raku", "main.raku", "raku|rakudo {box}/main.raku", "raku|rakudo --version", "rakudo",
+             aliases=("perl6",), overhead=128),
+    Language("coffeescript", "main.coffee", "coffee {box}/main.coffee", "coffee --version", "coffeescript",
+             aliases=("coffee",), overhead=128),
+    Language("julia", "main.jl", "julia --startup-file=no --compile=min -O0 {box}/main.jl", "julia --version", "",
+             aliases=("jl",), overhead=256),
+    Language("swift", "main.swift", "{box}/main", "swiftc --version", "",
+             "swiftc -module-cache-path {tmp} -o {box}/main {file}"),
+    Language("zig", "main.zig", "{box}/main", "zig version", "",
+             "zig build-exe --cache-dir {tmp} --global-cache-dir {tmp} -femit-bin={box}/main {file}"),
+    Language("dart", "main.dart", "{box}/main", "dart --version", "",
+             "dart compile exe -o {box}/main {file}"),
 )
+# fmt: on
 LANGUAGES: dict[str, Language] = {language.name: language for language in _TABLE}
 _NAMES = {alias: lang.name for lang in _TABLE for alias in (lang.name, *lang.aliases)}
 
@@ -190,10 +235,16 @@ def canonical(name: str) -> str:
         raise ValueError(f"unknown language {name!r}; known: {', '.join(LANGUAGES)}") from None
 
 
+def _commands(line: str) -> list[list[str]]:
+    """The words of each command of a line."""
+    return [shlex.split(command) for command in line.split("&&") if command]
+
+
 def _tools(language: Language) -> list[str]:
     """The commands that the language's lines begin with, but for the program itself."""
-    words = [shlex.split(line)[0] for line in (language.compile, language.run) if line]
-    return [word for word in words if "{" not in word]
+    lines = (language.version, language.compile, language.run)
+    words = [command[0] for line in lines for command in _commands(line)]
+    return list(dict.fromkeys(word for word in words if "{" not in word))
 
 
 def _open_to_all(path: str) -> bool:
@@ -236,15 +287,15 @@ def _version(name: str) -> str | None:
     tools = toolchain(name)
     if tools is None:
         return None
-    command = [next(iter(tools.values())), *LANGUAGES[name].version.split()]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "?"
-    found = re.search(r"\d+(\.\d+)+\w*", done.stdout + done.stderr)
-    return found[0] if found else "?"
+    tool, *arguments = _commands(LANGUAGES[name].version)[0]
+    settings = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "timeout": 30}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(
+            [tools[tool], *arguments], stdout=subprocess.PIPE, **settings
+        ).stdout
+        if found := re.search(rb"\d+(\.\d+)+\w*", output):
+            return found[0].decode()
+    return "?"
 
 
 @functools.cache
@@ -852,7 +903,11 @@ class _Warden:
             return self.execute(request["step"], blob)
         self.new_box()
         Path(self.box, request["file"]).write_bytes(blob)
-        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, ())
+        answer: tuple[dict, tuple] = {"verdict": "ok"}, ()
+        for step in request["steps"]:
+            answer = self.execute(step, b"")
+            if answer[0]["verdict"] != "ok":
+                break
         self.close_box()
         return answer
 
@@ -1338,8 +1393,8 @@ def _helper(fd: int) -> None:
 # The caller's side
 
 LEVELS = ("namespaces", "landlock", "none")
+_ENV_PATH = dict.fromkeys(("/usr/local/bin", "/usr/bin", "/bin"))
 _ENV = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "{tmp}",
     "TMPDIR": "{tmp}",
     "LANG": "C.UTF-8",
@@ -1369,19 +1424,39 @@ def _home_of(tool: str) -> str | None:
 @functools.cache
 def _visible_paths() -> list[str]:
     """Directories outside the system's that toolchains live in, none inside another."""
+    with contextlib.suppress(OSError):
+        _cache_root().mkdir(parents=True, exist_ok=True)  # what is prepared later shall show too
     tools = [tool for name in LANGUAGES for tool in (toolchain(name) or {}).values()]
     homes = sorted({home for tool in tools if (home := _home_of(tool))} | {str(_cache_root())})
     return [path for path in homes if not any(path.startswith(f"{other}/") for other in homes)]
 
 
 def _source_name(language: Language, program: str) -> tuple[str, str]:
-    """File name and main class; Java ties both to the program's text."""
-    if language.name != "java":
+    """File name and stem; some languages tie both to a name in the program."""
+    named = language.named and re.search(language.named, program, re.M)
+    if not named:
         return language.file, Path(language.file).stem
-    kinds = r"(?:class|record|enum|interface)"
-    public = re.search(rf"^\s*public\s+(?:\w+\s+)*?{kinds}\s+(\w+)", program, re.M)
-    name = public[1] if public else "Main"
-    return f"{name}.java", name
+    name = named[1].lower() if language.name == "ada" else named[1]
+    return name + Path(language.file).suffix, name
+
+
+def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
+    """The program, and flags for its compiler: one that has unit tests and no main function, in
+    a language where tests are not programs, is made to run its tests."""
+    if (
+        language.name == "rust"
+        and "#[test]" in program
+        and not re.search(r"\bfn\s+main\b", program)
+    ):
+        return program, " --test"
+    if language.name == "go" and not re.search(r"^func\s+main\b", program, re.M):
+        tests = re.findall(r"^func\s+(Test\w*)\s*\(\w+\s+\*testing\.T\)", program, re.M)
+        listed = ",".join(f'{{"{name}", {name}}}' for name in tests)
+        if tests:
+            match_all = "func(_, _ string) (bool, error) { return true, nil }"
+            call = f"testing.Main({match_all}, []testing.InternalTest{{{listed}}}, nil, nil)"
+            program += f"\nfunc main() {{ {call} }}\n"
+    return program, ""
 
 
 def _text(data: bytes) -> str:
@@ -1484,40 +1559,45 @@ class _Job:
     expires: float  # on the monotonic clock
     level: str
 
-    def step(self, line: str, args: Iterable = (), **limits) -> dict:
+    def steps(self, line: str, args: Iterable = (), **limits) -> list[dict]:
         """What a helper needs to know to run one of the language's command lines."""
         tools = toolchain(self.language.name, self.level)
         source, stem = _source_name(self.language, self.program)
         fill = {"box": "{box}", "tmp": "{tmp}", "file": "{box}/" + source, "stem": stem}
         fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name, self.level))}
-        words = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
-        env = {key: value.format_map(fill) for key, value in self.language.env.items()}
-        limits["memory"] += self.language.overhead
-        return {"argv": words, "args": [str(arg) for arg in args], "env": {**_ENV, **env}, **limits}
+        places = dict.fromkeys(map(os.path.dirname, tools.values())) | _ENV_PATH
+        env = {**_ENV, "PATH": ":".join(places), **self.language.env}
+        step = {**limits, "args": [str(arg) for arg in args]}
+        step["env"] = {key: value.format_map(fill) for key, value in env.items()}
+        step["memory"] += self.language.overhead
+        lines = [
+            [tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)
+        ]
+        return [{**step, "argv": words} for words in lines]
 
     def compile(self, worker: _Worker) -> TestResult:
-        limits, step = self.limits, None
-        if self.language.compile:
-            step = self.step(
-                self.language.compile,
-                cwd="box",
-                wall=limits.compile_wall,
-                cpu=limits.compile_wall * 2,
-                memory=limits.compile_memory,
-                output=1 << 20,
-                processes=max(limits.processes, 256),
-                files=256,
-            )
-        name, _ = _source_name(self.language, self.program)
-        request = {"op": "open", "file": name, "step": step}
-        result, _ = self.ask(worker, request, self.program, limits.compile_wall)
+        limits, language = self.limits, self.language
+        program, flags = _with_test_runner(language, self.program)
+        steps = self.steps(
+            language.compile + flags,
+            cwd="box",
+            wall=limits.compile_wall,
+            cpu=limits.compile_wall * 2,
+            memory=limits.compile_memory,
+            output=1 << 20,
+            processes=max(limits.processes, 256),
+            files=256,
+        )
+        name, _ = _source_name(language, program)
+        request = {"op": "open", "file": name, "steps": steps}
+        result, _ = self.ask(worker, request, program, limits.compile_wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
         return result
 
     def test(self, worker: _Worker, test: dict) -> TestResult:
         limits = self.limits
-        step = self.step(
+        (step,) = self.steps(
             self.language.run,
             test.get("args", ()),
             cwd="tmp",
