@@ -73,14 +73,13 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
     for f in dataclasses.fields(settings):
         text = f.metadata["help"]
         if f.default not in ("", ()) and not isinstance(f.default, bool):
-            text += (
-                f" (default: {' '.join(f.default) if isinstance(f.default, tuple) else f.default})"
-            )
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text += f" (default: {shown})"
         options = {"default": f.default, "help": text.replace("%", "%%")}
         if isinstance(f.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
-            options.update(nargs="*", metavar=f.name.upper())
+            options.update(nargs="*", type=f.metadata.get("type", str), metavar=f.name.upper())
         else:
             options.update(type=type(f.default), choices=f.metadata.get("choices"))
             if not options["choices"]:
@@ -1150,19 +1149,20 @@ class Mixture:
             return base(self, i, rng)
         return MIXTURES[self.name](self, i, rng)
 
-    def pick(self, i: int, count: int, salt: str) -> int:
-        """Item i of an endless sequence of shuffled passes over range(count)."""
-        return _shuffle(f"{self.seed} {salt} {i // count}", count)[i % count]
-
 
 @functools.lru_cache(maxsize=8)
 def _shuffle(seed: str, count: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
+def pick(seed: str, i: int, count: int) -> int:
+    """Item i of an endless sequence of passes over range(count), each shuffled anew."""
+    return _shuffle(f"{seed} {i // count}", count)[i % count]
+
+
 def base(m: Mixture, i: int, rng: random.Random) -> Example:
     """A stand-in for pre-training: a document of one PL; a share `statements` begins with a statement."""
-    at = m.pick(i, len(m.records) * len(m.everything), "base")
+    at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
@@ -1172,21 +1172,23 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
 
 def source(m: Mixture, i: int, rng: random.Random) -> Example:
     """The source PL only."""
-    return example(m.tokenizer, m.records[m.pick(i, len(m.records), "sft")], m.sft[:1], "source")
+    return example(
+        m.tokenizer, m.records[pick(f"{m.seed} sft", i, len(m.records))], m.sft[:1], "source"
+    )
 
 
 def multi(m: Mixture, i: int, rng: random.Random) -> Example:
     """All SFT PLs, but each problem in one of them only."""
-    at = m.pick(i, len(m.records), "sft")
+    at = pick(f"{m.seed} sft", i, len(m.records))
     return example(m.tokenizer, m.records[at], [m.sft[at % len(m.sft)]], "multi")
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     """Each problem in all SFT PLs: as separate examples, or with `in_context` in one answer."""
     if m.in_context:
-        record = m.records[m.pick(i, len(m.records), "sft")]
+        record = m.records[pick(f"{m.seed} sft", i, len(m.records))]
         return example(m.tokenizer, record, rng.sample(m.sft, len(m.sft)), "parallel")
-    at = m.pick(i, len(m.records) * len(m.sft), "sft")
+    at = pick(f"{m.seed} sft", i, len(m.records) * len(m.sft))
     return example(m.tokenizer, m.records[at // len(m.sft)], [m.sft[at % len(m.sft)]], "parallel")
 
 

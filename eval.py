@@ -1,0 +1,365 @@
+"""Sampling, grading and pass@k: how well checkpoints solve held-out problems, per PL.
+
+    python eval.py                                    # every run folder under runs/ that has a checkpoint
+    python eval.py --models base=runs/base rl=runs/rl # these, under these names
+    python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
+
+Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
+of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, and every problem's
+verdicts) beside table.md. rl.py samples and grades with the same `sample` and `grade`.
+
+Our choices:
+
+1. A response passes if it ended with its stop token, holds a program in a closed fenced block of the
+   PL asked for, and that program passes all tests. A response cut off by the budget is `truncated`
+   and one without such a block `no_program`: both are failures.
+2. pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1), averaged over
+   problems.
+3. Intervals are Wilson's 95% score intervals with the number of problems as sample size. For means
+   over several samples or PLs of one problem that is conservative: those share the problem.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist, mean
+
+import torch
+from tqdm import tqdm
+
+import data
+import sandbox
+from data import Roles, Tokenizer, flag
+from model import Llama, generate, load
+from sft import newest_checkpoint
+
+# --------------------------------------------------------------------------------------------------
+# Rollouts: what the model wrote, and what came of it
+
+
+@dataclass
+class Rollout:
+    """One response to one problem in one PL.
+
+    Token ids are the currency: `prompt` and `tokens` (the stop token included if it was reached) are
+    what the sampler saw and drew, `logprobs` the sampler's log-prob of each drawn token.
+    """
+
+    record: dict
+    language: str
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+    program: str | None = None
+    verdict: str = "ungraded"
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "ok"
+
+
+def sample(
+    model: Llama, tokenizer: Tokenizer, tasks: Sequence[tuple[dict, str]], max_new_tokens: int,
+    temperature: float, samples: int = 1, seed: int = 0, progress: Callable[[int], object] | None = None,
+) -> list[Rollout]:  # fmt: skip
+    """`samples` ungraded rollouts for each task (record, PL), those of one task side by side."""
+    prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    completions = generate(
+        model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress
+    )
+    rollouts = []
+    for i, c in enumerate(completions):
+        (record, language), prompt = tasks[i // samples], prompts[i // samples]
+        rollouts.append(Rollout(record, language, prompt, c.tokens, c.logprobs, c.stopped))
+    return rollouts
+
+
+def grade(
+    rollouts: Sequence[Rollout], tokenizer: Tokenizer, box: sandbox.Sandbox, known: dict | None = None, progress: str | None = None
+) -> None:  # fmt: skip
+    """Sets `program` and `verdict` of each rollout by running its program against the tests.
+
+    Equal programs for one problem run once; `known` carries their verdicts over to later calls.
+    """
+    known = {} if known is None else known
+    for r in rollouts:
+        r.program = data.extract(tokenizer.decode(r.tokens), r.language) if r.stopped else None
+        r.verdict = "truncated" if not r.stopped else "no_program"
+    graded = [
+        (r, (r.record["id"], r.language, r.program)) for r in rollouts if r.program is not None
+    ]
+    todo = {key: r for r, key in graded if key not in known}
+    jobs = [(r.program, r.language, r.record["tests"]) for r in todo.values()]
+    results = box.map(jobs, stop_at_failure=True, progress=progress)
+    known.update({key: result.verdict for key, result in zip(todo, results, strict=True)})
+    for r, key in graded:
+        r.verdict = known[key]
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def pass_at_k(samples: int, passes: int, k: int) -> float:
+    """Probability that one of k draws without replacement from the samples passes (eq. 1 there)."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples; there are {samples}")
+    miss = 1.0
+    for i in range(k):
+        miss *= max(0, samples - passes - i) / (samples - i)
+    return 1.0 - miss
+
+
+def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion `value` seen in `count` trials."""
+    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
+    centre = (value + z2 / (2 * count)) / (1 + z2 / count)
+    half = (z2 * value * (1 - value) / count + z2 * z2 / (4 * count * count)) ** 0.5 / (
+        1 + z2 / count
+    )
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verdicts of one model on one problem in one PL, under one measure."""
+
+    id: str
+    group: str
+    language: str
+    verdicts: tuple[str, ...]
+
+    def score(self, k: int) -> float:
+        return pass_at_k(len(self.verdicts), self.verdicts.count("ok"), k)
+
+
+def group_of(record: dict, by: str) -> str:
+    """The kind of problem a record belongs to, from its `difficulty`."""
+    difficulty = record.get("difficulty", {})
+    if by == "wording":
+        return "reserved wordings" if difficulty.get("new") else "known wordings"
+    if by not in difficulty:
+        raise ValueError(
+            f"record {record['id']!r}: no difficulty {by!r}; --by takes wording or {', '.join(difficulty)}"
+        )
+    return f"{by} {difficulty[by]}"
+
+
+def evaluate(
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, *,
+    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0,
+    known: dict | None = None, name: str | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """The outcome of every record in every PL; `name` heads a progress bar."""
+    tasks = [(record, language) for language in languages for record in records]
+    with tqdm(
+        total=len(tasks) * samples, desc=f"{name} sampling", disable=None if name else True
+    ) as bar:
+        rollouts = sample(
+            model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, bar.update
+        )
+    grade(rollouts, tokenizer, box, known, name and f"{name} running")
+    outcomes = []
+    for i, (record, language) in enumerate(tasks):
+        verdicts = tuple(r.verdict for r in rollouts[i * samples : (i + 1) * samples])
+        if "internal_error" in verdicts:
+            raise RuntimeError(
+                f"record {record['id']!r} in {language}: the sandbox failed; `python sandbox.py languages` checks it"
+            )
+        outcomes.append(Outcome(record["id"], group_of(record, by), language, verdicts))
+    return outcomes
+
+
+def estimate(outcomes: Sequence[Outcome], languages: Sequence[str], k: int) -> dict | None:
+    """Mean pass@k over problems, each problem's own mean over `languages`, with its interval."""
+    by_problem = defaultdict(list)
+    for o in outcomes:
+        if o.language in languages:
+            by_problem[o.id].append(o.score(k))
+    if not by_problem:
+        return None
+    value = mean(map(mean, by_problem.values()))
+    low, high = wilson(value, len(by_problem))
+    return {"value": value, "low": low, "high": high, "problems": len(by_problem)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def columns(roles: Roles, languages: Sequence[str]) -> dict[str, list[str]]:
+    """Column title -> the PLs it averages: source, SFT PLs and their mean, unseen PLs and theirs."""
+    others = [p for p in roles.sft[1:] if p in languages]
+    unseen = [p for p in roles.unseen if p in languages]
+    titles = {f"{roles.source} (source)": [roles.source] if roles.source in languages else []}
+    titles |= {p: [p] for p in others} | {"SFT mean": others}
+    titles |= {f"{p} (unseen)": [p] for p in unseen} | {"unseen mean": unseen}
+    return {title: group for title, group in titles.items() if group}
+
+
+def cell(e: dict | None) -> str:
+    return f"{100 * e['value']:.0f} ({100 * e['low']:.0f}–{100 * e['high']:.0f})" if e else "–"
+
+
+def table(
+    results: dict[str, list[Outcome]], group: str, k: int, titles: dict[str, list[str]]
+) -> str:
+    """Markdown: a row for each model, a column for each title, percentages with 95% intervals."""
+    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, outcomes in results.items():
+        own = [o for o in outcomes if o.group == group]
+        lines.append(
+            f"| {name} | " + " | ".join(cell(estimate(own, p, k)) for p in titles.values()) + " |"
+        )
+    return "\n".join(lines)
+
+
+def report(
+    measures: dict[str, tuple[int, dict]], titles: dict[str, list[str]]
+) -> tuple[str, list[dict]]:
+    """(all tables as text, all their cells as JSON rows); measures: title -> (k, outcomes by model)."""
+    text, rows = [], []
+    for title, (k, results) in measures.items():
+        first = next(iter(results.values()))
+        for group in dict.fromkeys(o.group for o in first):
+            problems = len({o.id for o in first if o.group == group})
+            text.append(
+                f"**{title}, {group}** (percent of {problems} held-out problems, 95% interval)\n\n"
+                + table(results, group, k, titles)
+            )
+            for name, outcomes in results.items():
+                own = [o for o in outcomes if o.group == group]
+                rows += [
+                    {"model": name, "measure": title, "group": group, "column": c, **e}
+                    for c, p in titles.items()
+                    if (e := estimate(own, p, k))
+                ]
+    return "\n\n".join(text), rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass(frozen=True)
+class Settings:
+    models: tuple = flag(
+        (),
+        "checkpoints or run folders, NAME=FOLDER or FOLDER (default: every run under runs/ with a checkpoint)",
+    )
+    data: str = flag("runs/data", "folder of the corpus")
+    out: str = flag("runs/eval", "folder for table.md and eval.json")
+    languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
+    problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all")
+    by: str = flag(
+        "wording",
+        "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations",
+    )
+    samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
+    k: tuple = flag((1,), "the k of pass@k", type=int)
+    temperature: float = flag(1.0, "temperature of the samples")
+    max_new_tokens: int = flag(256, "token budget of a response")
+    workers: int = flag(0, "programs to run at once; 0 means one a core")
+    seed: int = flag(0, "seed of the samples")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+
+
+def find_models(s: Settings) -> dict[str, Path]:
+    """Name -> checkpoint folder."""
+    named = [m.rpartition("=")[::2] for m in s.models]
+    if not named:
+        named = [(p.name, str(p)) for p in sorted(Path("runs").glob("*")) if newest_checkpoint(p)]
+    found = {name or Path(folder).name: newest_checkpoint(folder) for name, folder in named}
+    for name, checkpoint in found.items():
+        if not checkpoint:
+            data.fail(f"{name}: holds no checkpoint; train one with sft.py or rl.py")
+    return found or data.fail(
+        "no checkpoint under runs/; train one with `python sft.py`, or name one with --models"
+    )
+
+
+def present_languages(s: Settings, roles: Roles) -> list[str]:
+    """The PLs to evaluate; those without a toolchain are named and left out."""
+    wanted = [sandbox.canonical(p) for p in s.languages] or list(roles.everything)
+    absent = [p for p in wanted if p not in sandbox.installed()]
+    if absent:
+        print(
+            f"left out, no toolchain here: {', '.join(absent)}; `python sandbox.py languages` names the packages"
+        )
+    return [p for p in wanted if p not in absent] or data.fail(
+        "none of the PLs has a toolchain here"
+    )
+
+
+def choose_records(s: Settings) -> list[dict]:
+    """The held-out problems, the first `s.problems` of each kind."""
+    kinds = defaultdict(list)
+    for record in data.read_records(Path(s.data) / "eval.jsonl.gz"):
+        kinds[group_of(record, s.by)].append(record)
+    return [r for _, records in sorted(kinds.items()) for r in records[: s.problems or None]]
+
+
+def main(s: Settings) -> None:
+    roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
+    languages, ks, began = present_languages(s, roles), list(s.k), time.perf_counter()
+    measures = {"greedy pass@1": (1, {})}
+    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in ks if s.samples}
+    known: dict = {}
+    with sandbox.Sandbox(s.workers or None) as box:
+        for name, checkpoint in models.items():
+            model, tokenizer = load(checkpoint, s.device), Tokenizer(checkpoint)
+            shared = {
+                "max_new_tokens": s.max_new_tokens,
+                "by": s.by,
+                "seed": s.seed,
+                "known": known,
+                "name": name,
+            }
+            measures["greedy pass@1"][1][name] = evaluate(
+                model, tokenizer, records, languages, box, **shared
+            )
+            if s.samples:
+                drawn = evaluate(
+                    model,
+                    tokenizer,
+                    records,
+                    languages,
+                    box,
+                    samples=s.samples,
+                    temperature=s.temperature,
+                    **shared,
+                )
+                for title in list(measures)[1:]:
+                    measures[title][1][name] = drawn
+    text, rows = report(measures, columns(roles, languages))
+    outcomes = {
+        title: {name: [asdict(o) for o in own] for name, own in results.items()}
+        for title, (_, results) in measures.items()
+    }
+    whole = {
+        "settings": asdict(s),
+        "seconds": round(time.perf_counter() - began, 1),
+        "cells": rows,
+        "outcomes": outcomes,
+    }
+    data.write_atomically(Path(s.out) / "table.md", lambda p: p.write_text(text + "\n"))
+    data.write_atomically(
+        Path(s.out) / "eval.json", lambda p: p.write_text(json.dumps(whole) + "\n")
+    )
+    print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
+
+
+if __name__ == "__main__":
+    settings = data.parse_flags(Settings, __doc__)
+    try:
+        main(settings)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        data.fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
