@@ -1,0 +1,33 @@
+"""A small corpus, made once, and a model small enough to train within a test."""
+
+import pytest
+import torch
+
+import data
+from model import Config, Llama
+
+SFT, UNSEEN = ("python", "javascript", "ruby"), ("perl", "lua")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Folder of an embedded corpus of 300 training, 100 RL and 2 × 20 held-out problems."""
+    out = tmp_path_factory.mktemp("corpus")
+    data.make(data.CorpusSettings(out=str(out), sft=SFT, unseen=UNSEEN, train=300, rl=100, eval=20))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return data.Tokenizer(corpus)
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A two-layer Llama with the corpus's vocabulary, float32."""
+    torch.set_num_threads(1)
+    config = Config(
+        vocab_size=tokenizer.size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return Llama(config).init_weights(0)

@@ -1,0 +1,338 @@
+"""The corpus: every program agrees with the interpreter, nothing held out leaks, roles are kept."""
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import re
+from collections import Counter, defaultdict
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import data
+import sandbox
+
+SPLITS = ("train", "rl", "eval")
+
+
+@pytest.fixture(scope="session")
+def records(corpus):
+    return {name: data.read_records(corpus / f"{name}.jsonl.gz") for name in SPLITS}
+
+
+def run_python(program: str, line: str) -> str:
+    """What a python program of the corpus prints for one line, run in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(program, {"input": lambda: line.rstrip("\n")})
+    return out.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs and their tests
+
+
+@pytest.mark.parametrize("language", list(data.SNIPPETS))
+def test_emitters_agree_with_the_interpreter(language):
+    """200 problems of all operations; the outputs were interpreted, the programs really run."""
+    if language not in sandbox.installed():
+        pytest.skip(f"no toolchain for {language}")
+    rng, jobs, used = random.Random(7), [], Counter()
+    settings = data.CorpusSettings(tests=2)
+    while len(jobs) < 200:
+        function = data.random_function(rng, rng.randint(1, 3), rare=1.0)
+        record = data.make_problem(function, "p", settings, rng, 0.0)
+        jobs.append((record["solutions"][language], language, record["tests"]))
+        used.update(record["operations"])
+    assert set(used) == set(data.OPERATIONS)
+    with sandbox.Sandbox() as box:
+        failed = [(job[0], r) for job, r in zip(jobs, box.map(jobs), strict=True) if not r.passed]
+    assert not failed, f"{len(failed)} of 200 fail; the first:\n{failed[0][0]}{failed[0][1]}"
+
+
+def test_interpreter_on_values_worked_out_by_hand():
+    f = ("ints", (("odd", None), ("mul", 3), ("sums", None)))
+    assert data.interpret(f, "4 -3 1 10 5\n") == "-9 -6 9\n"
+    f = ("words", (("longer", 3), ("mirror", None), ("rsort", None)))
+    assert data.interpret(f, "river tea stone ant\n") == "revir enots\n"
+    f = ("words", (("has", "a"), ("lengths", None), ("cap", 6), ("max", None)))
+    assert data.interpret(f, "tea sun lemonade\n") == "6\n"
+    assert data.interpret(("ints", (("gt", 8), ("max", None))), "1 2\n") is None
+    assert data.interpret(("ints", (("square", None), ("square", None))), "250\n") is None
+
+
+def test_most_programs_are_short(records, tokenizer):
+    lengths = [len(tokenizer.encode(p)) for r in records["train"] for p in r["solutions"].values()]
+    assert sum(n < 120 for n in lengths) / len(lengths) > 0.75
+
+
+def test_same_seed_same_bytes(corpus, tmp_path):
+    s = data.CorpusSettings(
+        out=str(tmp_path), sft=("python",), unseen=("lua",), train=300, rl=100, eval=20
+    )
+    data.make(s)
+    for name in ("train.jsonl.gz", "rl.jsonl.gz", "eval.jsonl.gz", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_held_out_functions_occur_in_no_training_record(records):
+    """Judged by what the python programs print on fresh inputs, not by the corpus's own hashes."""
+    rng, seen = random.Random("fresh"), defaultdict(set)
+    lines = {kind: [data.random_line(kind, rng) for _ in range(60)] for kind in ("ints", "words")}
+
+    def behaviour(record):
+        kind = "ints" if "int" in record["solutions"]["python"].splitlines()[0] else "words"
+        printed = []
+        for line in lines[kind]:
+            with contextlib.suppress(ValueError):  # the maximum of nothing
+                printed.append(run_python(record["solutions"]["python"], line))
+        return kind, tuple(printed)
+
+    for name in SPLITS:
+        for record in records[name]:
+            seen[name].add(behaviour(record))
+    assert len(seen["eval"]) >= 0.75 * len(
+        records["eval"]
+    )  # known and reserved may share functions
+    assert not seen["eval"] & (seen["train"] | seen["rl"])
+
+
+def test_reserved_wordings_are_absent_from_training(records):
+    reserved = [
+        re.escape(w).replace(r"\{k\}", r"\w+") for op in data.OPERATIONS.values() for w in op.new
+    ]
+    known = {w.lower() for op in data.OPERATIONS.values() for w in op.known}
+    assert not known & {w.lower() for op in data.OPERATIONS.values() for w in op.new}
+    pattern = re.compile("|".join(reserved), re.IGNORECASE)
+    assert not [r["prompt"] for r in records["train"] if pattern.search(r["prompt"])]
+    for record in records["rl"] + records["eval"]:
+        assert bool(pattern.search(record["prompt"])) == bool(record["difficulty"]["new"])
+
+
+def test_share_of_reserved_wordings_in_rl(corpus):
+    s = data.CorpusSettings(new_share=0.7)
+    problems = data.make_problems(s, "rl", 400, False, 2, 0.7)
+    reworded = sum(op in s.reworded for p in problems for op in p["operations"])
+    new = sum(p["difficulty"]["new"] for p in problems)
+    assert abs(new / reworded - 0.7) < 0.06  # three standard errors of about 0.02
+    assert all(set(p["operations"]) & set(s.reworded) for p in problems)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixtures
+
+
+def mixture(corpus, records, tokenizer, name, **settings):
+    roles = data.read_roles(corpus)
+    return data.Mixture(name, records["train"], tokenizer, roles.sft, roles.everything, **settings)
+
+
+@pytest.mark.parametrize("name", ["source", "multi", "parallel"])
+def test_sft_shows_no_unseen_language_but_in_replay(corpus, records, tokenizer, name):
+    roles = data.read_roles(corpus)
+    examples = [mixture(corpus, records, tokenizer, name)[i] for i in range(900)]
+    allowed = {roles.source} if name == "source" else set(roles.sft)
+    assert {p for e in examples for p in e.languages} == allowed
+    replayed = [mixture(corpus, records, tokenizer, name, general=0.3)[i] for i in range(900)]
+    assert {p for e in replayed if e.kind != "base" for p in e.languages} == allowed
+    assert abs(sum(e.kind == "base" for e in replayed) / 900 - 0.3) < 0.05
+
+
+def test_rl_problems_are_asked_in_the_source_language_only(corpus):
+    assert data.read_roles(corpus).source == "python"
+    # rl.py makes its prompts from (record, source PL) alone: see test_rl.py
+
+
+def programs(tokenizer, e):
+    return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.start :]), re.DOTALL)
+
+
+def test_multi_shows_each_problem_once_and_parallel_in_all(corpus, records, tokenizer):
+    roles, count = data.read_roles(corpus), len(records["train"])
+    multi = mixture(corpus, records, tokenizer, "multi")
+    shown = defaultdict(set)
+    for i in range(3 * count):
+        shown[data.pick("0 sft", i, count)].add(multi[i].languages)
+    assert {len(v) for v in shown.values()} == {1} and len(shown) == count
+    parallel = mixture(corpus, records, tokenizer, "parallel")
+    seen = Counter(programs(tokenizer, parallel[i])[0] for i in range(count * len(roles.sft)))
+    assert seen == Counter(
+        (p, r["solutions"][p].strip()) for r in records["train"] for p in roles.sft
+    )
+    together = mixture(corpus, records, tokenizer, "parallel", in_context=True)[5]
+    assert sorted(p for p, _ in programs(tokenizer, together)) == sorted(roles.sft)
+
+
+def test_base_shows_all_languages_mostly_without_statement(corpus, records, tokenizer):
+    examples = [mixture(corpus, records, tokenizer, "base")[i] for i in range(600)]
+    assert {p for e in examples for p in e.languages} == set(data.read_roles(corpus).everything)
+    stated = sum(tokenizer.start in e.tokens for e in examples) / 600
+    assert 0.38 < stated < 0.5
+    assert all(e.start == 1 and e.tokens[0] == tokenizer.bos for e in examples)
+
+
+def test_examples_depend_on_seed_and_number_alone(corpus, records, tokenizer):
+    a, b = (mixture(corpus, records, tokenizer, "parallel", general=0.3) for _ in range(2))
+    forward = [a[i] for i in range(40)]
+    assert [b[i] for i in reversed(range(40))] == forward[::-1]
+    other = mixture(corpus, records, tokenizer, "parallel", general=0.3, seed=1)
+    assert [other[i] for i in range(40)] != forward
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer and prompt
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>
+
+{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+
+
+def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(corpus / "tokenizer.json"), bos_token="<|begin_of_text|>"
+    )
+    record = records["train"][0]
+    messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
+    ids = theirs.apply_chat_template(
+        messages, TEMPLATE, add_generation_prompt=True, return_dict=False
+    )
+    assert tokenizer.prompt(record["prompt"], ["python"]) == ids
+    messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
+    ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
+    e = data.example(tokenizer, record, ["python"], "source")
+    assert (
+        e.tokens == ids
+        and e.tokens[e.start - 1 :][0] != tokenizer.eot
+        and e.tokens[-1] == tokenizer.eot
+    )
+
+
+def test_special_tokens(tokenizer, records):
+    assert (
+        len(
+            {
+                tokenizer.bos,
+                tokenizer.eos,
+                tokenizer.eot,
+                tokenizer.start,
+                tokenizer.end,
+                tokenizer.pad,
+            }
+        )
+        == 6
+    )
+    text = "a <|eot_id|> inside a statement, ünïcödé and \ttabs\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eot not in ids and tokenizer.decode(ids) == text
+    assert all(
+        tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens
+        for r in records["train"]
+    )
+
+
+def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.py make"):
+        data.Tokenizer(tmp_path)
+    plain = data.tokenizers.Tokenizer(data.tokenizers.models.BPE())
+    plain.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"begin_of_text.*use a Llama-3 tokenizer"):
+        data.Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "response, program",
+    [
+        ("```python\nx\n```", "x\n"),
+        ("so:\n```py\nfirst\n```\nor\n```Python\nlast\n```\n", "last\n"),
+        ("```python\nx\n", None),  # not closed
+        ("```ruby\nx\n```", None),  # another PL
+        ("```\nx\n```", None),  # no PL
+        ("print(1)", None),
+    ],
+)
+def test_extract(response, program):
+    assert data.extract(response, "python") == program
+
+
+# --------------------------------------------------------------------------------------------------
+# Files and flags
+
+GOOD = {
+    "id": "a",
+    "prompt": "p",
+    "tests": [{"stdin": "", "stdout": "1"}],
+    "solutions": {"python": "print(1)"},
+    "extra": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"id": 3}, "id"), ({"prompt": ""}, "prompt"), ({"tests": []}, "tests"),
+        ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
+        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"),
+    ],
+)  # fmt: skip
+def test_a_bad_record_is_named(tmp_path, change, field):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(GOOD | {"id": "first"}) + "\n" + json.dumps(GOOD | change) + "\n")
+    with pytest.raises(data.RecordError, match=rf"r\.jsonl:2: field '{field}': .+"):
+        data.read_records(path)
+    path.write_text(json.dumps(GOOD) + "\n{not json}\n")
+    with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
+        data.read_records(path)
+
+
+def test_records_round_trip_with_extra_fields_plain_and_gzipped(tmp_path):
+    for name in ("r.jsonl", "r.jsonl.gz"):
+        data.write_records(tmp_path / name, [GOOD])
+        assert data.read_records(tmp_path / name) == [GOOD]
+    assert (
+        gzip.decompress((tmp_path / "r.jsonl.gz").read_bytes())
+        == (tmp_path / "r.jsonl").read_bytes()
+    )
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def write(p):
+        p.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
+    record = records["rl"][3]
+    data.main(["show", record["id"], "--data", str(corpus)])
+    out = capsys.readouterr().out
+    assert record["prompt"] in out
+    for language, program in record["solutions"].items():
+        assert f"[{language}]" in out
+        assert all(line.expandtabs(4) in out for line in program.splitlines())
+    with pytest.raises(SystemExit, match="no record"):
+        data.main(["show", "nothing", "--data", str(corpus)])
+
+
+def test_verify_counts_failures_per_language(tmp_path, capsys):
+    wrong = GOOD | {"id": "b", "solutions": {"python": "print(2)", "perl": "print 1"}}
+    data.write_records(tmp_path / "r.jsonl", [GOOD, wrong])
+    with pytest.raises(SystemExit) as stop:
+        data.main(["verify", "--data", str(tmp_path / "r.jsonl"), "--languages", "python", "perl"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert re.search(r"python +1 of 2 programs pass", out) and re.search(r"perl +1 of 1", out)
+    assert "b in python: wrong_answer" in out

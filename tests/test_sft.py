@@ -1,0 +1,236 @@
+"""The supervised stage: what is trained, one denominator, exact resume, safe checkpoints."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import sft
+from model import IGNORE, load
+
+
+def settings(corpus, out, **changes):
+    values = {
+        "mixture": "parallel", "model": "", "data": str(corpus), "out": str(out), "tokens": 3000, "lr": 1e-3, "batch": 4,
+        "layers": 1, "width": 16, "heads": 2, "eval_every": 1000, "eval_problems": 1, "save_every": 2, "device": "cpu",
+    } | changes  # fmt: skip
+    return sft.Settings(**values)
+
+
+def weights(run):
+    return load(sft.newest_checkpoint(run)).state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
+
+
+def examples(corpus, tokenizer, count=12):
+    records = data.read_records(corpus / "train.jsonl.gz")
+    roles = data.read_roles(corpus)
+    m = data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+    return [(e.tokens, e.start) for e in (m[i] for i in range(count))]
+
+
+def test_targets_are_the_response_and_its_stop_token_only(corpus, tokenizer):
+    rows = examples(corpus, tokenizer)
+    tokens, targets = sft.collate(rows, tokenizer.pad, "cpu")
+    for (ids, start), x, y in zip(rows, tokens.tolist(), targets.tolist(), strict=True):
+        assert [t for t in y if t != IGNORE] == ids[start:]
+        assert [x[i] for i, t in enumerate(y) if t != IGNORE] == ids[start - 1 : -1]
+        assert ids[-1] in tokenizer.stops and y[len(ids) - 2] == ids[-1]
+        assert set(x[len(ids) :]) <= {tokenizer.pad} and tokenizer.pad not in y
+
+
+def test_loss_and_gradient_equal_torchs_cross_entropy_in_float64(corpus, tokenizer, tiny):
+    tiny.double()
+    rows = examples(corpus, tokenizer)
+    s = settings(corpus, "unused", micro_tokens=600)
+    loss = sft.accumulate(tiny, rows, s, tokenizer.pad)
+    ours = {n: p.grad.clone() for n, p in tiny.named_parameters()}
+    tiny.zero_grad()
+    losses = []
+    for ids, start in rows:  # one by one: no padding, no batch
+        logits = tiny(torch.tensor([ids[:-1]])).double()[0]
+        losses.append(
+            F.cross_entropy(logits[start - 1 :], torch.tensor(ids[start:]), reduction="none")
+        )
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    for name, p in tiny.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 300, 1500])
+def test_micro_batches_do_not_change_the_gradient(corpus, tokenizer, tiny, micro_tokens):
+    tiny.double()
+    rows, gradients = examples(corpus, tokenizer), []
+    for limit in (10**9, micro_tokens):
+        sft.accumulate(tiny, rows, settings(corpus, "unused", micro_tokens=limit), tokenizer.pad)
+        gradients.append([p.grad.clone() for p in tiny.parameters()])
+        tiny.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_limit():
+    lengths = [3, 50, 7, 200, 7, 12, 90, 1]
+    groups = list(sft.micro_batches(lengths, 100))
+    assert sorted(i for g in groups for i in g) == list(range(8))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100 for g in groups)
+    assert len(groups) < 8
+
+
+def test_the_stop_token_is_learned(corpus, tokenizer, tiny):
+    """An update raises the stop token's log-prob at the end; without its target it would not."""
+    row = examples(corpus, tokenizer)[:1]
+    ids = row[0][0]
+    before = {}
+    for label, rows in {"with": row, "without": [(ids[:-1], row[0][1])]}.items():
+        tiny.init_weights(0)
+        start = F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item()
+        optimizer = torch.optim.SGD(tiny.parameters(), lr=0.5)
+        sft.accumulate(tiny, rows, settings(corpus, "unused"), tokenizer.pad)
+        optimizer.step()
+        tiny.zero_grad()
+        before[label] = (
+            F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item() - start
+        )
+    assert before["with"] > 0.01 and before["with"] > before["without"] + 0.01
+
+
+def test_schedule_is_warm_up_then_cosine_to_a_tenth():
+    assert sft.schedule(0.025, 0.05) == pytest.approx(0.5)
+    assert sft.schedule(0.05, 0.05) == pytest.approx(1.0)
+    assert sft.schedule(0.525, 0.05) == pytest.approx(0.55)
+    assert sft.schedule(1.0, 0.05) == pytest.approx(0.1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatch):
+    sft.train(settings(corpus, tmp_path / "whole"))
+    real, calls = sft.accumulate, []
+
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 6:  # after the checkpoint of update 4, in update 6
+            raise MemoryError("as if killed")
+        return real(*a)
+
+    monkeypatch.setattr(sft, "accumulate", dies)
+    with pytest.raises(MemoryError):
+        sft.train(settings(corpus, tmp_path / "cut"))
+    monkeypatch.undo()
+    assert sft.newest_checkpoint(tmp_path / "cut").name == "step-4"
+    sft.train(settings(corpus, tmp_path / "cut"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    states = [
+        torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["optimizer"]["state"]
+        for n in ("whole", "cut")
+    ]
+    assert all(
+        torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i]
+    )
+    lines = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("whole", "cut")
+    ]
+    strip = [[{k: v for k, v in x.items() if k != "tokens_per_s"} for x in run] for run in lines]
+    assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(
+        range(1, len(strip[0]) + 1)
+    )
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch, capsys):
+    real, calls = sft.accumulate, []
+
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*a)
+
+    monkeypatch.setattr(sft, "accumulate", interrupted)
+    sft.train(settings(corpus, tmp_path / "run", save_every=1000))
+    monkeypatch.undo()
+    assert (
+        sft.newest_checkpoint(tmp_path / "run").name == "step-3"
+        and not (tmp_path / "run/summary.json").exists()
+    )
+    assert "goes on from there" in capsys.readouterr().out
+    sft.train(settings(corpus, tmp_path / "run"))
+    sft.train(settings(corpus, tmp_path / "whole"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        sft.train(settings(corpus, tmp_path / "run"))
+    assert sft.newest_checkpoint(tmp_path / "run") is None
+    monkeypatch.undo()
+    sft.train(settings(corpus, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob(".step-*"))
+
+
+def test_all_arms_get_the_same_number_of_tokens(corpus, tmp_path):
+    """To within the last update: an update is 4 sequences of fewer than 250 tokens."""
+    for name in ("source", "multi", "parallel"):
+        sft.train(settings(corpus, tmp_path / name, mixture=name, general=0.3))
+        tokens = json.loads((tmp_path / name / "summary.json").read_text())["tokens"]
+        assert 3000 <= tokens < 3000 + 4 * 250
+
+
+def test_training_lowers_the_held_out_loss_of_every_language(corpus, tmp_path):
+    s = settings(
+        corpus,
+        tmp_path / "base",
+        mixture="base",
+        tokens=60_000,
+        batch=16,
+        lr=3e-3,
+        width=32,
+        eval_every=1,
+        eval_problems=4,
+    )
+    sft.train(s)
+    held = [
+        json.loads(line)["held_out"]
+        for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()
+    ]
+    assert set(held[0]) == set(data.read_roles(corpus).everything)
+    assert all(held[-1][p] < held[0][p] - 1 for p in held[0])
+
+
+def test_main_trains_from_a_model_and_leaves_a_finished_run_alone(corpus, tmp_path, capsys):
+    sft.main(settings(corpus, tmp_path / "base", mixture="base"))
+    assert sorted(p.name for p in sft.newest_checkpoint(tmp_path / "base").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "trainer.pt",
+    ]  # fmt: skip
+    sft.main(settings(corpus, tmp_path / "sft", model=str(tmp_path / "base"), tokens=500))
+    before = weights(tmp_path / "sft")
+    sft.main(settings(corpus, tmp_path / "sft", model=str(tmp_path / "base"), tokens=500))
+    assert "finished already" in capsys.readouterr().out and same(before, weights(tmp_path / "sft"))
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        sft.main(settings(corpus, tmp_path / "x", model=str(tmp_path / "nothing")))
+    shutil.rmtree(tmp_path / "sft")
+
+
+def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
+    with pytest.raises(SystemExit):
+        data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
+    out = capsys.readouterr().out
+    assert "The supervised stage" in out and "(default: 32)" in out
+    assert data.parse_flags(sft.Settings, "", ["--batch", "7", "--in-context"]).batch == 7
