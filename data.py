@@ -1033,7 +1033,8 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"{self.path}: no such file; `python data.py make` writes one for the embedded corpus"
             )
-        self.core = tokenizers.Tokenizer.from_file(str(self.path))
+        self.text = self.path.read_text(encoding="utf-8")
+        self.core = tokenizers.Tokenizer.from_str(self.text)
         self.core.encode_special_tokens = (
             True  # '<|eot_id|>' inside a statement is text, not a token
         )
@@ -1073,8 +1074,9 @@ class Tokenizer:
         return [self.bos, *user, self.eot, *self._turn("assistant", "")]
 
     def save(self, folder: str | Path) -> None:
-        """Copies tokenizer.json into `folder`, so that a checkpoint is whole."""
-        write_atomically(Path(folder) / "tokenizer.json", lambda path: shutil.copy(self.path, path))
+        """Writes tokenizer.json into `folder`, so that a checkpoint is whole."""
+        path = Path(folder) / self.path.name
+        write_atomically(path, lambda p: p.write_text(self.text, encoding="utf-8"))
 
 
 def ask(statement: str, languages: Sequence[str]) -> str:

@@ -1060,8 +1060,8 @@ class _Warden:
 # ---------------------------------------------------------------------------------------------
 # Level `namespaces`
 
-_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "java-*", "mono", "php", "R", "octave*",
-        "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
+_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf", "java-*", "mono", "php", "R",
+        "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
 _MADE_UP = {
     "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
     "group": "user:x:1000:\n",

@@ -1,0 +1,220 @@
+"""Every hostile program of sandbox_cases.py, at each level of confinement, as root and as an
+ordinary user; and after each nothing is left."""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sandbox_cases
+from sandbox_cases import CASES, Case, run_case
+
+import sandbox
+
+ROOT = os.geteuid() == 0
+HERE = Path(__file__).parent
+
+
+def _descendants(pid: int) -> set[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, rest = set(), [pid]
+    while rest:
+        below = children.get(rest.pop(), [])
+        found.update(below)
+        rest += below
+    return found
+
+
+def _listing(path: Path) -> object:
+    try:
+        return len(os.listdir(path)) if path.name == "fd" else path.read_text()
+    except OSError:
+        return None
+
+
+def traces(box: sandbox.Sandbox) -> dict:
+    """What a run could leave behind: processes, mounts, descriptors, files, control groups."""
+    helper = box._idle.get()
+    box._idle.put(helper)
+    pids = sorted({helper.process.pid, *_descendants(helper.process.pid)})
+    files = sorted(str(path) for path in Path(helper.home).rglob("tmp/*"))
+    groups = Path("/sys/fs/cgroup").rglob(f"sandbox-{helper.process.pid}/cgroup.procs")
+    return {
+        "processes": pids,
+        "mounts": {pid: _listing(Path(f"/proc/{pid}/mounts")) for pid in (*pids, os.getpid())},
+        "descriptors": {pid: _listing(Path(f"/proc/{pid}/fd")) for pid in (*pids, os.getpid())},
+        "files": files,
+        "grouped": {str(path): path.read_text() for path in groups},
+        "shared memory": sorted(os.listdir("/dev/shm")),
+    }
+
+
+LEVELS = [("namespaces", True), ("namespaces", False), ("landlock", False)]
+
+
+@pytest.fixture(
+    scope="module", params=LEVELS, ids=lambda p: f"{p[0]}{'' if p[1] else ' without cgroups'}"
+)
+def box(request):
+    level, cgroups = request.param
+    try:
+        worker = sandbox._Worker(level, cgroups)
+    except sandbox._Refused as refusal:
+        pytest.skip(f"{level}: {refusal}")
+    accounting = worker.accounting
+    worker.close()
+    if cgroups and accounting == "polling":
+        pytest.skip("control groups can't be written here")
+    with sandbox.Sandbox(1, level=level, cgroups=cgroups) as box:
+        box.run("print(1)", "python", [{"stdin": "", "stdout": "1"}])
+        yield box
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory):
+    path = tmp_path_factory.mktemp("host") / "secret.txt"
+    path.write_text("a secret of the host\n")
+    path.chmod(0o666)
+    return path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hostile(box, secret, case: Case):
+    if sandbox.toolchain(case.language, box.level) is None:
+        pytest.skip(f"no toolchain for {case.language}")
+    before = traces(box)
+    result = run_case(box, case, secret)
+    assert result.verdict in case.verdicts.split(), result
+    assert result.level == box.level
+    assert traces(box) == before
+
+
+def _python_for_all() -> str | None:
+    """An interpreter that any user may run."""
+    candidates = [os.path.realpath(sys.executable), "/usr/bin/python3"]
+    usable = [path for path in candidates if os.path.exists(path) and sandbox._open_to_all(path)]
+    return usable[0] if usable else None
+
+
+@pytest.mark.skipif(not ROOT, reason="the tests run as an ordinary user already")
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv")
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_hostile_as_ordinary_user(level, tmp_path_factory):
+    python = _python_for_all()
+    if python is None:
+        pytest.skip("no python that other users can run")
+    sandbox._warm("cpp", level)  # to be shared, not made once more
+    place = Path(f"/tmp/ordinary-{os.getpid()}-{level}")
+    try:
+        (place / "tests").mkdir(parents=True)
+        for name in ("sandbox.py", "tests/sandbox_cases.py"):
+            shutil.copy(HERE.parent / name, place / name)
+        shutil.chown(place, 65534, 65534)
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        command += [python, "-B", str(place / "tests/sandbox_cases.py"), "--level", level]
+        env = {"PATH": os.environ["PATH"], "HOME": str(place)}
+        env["XDG_CACHE_HOME"] = str(sandbox._cache_root().parent)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        shutil.rmtree(place)
+    if "_Refused" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(CASES), done.stderr
+    assert [line for line in lines if not line["right"]] == []
+    assert {line["level"] for line in lines if line["verdict"] != "no_toolchain"} == {level}
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts that this kernel's level would not reach
+
+
+def _in_child(work) -> int:
+    """Exit code of a forked process in which work() is called; 1 if it raises."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _expect(number: int, call, *arguments) -> None:
+    try:
+        call(*arguments)
+    except OSError as error:
+        assert error.errno == number, error
+    else:
+        raise AssertionError(f"{call} was allowed")
+
+
+def test_filter_keeps_signals_to_oneself(tmp_path):
+    """For kernels whose Landlock can't: before version 6."""
+    parent = os.getpid()
+
+    def work():
+        sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
+        sandbox._seccomp(sandbox._filter(own_files=True, own_pid=os.getpid()))
+        os.kill(os.getpid(), 0)
+        _expect(errno.EPERM, os.kill, parent, 0)
+        _expect(errno.EPERM, os.kill, -1, 0)
+        _expect(errno.EPERM, os.chmod, tmp_path, 0o700)
+
+    assert _in_child(work) == 0
+
+
+@pytest.mark.parametrize("version", range(1, 8))
+def test_landlock_versions(version, monkeypatch, tmp_path):
+    try:
+        if sandbox._landlock_version() < version:
+            pytest.skip("the kernel's Landlock is older")
+    except OSError as error:
+        pytest.skip(str(error))
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "open").mkdir()
+    monkeypatch.setattr(sandbox, "_landlock_version", lambda: version)
+
+    def work():
+        sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
+        sandbox._landlock(["/usr"], [str(tmp_path / "open")])
+        (tmp_path / "open" / "new").write_text("x")
+        os.listdir("/usr")
+        _expect(errno.EACCES, os.open, tmp_path / "secret", os.O_RDONLY)
+        _expect(errno.EACCES, os.open, "/usr/new", os.O_CREAT | os.O_WRONLY)
+
+    assert _in_child(work) == 0
+
+
+def test_every_refused_call_is_in_the_filter():
+    rules = sandbox._rules(own_files=False, own_pid=None)
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def work():
+        sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
+        sandbox._seccomp(sandbox._filter())
+        for number in (numbers[sandbox._ARCH] for numbers in sandbox._REFUSED.values()):
+            if number is not None:
+                assert libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1
+                assert ctypes.get_errno() == errno.EPERM, number
+
+    assert len(rules) > 60
+    assert _in_child(work) == 0
+
+
+def test_cases_cover_every_kind():
+    assert len({case.name for case in CASES}) == len(CASES) >= 75
+    assert sandbox_cases.LIMITS.wall <= 1
