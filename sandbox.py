@@ -135,7 +135,7 @@ _TABLE = (
              "javac -version", "default-jdk-headless",
              "javac -J-XX:SharedArchiveFile={cache}/javac.jsa -J-XX:TieredStopAtLevel=1 -J-XX:+UseSerialGC"
              " -J-XX:-UsePerfData -proc:none -nowarn -d {box} {file}",
-             overhead=256, named=r"^\s*public\s+(?:\w+\s+)*?(?:class|record|enum|interface)\s+(\w+)",
+             overhead=256,
              warm="echo 'import java.util.*; public class Main { public static void main(String[] a) {"
                   " System.out.println(new Scanner(System.in).nextInt() + List.of(a).size()); } }' > Main.java\n"
                   "javac -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -J-XX:TieredStopAtLevel=1"
@@ -160,7 +160,7 @@ _TABLE = (
     Language("bash", "main.sh", "bash {box}/main.sh", "bash --version", "bash", aliases=("sh", "shell")),
     Language("awk", "main.awk", "gawk|mawk|awk -f {box}/main.awk", "gawk|mawk|awk -W version", "gawk",
              aliases=("gawk",)),
-    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tclsh {version}", "tcl"),
+    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tclsh", "tcl"),
     Language("csharp", "main.cs", "mono {box}/main.exe", "mono --version", "mono-mcs mono-runtime",
              "mcs -optimize+ -warn:0 -r:System.Numerics.dll -out:{box}/main.exe {file}", aliases=("cs", "c#"),
              env={"MONO_GC_PARAMS": "max-heap-size={mb}m", "MONO_SHARED_DIR": "{tmp}"}, overhead=64),
@@ -283,19 +283,44 @@ def toolchain(name: str, level: str = "namespaces") -> dict[str, str] | None:
     return None if None in paths.values() else paths
 
 
-def _version(name: str) -> str | None:
-    tools = toolchain(name)
-    if tools is None:
-        return None
+def _key(name: str, level: str = "namespaces") -> str:
+    """Names a language's toolchain as it is now, and the commands used with it."""
+    language, tools = LANGUAGES[name], toolchain(name, level) or {}
+    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
+    return f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
+
+
+def _ask_version(name: str) -> str:
     tool, *arguments = _commands(LANGUAGES[name].version)[0]
     settings = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "timeout": 30}
+    if name == "tcl":  # has no such flag
+        settings |= {"stdin": None, "input": b"puts [info patchlevel]"}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        output = subprocess.run(
-            [tools[tool], *arguments], stdout=subprocess.PIPE, **settings
-        ).stdout
+        command = [toolchain(name)[tool], *arguments]
+        output = subprocess.run(command, stdout=subprocess.PIPE, **settings).stdout
         if found := re.search(rb"\d+(\.\d+)+\w*", output):
             return found[0].decode()
     return "?"
+
+
+def _version(name: str) -> str | None:
+    """None without a toolchain. Asking some takes seconds: the answer is kept on the disk."""
+    if toolchain(name) is None:
+        return None
+    note = _cache_root() / f"{_key(name)}.version"
+    with contextlib.suppress(OSError):
+        return note.read_text()
+    version = _ask_version(name)
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(version)
+    return version
+
+
+def _cache_root() -> Path:
+    """Root's home may be closed to the user that programs run as."""
+    base = "/var/cache" if os.geteuid() == 0 else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
 
 
 @functools.cache
@@ -314,19 +339,10 @@ def _missing(language: Language) -> str:
 # Caches: what a toolchain can prepare once for all programs, which may only read it
 
 
-def _cache_root() -> Path:
-    """Root's home may be closed to the user that programs run as."""
-    base = "/var/cache" if os.geteuid() == 0 else Path.home() / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
-
-
 @functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
     """Where a language's prepared files are, for this toolchain and these commands."""
-    language, tools = LANGUAGES[name], toolchain(name, level) or {}
-    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
-    key = hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]
-    return _cache_root() / f"{name}-{key}"
+    return _cache_root() / _key(name, level)
 
 
 @functools.cache
@@ -502,7 +518,7 @@ _REFUSED = {
     # other processes
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "kcmp": (312, 272),
-    "setpriority": (141, 140), "ioprio_set": (251, 30), "move_pages": (279, 239),
+    "move_pages": (279, 239),
     "migrate_pages": (256, 238),
     # network; pairs of local sockets are allowed below
     "socket": (41, 198),
@@ -524,10 +540,11 @@ _REFUSED = {
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
 }  # fmt: skip
-# Allowed only with this first argument: families of socket pairs, and the caller's own process.
-_ONLY = {"socketpair": ((53, 199), 1), "prlimit64": ((302, 261), 0),
-         "sched_setaffinity": ((203, 122), 0), "sched_setscheduler": ((144, 119), 0),
-         "sched_setparam": ((142, 118), 0), "sched_setattr": ((314, 274), 0)}  # fmt: skip
+# Done only with this first argument: families of socket pairs, and the caller's own process.
+_ONLY = {"socketpair": ((53, 199), 1), "prlimit64": ((302, 261), 0)}
+# Not done, but answered with success: a runtime may ask for its threads, a program for others'.
+_IGNORED = {"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "setpriority": (141, 140),
+            "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30)}  # fmt: skip
 # Refused where the program's user is the caller's own and no mount namespace hides its files.
 _OWN_FILES = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
@@ -556,6 +573,7 @@ def _rules(own_files: bool, own_pid: int | None) -> dict[int, list[tuple]]:
         return [_FIRST_ARGUMENT, (_JUMP_EQUAL, 0, 1, value), _PERMIT, _REFUSE]
 
     rules = {numbers[_ARCH]: [_REFUSE] for numbers in _REFUSED.values()}
+    rules |= {numbers[_ARCH]: [(_RETURN, 0, 0, _ERRNO)] for numbers in _IGNORED.values()}
     rules |= {numbers[_ARCH]: only(value) for numbers, value in _ONLY.values()}
     new_namespaces = (_NEW_ALL | 0x80, _FIRST_ARGUMENT)  # 0x80 is CLONE_NEWTIME
     rules[_CLONE[_ARCH]] = [
@@ -765,9 +783,9 @@ _FILES = 4096  # in the scratch directory
 _CLOSE_RANGE = 436
 _PATIENCE = 10  # most that waiting for a busy processor can stretch the wall limit
 _OUT_OF_MEMORY = re.compile(
-    rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemoryError|heap exhausted"
-    rb"|cannot allocate memory|not enough memory|Allowed memory size|failed to allocate memory"
-    rb"|heap out of memory|Storage_Error|Out of memory",
+    rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
+    rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
+    re.IGNORECASE,
 )
 
 
@@ -1060,7 +1078,7 @@ class _Warden:
 # ---------------------------------------------------------------------------------------------
 # Level `namespaces`
 
-_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf", "java-*", "mono", "php", "R",
+_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf", "java-*", "mono", "php", "R",
         "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
 _MADE_UP = {
     "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
@@ -1068,7 +1086,7 @@ _MADE_UP = {
     "hosts": "127.0.0.1 localhost\n",
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/var/lib/ghc")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
@@ -1431,8 +1449,28 @@ def _visible_paths() -> list[str]:
     return [path for path in homes if not any(path.startswith(f"{other}/") for other in homes)]
 
 
+def _java_names(program: str) -> tuple[str, str]:
+    """The class that the file is named after, if one is public, and the one to be run."""
+    code = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\\])\'|//.*|/\*[\s\S]*?\*/', "", program)
+    depth, current, public, main = 0, "Main", None, None
+    kinds = r"(?:class|record|enum|interface)\s+(\w+)"
+    for token in re.finditer(rf"[{{}}]|(\bpublic\s[\w\s]*?)?\b{kinds}|\bvoid\s+main\s*\(", code):
+        if token[0] in "{}":
+            depth += 1 if token[0] == "{" else -1
+        elif token[2] and depth == 0:
+            current = token[2]
+            public = current if token[1] else public
+        elif token[2] is None:
+            main = main or current
+    main = main or public or current
+    return public or main, main
+
+
 def _source_name(language: Language, program: str) -> tuple[str, str]:
-    """File name and stem; some languages tie both to a name in the program."""
+    """File name, and what the compiled program is called; some languages tie both to the text."""
+    if language.name == "java":
+        file, main = _java_names(program)
+        return f"{file}.java", main
     named = language.named and re.search(language.named, program, re.M)
     if not named:
         return language.file, Path(language.file).stem
