@@ -379,6 +379,34 @@ def same_lines(test: dict, stdout: str) -> bool:
     return _lines(test["stdout"]) == _lines(stdout)
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _number(token: str) -> float | None:
+    """None for what is no number in digits, or too great to be told from infinity."""
+    value = float(token) if _NUMBER.fullmatch(token) else math.inf
+    return None if math.isinf(value) else value
+
+
+def _same_token(expected: str, got: str, tolerance: float) -> bool:
+    numbers = _number(expected), _number(got)
+    if expected == got or None in numbers:
+        return expected == got
+    return math.isclose(*numbers, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def close_numbers(tolerance: float = 1e-6) -> Checker:
+    """A checker for which white space only separates, and numbers may differ by the tolerance,
+    absolute or relative. Everything else, nan and inf among it, must be the same text."""
+
+    def check(test: dict, stdout: str) -> bool:
+        expected, got = test["stdout"].split(), stdout.split()
+        pairs = zip(expected, got, strict=False)
+        return len(expected) == len(got) and all(_same_token(*pair, tolerance) for pair in pairs)
+
+    return check
+
+
 # ---------------------------------------------------------------------------------------------
 # Results
 
@@ -870,12 +898,17 @@ def _set_limits(step: dict) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
+def _signal_name(number: int) -> str:
+    """Real-time signals have no names."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
     """Verdict and message of a program that ended by itself."""
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
         return "ok", ""
-    message = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+    message = f"exit code {code}" if code > 0 else f"ended by {_signal_name(-code)}"
     full = watch.memory > 0.9 * (watch.step["memory"] << 20)
     if code == -signal.SIGXCPU:
         return "time_limit", message
@@ -1067,7 +1100,7 @@ class _Warden:
             "verdict": watch.verdict,
             "message": watch.message,
             "exit_code": code if code >= 0 else None,
-            "signal": signal.Signals(-code).name if code < 0 else "",
+            "signal": _signal_name(-code) if code < 0 else "",
             "wall": time.monotonic() - watch.start,
             "cpu": cpu,
             "memory": watch.memory,
@@ -1823,33 +1856,105 @@ def run(
 def _cmd_languages(_) -> int:
     versions = installed()
     for name, language in LANGUAGES.items():
-        missing = f"- (package {language.package})" if language.package else "- (not in Debian)"
-        print(f"{name:12} {versions.get(name, missing)}")
+        print(f"{name:12} {versions.get(name) or f'- ({_missing(language)})'}")
     return 0
+
+
+def _cmd_toolchains(options) -> int:
+    wanted = [canonical(name) for name in options.languages] or list(LANGUAGES)
+    missing = [name for name in wanted if options.all or toolchain(name) is None]
+    packages = [package for name in missing for package in LANGUAGES[name].package.split()]
+    print(" ".join(dict.fromkeys(packages)))
+    return 0
+
+
+def _open_sandbox(options) -> Sandbox:
+    limits = Limits(wall=options.wall, cpu=options.cpu, memory=options.memory)
+    return Sandbox(getattr(options, "workers", 1), limits, options.level)
+
+
+def _json_lines(path: str, parse: Callable[[dict], object]) -> list:
+    """Raises ValueError naming file and line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            rows.append(parse(json.loads(line))) if line.strip() else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error!r}") from None
+    return rows
 
 
 def _cmd_run(options) -> int:
     path = Path(options.file)
-    by_extension = {Path(lang.file).suffix[1:]: lang.name for lang in _TABLE}
-    language = options.language or by_extension.get(path.suffix[1:], path.suffix[1:])
-    tests = [json.loads(line) for line in Path(options.tests).read_text().splitlines() if line]
-    result = run(path.read_text(), language, tests)
+    by_suffix = {Path(language.file).suffix: language.name for language in _TABLE}
+    language = options.language or by_suffix.get(path.suffix, path.suffix.lstrip("."))
+    tests = _json_lines(options.tests, lambda row: {"stdin": "", **row, "stdout": row["stdout"]})
+    with _open_sandbox(options) as sandbox:
+        result = sandbox.run(path.read_text(), language, tests)
     print(json.dumps(asdict(result), indent=1))
     return 0 if result.passed else 1
 
 
-def _main() -> int:
+def _cmd_check(options) -> int:
+    def parse(row: dict) -> tuple:
+        return row.get("id"), (row["program"], canonical(row["language"]), list(row["tests"]))
+
+    rows = _json_lines(options.file, parse)
+    with _open_sandbox(options) as sandbox:
+        results = sandbox.map([job for _, job in rows], progress="programs")
+    counts: dict[str, dict[str, int]] = {}
+    for (identity, _), result in zip(rows, results, strict=True):
+        row = {"id": identity, "language": result.language, "verdict": result.verdict}
+        print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}))
+        count = counts.setdefault(result.language, {})
+        count[result.verdict] = count.get(result.verdict, 0) + 1
+    for language, count in counts.items():
+        print(
+            f"{language:12}", *(f"{verdict} {n}" for verdict, n in count.items()), file=sys.stderr
+        )
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _add_limits(parser) -> None:
+    default = Limits()
+    add = parser.add_argument
+    add("--wall", type=float, default=default.wall, help="seconds per test (%(default)s)")
+    add("--cpu", type=float, default=default.cpu, help="seconds of processor time (%(default)s)")
+    add("--memory", type=int, default=default.memory, help="MB per test (%(default)s)")
+    add("--level", choices=LEVELS, help="confinement; by default the strongest that works")
+
+
+def _parser() -> "argparse.ArgumentParser":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("languages", help="list the languages and their versions here")
     add.set_defaults(call=_cmd_languages)
+    add = commands.add_parser("toolchains", help="print the Debian packages of missing languages")
+    add.add_argument("languages", nargs="*", help="only of these")
+    add.add_argument("--all", action="store_true", help="also of languages that are here")
+    add.set_defaults(call=_cmd_toolchains)
     add = commands.add_parser("run", help="run one program against tests")
     add.add_argument("file", help="the program; its extension names the language")
     add.add_argument("--tests", required=True, help='JSON lines of {"stdin", "stdout"}')
     add.add_argument("--language", help="the language, where the extension does not name it")
+    _add_limits(add)
     add.set_defaults(call=_cmd_run)
-    options = parser.parse_args()
-    return options.call(options)
+    add = commands.add_parser("check", help="grade a file of programs")
+    add.add_argument("file", help='JSON lines of {"program", "language", "tests"} and perhaps "id"')
+    add.add_argument("--workers", type=int, help="programs at a time (one per processor)")
+    _add_limits(add)
+    add.set_defaults(call=_cmd_check)
+    return parser
+
+
+def _main() -> int:
+    """0 if every program passed, 1 if not, 2 if the request was wrong."""
+    options = _parser().parse_args()
+    try:
+        return options.call(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sandbox.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

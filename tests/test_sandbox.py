@@ -1,0 +1,465 @@
+"""The sandbox's interface: verdicts, comparing, pool, deadline, command line, and what it leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import sandbox
+from sandbox import Limits, Sandbox, canonical, close_numbers, same_lines
+
+ROOT = Path(__file__).parent.parent
+ADD = "print(sum(map(int, input().split())))"
+TESTS = [{"stdin": "3 4\n", "stdout": "7"}, {"stdin": "1 1\n", "stdout": "2"}]
+
+
+@pytest.fixture(scope="module")
+def box():
+    with Sandbox(2) as box:
+        yield box
+
+
+def _processes() -> dict[int, str]:
+    """Helpers and programs anywhere on the machine, by their command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+        found[int(path.parent.name)] = line
+    return found
+
+
+def _gone(marks: str, seconds: float = 20) -> bool:
+    """Waits until no process has the text in its command line."""
+    end = time.monotonic() + seconds
+    while any(marks in line for line in _processes().values()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Verdicts
+
+
+def test_ok(box):
+    result = box.run(ADD, "python", TESTS)
+    assert result.passed and result.verdict == "ok"
+    assert [test.verdict for test in result.tests] == ["ok", "ok"]
+    assert result.level == box.level
+    first = result.tests[0]
+    assert first.stdout == "7\n" and first.exit_code == 0 and first.signal == ""
+    assert 0 < first.wall < 10 and 0 < first.cpu < 10 and 1 << 20 < first.memory < 512 << 20
+
+
+def test_verdict_is_that_of_the_first_failure(box):
+    program = "n = int(input())\nif n == 2: raise ValueError('two')\nprint(n)"
+    tests = [{"stdin": str(n), "stdout": str(n + (n == 3))} for n in (1, 2, 3, 4)]
+    result = box.run(program, "python", tests)
+    verdicts = [test.verdict for test in result.tests]
+    assert verdicts == ["ok", "runtime_error", "wrong_answer", "ok"]
+    assert result.verdict == "runtime_error" and not result.passed
+    assert "ValueError: two" in result.tests[1].stderr and result.tests[1].exit_code == 1
+    result = box.run(program, "python", tests, stop_at_failure=True)
+    assert len(result.tests) == 2 and result.verdict == "runtime_error"
+
+
+def test_signal_is_named(box):
+    result = box.run("import os\nos.abort()", "python", TESTS)
+    assert result.verdict == "runtime_error"
+    assert result.tests[0].signal == "SIGABRT" and result.tests[0].exit_code is None
+    result = box.run("import os\nos.kill(os.getpid(), 40)", "python", TESTS)
+    assert result.tests[0].signal == "signal 40"
+
+
+def test_compile_error_has_the_message(box):
+    result = box.run("int main( {", "c", TESTS)
+    assert result.verdict == "compile_error" and result.tests == ()
+    assert "main.c:1" in result.compile.stderr
+
+
+def test_no_tests_compiles_only(box):
+    assert box.run("int main() {}", "c", []).verdict == "ok"
+    assert box.run("int main( {}", "c", []).verdict == "compile_error"
+
+
+def test_unknown_and_missing_languages(box):
+    with pytest.raises(ValueError, match="unknown language 'klingon'; known: python"):
+        box.run("", "klingon", TESTS)
+    missing = [name for name in sandbox.LANGUAGES if name not in sandbox.installed()]
+    if missing:
+        result = box.run("", missing[0], TESTS)
+        assert result.verdict == "no_toolchain" and not result.passed and "Debian" in result.message
+
+
+def test_arguments(box):
+    tests = [{"args": ["a b", "{box}", 3], "stdout": "['a b', '{box}', '3']"}]
+    assert box.run("import sys\nprint(sys.argv[1:])", "python", tests).passed
+
+
+def test_braces_in_programs_are_left_alone(box):
+    assert box.run("print('{box} {} {{')", "python", [{"stdout": "{box} {} {{"}]).passed
+
+
+def test_limits_are_per_call(box):
+    spin = "import time\ntime.sleep(30)"
+    result = box.run(spin, "python", TESTS[:1], limits=Limits(wall=0.3))
+    assert result.verdict == "time_limit" and 0.3 <= result.tests[0].wall < 10
+
+
+def test_what_is_kept(box):
+    result = box.run("print('x' * 9999)", "python", TESTS[:1], limits=Limits(keep=100))
+    assert result.tests[0].stdout == "x" * 100
+    long = [{"stdout": "x" * 9999}]
+    assert box.run("print('x' * 9999)", "python", long, limits=Limits(keep=100)).passed
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "exit()",
+        "quit(0)",
+        "import sys\nsys.exit()",
+        "import numbers, json, decimal, fractions, re, math, heapq, bisect, itertools, collections",
+        "import asyncio, threading, multiprocessing, sqlite3, subprocess, tempfile, random, typing",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int = 1\nassert A() == A(1) and __name__ == '__main__'",
+        "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
+        "import multiprocessing as m\nwith m.Pool(2) as p: assert p.map(abs, [-1]) == [1]",
+        "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1)\nf(50_000)",
+        "import subprocess\nassert subprocess.check_output(['echo', 'x']) == b'x\\n'",
+        "def unused(): pass\ntry: sys\nexcept NameError: pass\nelse: raise SystemExit(1)",
+    ],
+)
+def test_ordinary_python_works(box, program):
+    result = box.run(program, "python", [{"stdout": ""}])
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        ("public class A { public static void main(String[] x) {} }", ("A", "A")),
+        ("import x; class B { void main() {} }", ("B", "B")),
+        ("class S { } public class Main { static void main( }", ("Main", "Main")),
+        ("class N {}\nclass P { class Q { } static void main(", ("P", "P")),
+        ('class A { String s = "} class Z {"; } // class Y\n', ("A", "A")),
+        ("public final class F { } class G { void main(", ("F", "G")),
+        ("", ("Main", "Main")),
+    ],
+)
+def test_java_names(program, names):
+    assert sandbox._java_names(program) == names
+
+
+def test_aliases():
+    assert canonical("C++") == canonical(" cpp ") == "cpp"
+    assert [canonical(name) for name in ("py", "js", "golang", "sh", "c#")] == [
+        "python", "javascript", "go", "bash", "csharp"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparing
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "right"),
+    [
+        ("a\nb", "a\nb\n", True),
+        ("a\nb\n\n", "a  \nb\t\n", True),
+        ("a\r\nb", "a\nb", True),
+        ("", "\n\n", True),
+        ("a b", "a  b", False),
+        ("a", " a", False),
+        ("a\n\nb", "a\nb", False),
+        ("Yes", "yes", False),
+        ("a", "", False),
+    ],
+)
+def test_same_lines(expected, got, right):
+    assert same_lines({"stdout": expected}, got) is right
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "right"),
+    [
+        ("1.0 2", "1.0000000001\n2", True),
+        ("1000000", "1000000.5", True),
+        ("1e400", "1e400", True),
+        ("1", "1.1", False),
+        ("0", "1e-9", True),
+        ("nan", "nan", True),
+        ("1", "nan", False),
+        ("nan", "1", False),
+        ("1", "1e400", False),
+        ("inf", "inf", True),
+        ("inf", "1e400", False),
+        ("inf", "-inf", False),
+        ("x 1", "x 1.0", True),
+        ("X 1", "x 1", False),
+        ("1 2", "1", False),
+        ("1", "1 2", False),
+        ("1_0", "10", False),
+        ("12345678901234567891", "12345678901234567892", True),
+    ],
+)
+def test_close_numbers(expected, got, right):
+    assert close_numbers()({"stdout": expected}, got) is right
+
+
+def test_checker_sees_the_whole_output(box):
+    seen = []
+    checker = lambda test, stdout: seen.append((test["more"], len(stdout))) or True  # noqa: E731
+    result = box.run("print('x' * 99_999)", "python", [{"more": 1}], checker=checker)
+    assert result.passed and seen == [(1, 100_000)]
+
+
+def test_a_checker_that_fails_is_the_callers_error(box):
+    with pytest.raises(KeyError):
+        box.run("print(1)", "python", [{"stdin": ""}])
+    assert box.run(ADD, "python", TESTS).passed
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool
+
+
+def test_map_keeps_the_order(box):
+    jobs = [(f"print({n})", "python", [{"stdout": str(n)}]) for n in range(30)]
+    results = box.map(jobs, progress="programs")
+    assert all(result.passed for result in results)
+    assert [result.tests[0].stdout for result in results] == [f"{n}\n" for n in range(30)]
+
+
+def test_deadline_ends_what_runs_and_what_waits(box):
+    start = time.monotonic()
+    jobs = [("import time\ntime.sleep(30)", "python", TESTS)] * 6
+    results = box.map(jobs, deadline=0.5)
+    assert time.monotonic() - start < 15
+    assert {(result.verdict, result.message) for result in results} == {
+        ("internal_error", "deadline")
+    }
+    assert box.run(ADD, "python", TESTS).passed
+
+
+def test_submit_does_not_wait(box):
+    start = time.monotonic()
+    future = box.submit("import time\ntime.sleep(0.5)\nprint(7)", "python", [{"stdout": "7"}])
+    assert time.monotonic() - start < 0.4 and not future.done()
+    assert future.result().passed
+
+
+def test_threads_may_share_a_sandbox(box):
+    passed = []
+    call = lambda: passed.append(box.run(ADD, "python", TESTS).passed)  # noqa: E731
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert passed == [True] * 8
+
+
+def test_a_killed_helper_is_replaced(box):
+    box.run(ADD, "python", TESTS)
+    helper = box._idle.get()
+    box._idle.put(helper)
+    os.killpg(helper.process.pid, signal.SIGKILL)
+    assert all(result.passed for result in box.map([(ADD, "python", TESTS)] * 4))
+
+
+def test_a_limit_that_cannot_be_set_is_an_error(box):
+    result = box.run(ADD, "python", TESTS, limits=Limits(files=1 << 60))
+    assert result.verdict == "internal_error" and not result.passed
+
+
+def test_level_none_is_only_by_name_and_warns():
+    with pytest.warns(UserWarning, match="own rights"), Sandbox(1, level="none") as box:
+        result = box.run(ADD, "python", TESTS)
+    assert result.passed and result.level == "none"
+    with pytest.raises(ValueError, match="known: namespaces, landlock, none"):
+        Sandbox(level="docker")
+    assert sandbox.best_level() in ("namespaces", "landlock")
+
+
+def test_no_confinement_is_an_error(monkeypatch):
+    def refuse(*_):
+        raise sandbox._Refused("forbidden")
+
+    monkeypatch.setattr(sandbox, "_Worker", refuse)
+    with pytest.raises(
+        RuntimeError, match=r"namespaces: forbidden; landlock: forbidden.*level='none'"
+    ):
+        sandbox.best_level.__wrapped__()
+
+
+def test_four_times_more_workers_than_cores_give_no_false_time_limit():
+    spin = "import time\nwhile time.process_time() < 0.25: pass\nprint(1)"
+    limits = Limits(wall=0.6, cpu=2)
+    with Sandbox(4 * (os.cpu_count() or 1), limits) as box:
+        results = box.map([(spin, "python", [{"stdout": "1"}])] * (12 * (os.cpu_count() or 1)))
+    assert {result.verdict for result in results} == {"ok"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing is left
+
+
+def _leftovers() -> dict:
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": Path("/proc/self/mounts").read_text(),
+        "homes": sorted(Path(sandbox.tempfile.gettempdir()).glob(f"sandbox-{os.getpid()}-*")),
+        "groups": sorted(map(str, Path("/sys/fs/cgroup").rglob("sandbox-*"))),
+        "threads": threading.active_count(),
+    }
+
+
+def test_closing_leaves_nothing():
+    before = _leftovers()
+    with Sandbox(3) as box:
+        pids = []
+        assert all(r.passed for r in box.map([(ADD, "python", TESTS)] * 9))
+        while not box._idle.empty():
+            pids.append(box._idle.get())
+        for worker in pids:
+            box._idle.put(worker)
+    assert pids and not any(Path(f"/proc/{worker.process.pid}").exists() for worker in pids)
+    assert _leftovers()["homes"] == before["homes"]
+    after = _leftovers()
+    ours = {f"sandbox-{worker.process.pid}" for worker in pids}
+    assert not [path for path in after["groups"] if Path(path).name in ours]
+    assert after["descriptors"] == before["descriptors"] and after["mounts"] == before["mounts"]
+    assert after["threads"] == before["threads"]
+
+
+def test_many_runs_leave_nothing():
+    """The shorter form of `python tests/bench.py soak`."""
+    with Sandbox(2) as box:
+        kinds = [
+            (ADD, "python", TESTS[:1]),
+            ("read a b; echo $((a + b))", "bash", TESTS[:1]),
+            ("{ print $1 + $2 }", "awk", TESTS[:1]),
+            ("import os\nif os.fork(): print(7)", "python", TESTS[:1]),
+        ]
+        kinds = [kind for kind in kinds if kind[1] in sandbox.installed()]
+        box.map(kinds * 2)
+        before = _leftovers()
+        results = box.map(kinds * 125)
+        assert {result.verdict for result in results} == {"ok"}
+        assert _leftovers() == before
+
+
+TRAINER = """
+import sys; sys.path.insert(0, {root!r})
+import sandbox
+with sandbox.Sandbox(2, level={level!r}) as box:
+    print(box.map([("print(1)", "python", [{{"stdout": "1"}}])] * 4)[0].verdict, flush=True)
+    print([worker.home for worker in [box._idle.get(), box._idle.get()] if not box._idle.put(worker)], flush=True)
+    box.map([("import os, time\\nif os.fork(): os.setsid\\ntime.sleep({mark})", "python", [{{}}])] * 4)
+"""
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_a_killed_trainer_leaves_nothing(level):
+    try:
+        sandbox._Worker(level, True).close()
+    except sandbox._Refused as refusal:
+        pytest.skip(str(refusal))
+    groups = _leftovers()["groups"]
+    mark = f"9{os.getpid()}.5"
+    code = TRAINER.format(root=str(ROOT), level=level, mark=mark)
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout.readline() == "ok\n"
+    homes = re.findall(r"'([^']+)'", trainer.stdout.readline())
+    time.sleep(0.5)
+    helpers = [
+        pid
+        for pid, line in _processes().items()
+        if "sandbox helper" in line and _parent(pid) == trainer.pid
+    ]
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    trainer.stdout.close()
+    assert helpers and homes
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in helpers if Path(f"/proc/{pid}").exists()]
+    assert not any(Path(home).exists() for home in homes)
+    assert _leftovers()["groups"] == groups
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+
+def test_the_caller_is_not_forked(monkeypatch):
+    monkeypatch.setattr(os, "fork", None)
+    with Sandbox(1) as box:
+        assert box.run(ADD, "python", TESTS).passed
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def _cli(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "sandbox.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_cli_languages():
+    done = _cli("languages")
+    assert done.returncode == 0
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert set(lines) == set(sandbox.LANGUAGES)
+    assert lines["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_cli_run(tmp_path):
+    (tmp_path / "add.py").write_text(ADD)
+    (tmp_path / "tests.jsonl").write_text("\n".join(map(json.dumps, TESTS)))
+    done = _cli("run", tmp_path / "add.py", "--tests", tmp_path / "tests.jsonl")
+    assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "ok", done
+    (tmp_path / "add.py").write_text("print(8)")
+    done = _cli("run", tmp_path / "add.py", "--tests", tmp_path / "tests.jsonl", "--wall", "5")
+    assert done.returncode == 1 and json.loads(done.stdout)["verdict"] == "wrong_answer"
+    done = _cli("run", tmp_path / "none.py", "--tests", tmp_path / "tests.jsonl")
+    assert done.returncode == 2 and "none.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cli_check(tmp_path):
+    rows = [
+        {"id": "a", "program": ADD, "language": "py", "tests": TESTS},
+        {"id": "b", "program": "print(7)", "language": "python", "tests": TESTS},
+        {"id": "c", "program": "", "language": "klingon", "tests": TESTS},
+    ]
+    file = tmp_path / "programs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows[:2])))
+    done = _cli("check", file)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(a["id"], a["verdict"]) for a in answers] == [("a", "ok"), ("b", "wrong_answer")]
+    assert done.returncode == 1 and "python" in done.stderr
+    file.write_text("\n".join(map(json.dumps, rows)))
+    done = _cli("check", file)
+    assert done.returncode == 2 and f"{file}:3" in done.stderr and "klingon" in done.stderr
+
+
+def test_cli_toolchains():
+    packages = _cli("toolchains", "--all").stdout.split()
+    assert "nodejs" in packages and "g++" in packages
+    assert "g++" not in _cli("toolchains").stdout.split() or "cpp" not in sandbox.installed()
