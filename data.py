@@ -390,33 +390,36 @@ def random_function(
 # Statements: English for a function
 
 OPENERS = {
-    "ints": ("Read integers.", "Given a line of integers,", "Take the numbers from the input."),
-    "words": ("Read words.", "Given a line of words,", "Take the words from the input."),
+    "ints": ("Read integers.", "Given a line of integers,"),
+    "words": ("Read words.", "Given a line of words,"),
 }
-JOINERS = (", then ", " and ", ", after that ")
-CLOSERS = (". Print the result.", " and print it.", ". Output what you get.")
+JOINERS = (", then ", " and then ")
+CLOSERS = (". Print the result.", ". Output what you get.")
 
 
-def state(
+def wordings(
     function: Function, rng: random.Random, new_share: float, reworded: Sequence[str]
-) -> tuple[str, int]:
-    """(statement, number of reserved wordings in it) for a function.
+) -> tuple[list[str], int]:
+    """(a phrase for each step, how many of them are reserved ones).
 
     Each operation in `reworded` takes a reserved wording with probability `new_share`.
     """
-    kind, steps = function
     phrases, new = [], 0
-    for name, k in steps:
+    for name, k in function[1]:
         reserved = name in reworded and rng.random() < new_share
-        phrases.append(
-            rng.choice(OPERATIONS[name].new if reserved else OPERATIONS[name].known).format(k=k)
-        )
+        choice = OPERATIONS[name].new if reserved else OPERATIONS[name].known
+        phrases.append(rng.choice(choice).format(k=k))
         new += reserved
-    body = phrases[0] + "".join(rng.choice(JOINERS) + phrase for phrase in phrases[1:])
+    return phrases, new
+
+
+def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
+    """The statement made of the steps' phrases, for an input of type `kind`."""
     opener = rng.choice(OPENERS[kind])
+    body = phrases[0] + "".join(rng.choice(JOINERS) + p for p in phrases[1:])
     if opener.endswith("."):
         body = body[0].upper() + body[1:]
-    return f"{opener} {body}{rng.choice(CLOSERS)}", new
+    return f"{opener} {body}{rng.choice(CLOSERS)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,7 +433,7 @@ def state(
 COMMON = {  # expressions that most PLs write alike
     "even": "«x» % 2 == 0", "odd": "«x» % 2 != 0", "gt": "«x» > «k»", "lt": "«x» < «k»", "negative": "«x» < 0",
     "add": "«x» + «k»", "sub": "«x» - «k»", "mul": "«x» * «k»", "square": "«x» * «x»",
-    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x",
+    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x", "comment": "#",
 }  # fmt: skip
 
 SNIPPETS = {
@@ -457,7 +460,7 @@ SNIPPETS = {
         "upper": "x.upper()", "mirror": "x[::-1]", "longer": "len(x) > «k»", "has": '"«k»" in x',
     },
     "javascript": {
-        "program": "«body»",
+        "program": "«body»", "comment": "//",
         "ints.read": 'let a = require("fs").readFileSync(0, "utf8").trim().split(" ").map(Number);',
         "words.read": 'let w = require("fs").readFileSync(0, "utf8").trim().split(" ");',
         "filter": "«v» = «v».filter(x => «c»);",
@@ -480,7 +483,7 @@ SNIPPETS = {
         "longer": "x.length > «k»", "has": 'x.includes("«k»")',
     },
     "c": {
-        "program": "#include <stdio.h>\n«imports»\nint main() {\n    «body»\n}",
+        "program": "#include <stdio.h>\n«imports»\nint main() {\n    «body»\n}", "comment": "//",
         "imports": {"str": "#include <string.h>", "toupper": "#include <ctype.h>"},
         "ints.read": 'long a[99], n = 0, m, i, j, t;\nwhile (scanf("%ld", &a[n]) == 1) n++;',
         "words.read": 'char w[99][99], s[99];\nlong n = 0, m, i, j;\nwhile (scanf("%s", w[n]) == 1) n++;',
@@ -511,7 +514,7 @@ SNIPPETS = {
         "x": "a[i]", "longer": "strlen(w[i]) > «k»", "has": "strchr(w[i], '«k»')",
     },
     "cpp": {
-        "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}",
+        "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}", "comment": "//",
         "ints.read": "vector<long> a;\nfor (long x; cin >> x;) a.push_back(x);",
         "words.read": "vector<string> w;\nfor (string x; cin >> x;) w.push_back(x);",
         "filter": "erase_if(«v», [](auto x) { return !(«c»); });",
@@ -535,7 +538,7 @@ SNIPPETS = {
         "longer": "x.size() > «k»", "has": "x.find('«k»') != string::npos",
     },
     "java": {
-        "program": "import java.util.*;\n\nclass Main {\n    public static void main(String[] args) {\n        «body»\n    }\n}",
+        "program": "import java.util.*;\n\nclass Main {\n    public static void main(String[] args) {\n        «body»\n    }\n}", "comment": "//",
         "ints.read": "List<Integer> a = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) a.add(in.nextInt());",
         "words.read": "List<String> w = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) w.add(in.next());",
         "filter": "«v».removeIf(x -> !(«c»));",
@@ -558,7 +561,7 @@ SNIPPETS = {
         "longer": "x.length() > «k»", "has": 'x.contains("«k»")',
     },
     "go": {
-        "program": 'package main\n\nimport "fmt"\n«imports»\nfunc main() {\n\t«body»\n}',
+        "program": 'package main\n\nimport "fmt"\n«imports»\nfunc main() {\n\t«body»\n}', "comment": "//",
         "imports": {"sort.": 'import "sort"', "strings.": 'import "strings"'},
         "ints.read": "a := []int{}\nfor x := 0; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\ta = append(a, x)\n}",
         "words.read": 'w := []string{}\nfor x := ""; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\tw = append(w, x)\n}',
@@ -582,7 +585,7 @@ SNIPPETS = {
         "upper": "strings.ToUpper(x)", "longer": "len(x) > «k»", "has": 'strings.Contains(x, "«k»")',
     },
     "rust": {
-        "program": "use std::io::*;\n\nfn main() {\n    let mut s = String::new();\n    stdin().read_to_string(&mut s).unwrap();\n    «body»\n}",
+        "program": "use std::io::*;\n\nfn main() {\n    let mut s = String::new();\n    stdin().read_to_string(&mut s).unwrap();\n    «body»\n}", "comment": "//",
         "ints.read": "let mut a: Vec<i64> = s.split_whitespace().map(|x| x.parse().unwrap()).collect();",
         "words.read": "let mut w: Vec<String> = s.split_whitespace().map(String::from).collect();",
         "filter": "a.retain(|&x| «c»);", "words.filter": "w.retain(|x| «c»);",
@@ -651,7 +654,7 @@ SNIPPETS = {
         "x": "$_", "upper": "uc", "mirror": "scalar reverse", "longer": "length > «k»", "has": "/«k»/",
     },
     "php": {
-        "program": "<?php\n«body»",
+        "program": "<?php\n«body»", "comment": "//",
         "ints.read": '$a = array_map("intval", explode(" ", trim(fgets(STDIN))));',
         "words.read": '$w = explode(" ", trim(fgets(STDIN)));',
         "filter": "$«v» = array_values(array_filter($«v», fn($x) => «c»));",
@@ -673,7 +676,7 @@ SNIPPETS = {
         "x": "$x", "upper": "strtoupper($x)", "mirror": "strrev($x)", "longer": "strlen($x) > «k»", "has": 'str_contains($x, "«k»")',
     },
     "lua": {
-        "program": "«body»",
+        "program": "«body»", "comment": "--",
         "ints.read": 'local a = {}\nfor x in io.read():gmatch("%S+") do a[#a + 1] = tonumber(x) end',
         "words.read": 'local w = {}\nfor x in io.read():gmatch("%S+") do w[#w + 1] = x end',
         "filter": "local b = {}\nfor _, x in ipairs(«v») do if «c» then b[#b + 1] = x end end\n«v» = b",
@@ -778,8 +781,11 @@ def fill(text: str, values: dict) -> str:
     return re.sub("«(.*?)»", put, text)
 
 
-def emit(function: Function, language: str) -> str:
-    """The program for `function` in `language`: reads one line, prints one line."""
+def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str:
+    """The program for `function` in `language`: reads one line, prints one line.
+
+    With `comments`, one for each step, they stand above the steps.
+    """
     table = COMMON | SNIPPETS[language]
 
     def snippet(kind: str, base: str, name: str = "") -> str:
@@ -801,6 +807,8 @@ def emit(function: Function, language: str) -> str:
             "c": fill(table.get(op.cond, ""), values),
             "e": fill(table.get(op.expr, ""), values),
         }
+        if comments:
+            body.append(f"{table['comment']} {comments[i - 1]}")
         body.append(fill(snippet(kind, op.kind or name, name), values))
         kind = result_type(kind, name)
     if kind != "value":
@@ -814,8 +822,8 @@ def emit(function: Function, language: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Roles of the PLs
 
-SFT_CHOICE = ("python", "javascript", "ruby", "go", "c", "java", "cpp")
-UNSEEN_CHOICE = ("php", "perl", "lua", "rust", "tcl", "bash", "awk", "java", "cpp", "c")
+SFT_CHOICE = ("python", "javascript", "ruby", "php", "c", "go", "java", "cpp")
+UNSEEN_CHOICE = ("perl", "lua", "bash", "rust", "tcl", "awk", "go", "c", "java", "cpp")
 
 
 @dataclass(frozen=True)
@@ -900,7 +908,7 @@ class CorpusSettings:
     rl: int = flag(600, "RL problems, with reserved wordings")
     eval: int = flag(120, "held-out problems of each kind: known wordings, reserved wordings")
     tests: int = flag(4, "tests per problem")
-    operations: int = flag(3, "most operations in a problem with known wordings")
+    operations: int = flag(2, "most operations in a problem with known wordings")
     rl_operations: int = flag(2, "most operations in a problem with reserved wordings")
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
@@ -918,8 +926,12 @@ class CorpusSettings:
 def make_problem(
     function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float
 ) -> dict:
-    """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
-    prompt, new = state(function, rng, new_share, s.reworded)
+    """A record for `function` with programs in all PLs; its tests' outputs are interpreted.
+
+    `commented` has each program once more, with a known wording above each step: documents for base.
+    """
+    phrases, new = wordings(function, rng, new_share, s.reworded)
+    prompt, comments = state(function[0], phrases, rng), wordings(function, rng, 0.0, ())[0]
     tests = []
     while len(tests) < s.tests:
         line = random_line(function[0], rng)
@@ -932,10 +944,15 @@ def make_problem(
         "prompt": prompt,
         "tests": tests,
         "solutions": {language: emit(function, language) for language in SNIPPETS},
+        "commented": {language: emit(function, language, comments) for language in SNIPPETS},
         "function": fingerprint(function),
         "operations": steps,
-        "difficulty": {"operations": len(steps), "rare": sum(OPERATIONS[n].rare for n in steps), "new": new},
-    }  # fmt: skip
+        "difficulty": {
+            "operations": len(steps),
+            "rare": sum(OPERATIONS[n].rare for n in steps),
+            "new": new,
+        },
+    }
 
 
 def make_problems(
@@ -1163,12 +1180,19 @@ def pick(seed: str, i: int, count: int) -> int:
 
 
 def base(m: Mixture, i: int, rng: random.Random) -> Example:
-    """A stand-in for pre-training: a document of one PL; a share `statements` begins with a statement."""
+    """A stand-in for pre-training: a document of one PL, on which every token is trained.
+
+    A share `statements` begins with a statement; half of the others have comments, where there are
+    commented programs. Comments are what makes a small model learn soon what a phrase does.
+    """
     at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
-    tokens = m.tokenizer.encode(answer(record["solutions"], [language]))
+    programs = (
+        record.get("commented", record["solutions"]) if rng.random() < 0.5 else record["solutions"]
+    )
+    tokens = m.tokenizer.encode(answer(programs, [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
 
 

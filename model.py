@@ -48,6 +48,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data import write_atomically
+
 IGNORE = -100  # a target that does not count
 CHUNK = 512  # positions per chunk of log-probs: 512 x 128,256 float32 logits are 263 MB
 STRIDE = 4  # decoding steps between two looks at which rows have finished
@@ -124,7 +126,7 @@ class Config:
         """Writes folder/config.json in transformers 4's form, which version 5 reads as well."""
         fields = {name: value for name, value in SUPPORTED.items() if value is not None}
         text = json.dumps(fields | asdict(self), indent=2) + "\n"
-        replace_file(Path(folder) / "config.json", lambda path: path.write_text(text))
+        write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text))
 
 
 def read_fields(raw: dict) -> dict:
@@ -305,14 +307,18 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Llama":
-        """Normal(0, 0.02), projections into the residual stream / sqrt(2 layers) as in GPT-2.
+        """Normal(0, 0.7 / sqrt(D)), projections into the residual stream / sqrt(2 layers) as in GPT-2.
 
+        GPT-2's 0.02 is 0.55 / sqrt(768); taken as it is, it keeps a narrow model's attention flat for
+        long: at D = 128 the tiny default copied no number out of a statement in 3,000 updates.
         Drawn on the CPU in the order of the names: the same weights on every device. Returns self.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
+            std = 0.7 / math.sqrt(self.config.hidden_size)
+            if residual:
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             if weight.ndim == 1:  # a norm's
                 weight.fill_(1.0)
             else:
@@ -554,14 +560,6 @@ def generate(
 # Checkpoints
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under another name and renames, so that `path` is either the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model in `folder`; FileNotFoundError names a gap."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -652,13 +650,13 @@ def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> N
     model.config.save(folder)
     for name, shard in zip(names, shards, strict=True):
         tensors = {key: weight.contiguous().cpu() for key, weight in shard.items()}
-        replace_file(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
+        write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         size = sum(weight.nbytes for weight in state.values())
         index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
         names.append("model.safetensors.index.json")
-        replace_file(folder / names[-1], lambda path: path.write_text(index))
+        write_atomically(folder / names[-1], lambda path: path.write_text(index))
     for path in old:
         if path.name not in names:
             path.unlink(missing_ok=True)  # an .unfinished one may have become a file of ours

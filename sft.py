@@ -214,11 +214,11 @@ class Settings:
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 9,000,000 for base and 600,000 otherwise"
+        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise"
     )
-    batch: int = flag(32, "sequences per update")
-    micro_tokens: int = flag(4096, "most tokens in one forward pass, padding included")
-    lr: float = flag(0.0, "peak learning rate; 0 means 2e-3 for base and 5e-4 otherwise")
+    batch: int = flag(16, "sequences per update")
+    micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
+    lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
     clip: float = flag(1.0, "largest global gradient norm")
@@ -226,9 +226,9 @@ class Settings:
     statements: float = flag(0.45, "share of base documents that begin with a statement")
     in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all")
-    eval_every: int = flag(200, "updates between two measurements of the held-out loss")
+    eval_every: int = flag(500, "updates between two measurements of the held-out loss")
     eval_problems: int = flag(32, "held-out problems for the loss")
-    save_every: int = flag(500, "updates between two checkpoints")
+    save_every: int = flag(1000, "updates between two checkpoints")
     seed: int = flag(0, "seed of the initial weights and of the order of examples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     layers: int = flag(4, "from scratch: layers")
@@ -243,8 +243,8 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (9_000_000 if fresh else 600_000),
-        lr=s.lr or (2e-3 if fresh else 5e-4),
+        tokens=s.tokens or (3_500_000 if fresh else 400_000),
+        lr=s.lr or (3e-3 if fresh else 5e-4),
     )
 
 

@@ -232,5 +232,5 @@ def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
     with pytest.raises(SystemExit):
         data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
     out = capsys.readouterr().out
-    assert "The supervised stage" in out and "(default: 32)" in out
+    assert "The supervised stage" in out and "(default: 16)" in out
     assert data.parse_flags(sft.Settings, "", ["--batch", "7", "--in-context"]).batch == 7
