@@ -809,7 +809,7 @@ _STACK = 64  # MB
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
 _FILES = 4096  # in the scratch directory
 _CLOSE_RANGE = 436
-_PATIENCE = 10  # most that waiting for a busy processor can stretch the wall limit
+_PATIENCE = 30  # most that waiting for a busy processor can stretch the wall limit
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
     rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
