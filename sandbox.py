@@ -1,17 +1,41 @@
-"""Runs programs of many languages against tests and says how each test went.
+"""Runs programs of many languages against tests, confined, and says how each test went.
 
-    python sandbox.py languages                     the languages and their versions here
-    python sandbox.py run FILE --tests FILE         one program, tests as JSON lines
+    python sandbox.py languages                  the languages and their versions here
+    python sandbox.py toolchains                 the Debian packages of those that are missing
+    python sandbox.py run FILE --tests FILE      one program; tests as JSON lines
+    python sandbox.py check FILE                 many programs; JSON lines, see --help
 
 From Python:
 
     with Sandbox(workers=4) as sandbox:
         result = sandbox.run("print(int(input()) * 2)", "python", [{"stdin": "4", "stdout": "8"}])
-        results = sandbox.map([(program, language, tests), ...])
+        results = sandbox.map([(program, language, tests), ...])      # in order
+        future = sandbox.submit(program, language, tests)             # while something else goes on
 
-A program is compiled once and run once per test, by a small helper process per worker, so that
-the caller, which may hold a model and many threads, is never forked. The helper reports what the
-program wrote; whether that is right is decided here, where the expected output stays.
+A program is compiled once and run once per test, by one small helper process per worker: the
+caller, which may hold a model and many threads, is never forked. The helper reports what a
+program wrote and how it ended. Whether that is right is decided in the caller, where the expected
+output stays: a program can't find it, and neither an early exit nor anything printed is a pass.
+
+What a program is kept from (each claim is a case in tests/sandbox_cases.py):
+
+1. Level `namespaces`: user, process, mount, network, IPC and UTS namespaces; a root directory that
+   holds the toolchains read-only, the program read-only, and a scratch directory of limited size,
+   new for each test. As root the user is changed first. When a test ends, so does every process
+   that it started, daemons included.
+2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
+   host's processes can be seen, not touched; files' names and sizes can be seen; the size of
+   the scratch directory is only watched. Root's programs run as a user of their own.
+3. Both: system calls filtered (no network, no memory outside the limits, no large or young parts
+   of the kernel), no privileges, no environment, no descriptors, limits per process, and watched
+   limits on time and memory of all processes together; on memory by control groups too where
+   they can be written.
+4. Level `none`: limits only, for programs that are trusted. It has to be asked for.
+
+What it does not protect against: faults of the kernel, for programs talk to the same one; side
+channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
+use of up to the limits by every worker at once (workers x memory should fit the machine); with
+neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks.
 """
 
 import contextlib
@@ -827,6 +851,11 @@ class _Watch:
     message: str = ""
     memory: int = 0
     patience: float = 0.0  # seconds added to the wall limit
+    ran: float = -1.0  # seconds, at the last look past the wall limit
+
+    def due(self) -> float:
+        """When the wall limit is reached."""
+        return self.start + self.step["wall"] + self.patience
 
     def end(self, verdict: str, message: str) -> None:
         if not self.verdict:
@@ -854,10 +883,16 @@ def _fair_memory(pid: int) -> int:
     return sum(int(kb) for kb in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+)", rollup)) << 10
 
 
-def _waited(pid: int) -> float:
-    """Longest that a thread of the process was ready but had no processor, seconds."""
-    waits = [task.read_text().split()[1] for task in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    return max(map(int, waits), default=0) / 1e9
+def _schedule(pid: int) -> tuple[float, float, bool]:
+    """Seconds that a process's threads ran, the longest that one of them was ready but had no
+    processor, and whether one is running or ready now."""
+    threads = [path.parent for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    times = [
+        [int(word) / 1e9 for word in (t / "schedstat").read_text().split()[:2]] for t in threads
+    ]
+    ready = any((t / "stat").read_text().rpartition(")")[2][1] == "R" for t in threads)
+    ran, waited = zip(*times, strict=True)
+    return sum(ran), max(waited), ready
 
 
 def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
@@ -1014,20 +1049,24 @@ class _Warden:
         for fd in (*streams, alive):
             poll.register(fd, select.POLLIN)
         poll.register(self.sock, select.POLLRDHUP)
-        looked = watch.start
-        while not watch.verdict:
-            ready = {fd for fd, _ in poll.poll(_TICK * 1000)}
-            if self.sock.fileno() in ready:
-                raise EOFError("the caller has gone")
-            if alive in ready:
-                break
-            for fd in ready:
-                if not self.read(fd, streams[fd], watch):
-                    poll.unregister(fd)
-            if time.monotonic() - looked >= _TICK:
-                self.look(watch)
-                looked = time.monotonic()
-        os.close(alive)
+        next_look = watch.start + _TICK
+        try:
+            while not watch.verdict:
+                ready = {fd for fd, _ in poll.poll(max(0, next_look - time.monotonic()) * 1000)}
+                if self.sock.fileno() in ready:
+                    raise EOFError("the caller has gone")
+                if alive in ready:
+                    return
+                for fd in ready:
+                    if not self.read(fd, streams[fd], watch):
+                        poll.unregister(fd)
+                if time.monotonic() >= next_look:
+                    self.look(watch)
+                    next_look = min(
+                        time.monotonic() + _TICK, max(watch.due(), time.monotonic() + _TICK / 4)
+                    )
+        finally:
+            os.close(alive)
 
     def read(self, fd: int, stream: bytearray, watch: _Watch) -> bool:
         """False at the end of the stream."""
@@ -1050,18 +1089,27 @@ class _Warden:
         """Ends the watch if the program has passed a limit."""
         step, elapsed = watch.step, time.monotonic() - watch.start
         members = self.members()
-        if elapsed > step["wall"] + watch.patience:
-            watch.patience = min(
-                max(_each(_waited, members), default=0), (_PATIENCE - 1) * step["wall"]
-            )
-            if elapsed > step["wall"] + watch.patience:
-                watch.end("time_limit", f"{step['wall']} s by the clock")
+        if time.monotonic() > watch.due() and not self.excused(watch, members):
+            watch.end("time_limit", f"{step['wall']} s by the clock")
         if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
             watch.end("time_limit", f"{step['cpu']} s of processor time")
         if self.short_of_memory(watch, members):
             watch.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
             watch.end("output_limit", f"more than {step['files']} MB in files")
+
+    def excused(self, watch: _Watch, members: list[int]) -> bool:
+        """Whether a program past its wall limit only waited for a busy processor. Waiting is
+        counted once it is over: one that is ready and hasn't run since the last look, waits."""
+        schedules = _each(_schedule, members)
+        ran = sum(schedule[0] for schedule in schedules)
+        ready = any(schedule[2] for schedule in schedules)
+        starved = ready and (watch.ran < 0 or ran == watch.ran)
+        watch.ran, watch.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
+        elapsed = time.monotonic() - watch.start
+        return elapsed < _PATIENCE * watch.step["wall"] and (
+            starved or time.monotonic() < watch.due()
+        )
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1400,6 +1448,8 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
     """The rest of a warden's life."""
     level = settings["level"]
     try:
+        if _ARCH is None and level != "none":
+            raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
             _enter_namespaces(settings["home"], settings["paths"], sock)
         kinds = {"namespaces": _NamespaceWarden, "landlock": _LandlockWarden, "none": _BareWarden}

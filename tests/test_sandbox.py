@@ -360,6 +360,23 @@ def test_many_runs_leave_nothing():
         assert _leftovers() == before
 
 
+def test_control_groups_of_version_2(tmp_path, monkeypatch):
+    """This machine may have version 1 or none: the files' names and contents at least."""
+    for name, text in {
+        "memory.max": "max", "memory.swap.max": "max", "pids.max": "max", "cgroup.procs": "",
+        "memory.events": "low 0\nhigh 0\nmax 9\noom 2\noom_kill 3\noom_group_kill 0\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    group = sandbox._Group(2, tmp_path, tmp_path)
+    group.begin(1 << 30, 64)
+    group.join()
+    assert group.kills() == group.kills_before == 3
+    assert (tmp_path / "memory.max").read_text() == str(1 << 30)
+    assert (tmp_path / "pids.max").read_text().startswith("64")
+    assert (tmp_path / "memory.swap.max").read_text() == "0"
+    assert (tmp_path / "cgroup.procs").read_text() == "0"
+
+
 TRAINER = """
 import sys; sys.path.insert(0, {root!r})
 import sandbox
