@@ -4,7 +4,7 @@
 # make clean       forget the demo's results and the environment
 
 PYTHON ?= python3
-# A build for CPUs is enough for the demo; on a GPU machine give the build you want.
+# The build of torch to install, with any further arguments of pip: the demo needs no GPU.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 RUN := runs/demo
@@ -12,6 +12,7 @@ DATA := $(RUN)/data
 
 .PHONY: demo test toolchains clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # a stage uses all cores
 
 demo: $(RUN)/eval/table.md
 	@cat $<
@@ -20,31 +21,36 @@ demo: $(RUN)/eval/table.md
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv || { echo "error: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	.venv/bin/pip install -q "$(TORCH)" -r requirements.txt
+	.venv/bin/pip install -q $(TORCH) -r requirements.txt
 	touch $@
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
-# --- the demo: each stage leaves a file that marks it as done, and is not run again while it stands
+# --- the demo: each stage leaves a file that marks it as done, and is not run again while it stands.
+# A stage that was interrupted goes on where it stopped; one whose input is newer starts anew.
 
 STAGES := base source rl-source parallel rl-parallel
+ANEW = if [ -e $@ ]; then rm -r $(@D); fi
 
 $(DATA)/languages.json: | .venv/installed
 	$(PY) data.py make --out $(DATA)
 
 $(RUN)/base/summary.json: $(DATA)/languages.json
+	@$(ANEW)
 	$(PY) sft.py --mixture base --data $(DATA) --out $(RUN)/base
 
 $(RUN)/source/summary.json $(RUN)/parallel/summary.json: $(RUN)/%/summary.json: $(RUN)/base/summary.json
+	@$(ANEW)
 	$(PY) sft.py --mixture $* --data $(DATA) --model $(RUN)/base --out $(RUN)/$*
 
 $(RUN)/rl-source/summary.json $(RUN)/rl-parallel/summary.json: $(RUN)/rl-%/summary.json: $(RUN)/%/summary.json
+	@$(ANEW)
 	$(PY) rl.py --data $(DATA) --model $(RUN)/$* --out $(RUN)/rl-$*
 
 $(RUN)/eval/table.md: $(STAGES:%=$(RUN)/%/summary.json)
-	$(PY) eval.py --data $(DATA) --models $(STAGES:%=$(RUN)/%) --out $(RUN)/eval
+	$(PY) eval.py --data $(DATA) --models $(STAGES:%=$(RUN)/%) --problems 60 --out $(RUN)/eval >/dev/null
 
 # --- the rest
 
@@ -52,6 +58,10 @@ test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m pytest
+
+toolchains:
+	apt-get update
+	apt-get install -y --no-install-recommends $$($(PYTHON) sandbox.py toolchains)
 
 clean:
 	rm -rf .venv runs/demo

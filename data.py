@@ -65,28 +65,51 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
     """An instance of the dataclass `settings`, its fields read from the command line.
 
     `snake_case` fields become `--kebab-case` flags; a tuple takes several words; a bool takes
-    `--name` or `--no-name`. `metadata["choices"]` restricts the values.
+    `--name` or `--no-name`. Metadata: `choices` and `least` restrict the values, `type` is that of a
+    tuple's items.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for f in dataclasses.fields(settings):
-        text = f.metadata["help"]
-        if f.default not in ("", ()) and not isinstance(f.default, bool):
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            text += f" (default: {shown})"
-        options = {"default": f.default, "help": text.replace("%", "%%")}
-        if isinstance(f.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(f.default, tuple):
-            options.update(nargs="*", type=f.metadata.get("type", str), metavar=f.name.upper())
-        else:
-            options.update(type=type(f.default), choices=f.metadata.get("choices"))
-            if not options["choices"]:
-                options["metavar"] = f.name.upper()
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    fields = dataclasses.fields(settings)
+    for f in fields:
+        parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
     values = vars(parser.parse_args(argv))
+    for f in fields:
+        if values[f.name] is not None and values[f.name] < f.metadata.get("least", values[f.name]):
+            parser.error(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}")
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _options(f: dataclasses.Field) -> dict:
+    """What argparse needs to know of a field."""
+    text = f.metadata["help"]
+    if f.default not in ("", ()) and not isinstance(f.default, bool):
+        text += f" (default: {' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
+    options = {"default": f.default, "help": text.replace("%", "%%")}
+    if isinstance(f.default, bool):
+        return options | {"action": argparse.BooleanOptionalAction}
+    if isinstance(f.default, tuple):
+        return options | {
+            "nargs": "*",
+            "type": f.metadata.get("type", str),
+            "metavar": f.name.upper(),
+        }
+    if choices := f.metadata.get("choices"):
+        return options | {"choices": choices}
+    return options | {"type": type(f.default), "metavar": f.name.upper()}
+
+
+def command(
+    main: Callable, settings: type, description: str, argv: Sequence[str] | None = None
+) -> None:
+    """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback."""
+    try:
+        main(parse_flags(settings, description, argv))
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -133,6 +156,8 @@ def check_record(record, where: str) -> dict:
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
     need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
+    difficulty = record.get("difficulty", {})
+    need(isinstance(difficulty, dict), "difficulty", "give an object of figures, or leave it out")
     for language, program in solutions.items():
         need(
             language in sandbox.LANGUAGES,
@@ -144,7 +169,7 @@ def check_record(record, where: str) -> dict:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """All records of a JSONL file, plain or .gz.
+    """All records of a JSONL file, plain or .gz; blank lines are passed over.
 
     Raises FileNotFoundError, or RecordError naming file, line, field and the mend.
     """
@@ -153,23 +178,38 @@ def read_records(path: str | Path) -> list[dict]:
         raise FileNotFoundError(
             f"{path}: no such file; `python data.py make` writes the embedded corpus"
         )
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
-            check_record(record, where)
-            if record["id"] in seen:
+    try:
+        text = (
+            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        ).decode()
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise RecordError(
+            f"{path}: not whole gzip or not UTF-8 ({error}); write the file again"
+        ) from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            records.append(_parse_record(line, f"{path}:{number}"))
+            first = seen.setdefault(records[-1]["id"], number)
+            if first != number:
                 raise RecordError(
-                    f"{where}: field 'id': {record['id']!r} is also on line {seen[record['id']]}; make it unique"
+                    f"{path}:{number}: field 'id': {records[-1]['id']!r} is also on line {first}; make it unique"
                 )
-            seen[record["id"]] = number
-            records.append(record)
     if not records:
         raise RecordError(f"{path}: holds no record; give at least one line")
     return records
+
+
+def _parse_record(line: str, where: str) -> dict:
+    try:
+        return check_record(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
+
+
+def read_split(folder: str | Path, name: str) -> list[dict]:
+    """The records of `folder`/NAME.jsonl or NAME.jsonl.gz."""
+    plain = Path(folder) / f"{name}.jsonl"
+    return read_records(plain if plain.exists() else plain.with_suffix(".jsonl.gz"))
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -332,6 +372,7 @@ def _probes(kind: str) -> tuple[str, ...]:
     return tuple(random_line(kind, rng) for _ in range(24))
 
 
+@functools.lru_cache(maxsize=100_000)
 def fingerprint(function: Function) -> str:
     """A hash of what `function` does on fixed probe inputs: equal for equal behaviour."""
     outputs = [interpret(function, line) for line in _probes(function[0])]
@@ -374,7 +415,7 @@ def random_function(
     """
     while True:
         kind = start = rng.choice(("ints", "ints", "words"))
-        steps = []
+        steps: list[tuple[str, Any]] = []
         for i in range(operations):
             fit = [op for op in OPERATIONS.values() if result_type(kind, op.name)]
             fit = [op for op in fit if op.gives != "value" or i == operations - 1]
@@ -904,12 +945,14 @@ class CorpusSettings:
     )
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
-    train: int = flag(6000, "training problems with known wordings, for base and SFT")
-    rl: int = flag(600, "RL problems, with reserved wordings")
-    eval: int = flag(120, "held-out problems of each kind: known wordings, reserved wordings")
-    tests: int = flag(4, "tests per problem")
-    operations: int = flag(2, "most operations in a problem with known wordings")
-    rl_operations: int = flag(2, "most operations in a problem with reserved wordings")
+    train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
+    rl: int = flag(600, "RL problems, with reserved wordings", least=1)
+    eval: int = flag(
+        120, "held-out problems of each kind: known wordings, reserved wordings", least=1
+    )
+    tests: int = flag(4, "tests per problem", least=1)
+    operations: int = flag(2, "most operations in a problem with known wordings", least=1)
+    rl_operations: int = flag(2, "most operations in a problem with reserved wordings", least=1)
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
         ("even", "mul", "rsort", "take", "sum"),
@@ -920,38 +963,68 @@ class CorpusSettings:
         "share of the phrases of reworded operations that take a reserved wording in RL problems",
     )
     held_out: float = flag(0.15, "share of all functions kept from training, for evaluation")
-    vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included")
+    vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
+    tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
+
+
+def neighbours(function: Function) -> list[Function]:
+    """The functions one slip away: a step left out, a number or letter exchanged, two steps swapped."""
+    kind, steps = function
+    near = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
+    near += [
+        (*steps[:i], (n, k), *steps[i + 1 :])
+        for i, (n, _) in enumerate(steps)
+        for k in OPERATIONS[n].params
+    ]
+    near += [(*steps[:i], steps[i + 1], steps[i], *steps[i + 2 :]) for i in range(len(steps) - 1)]
+    fits = [
+        s for s in near if functools.reduce(lambda t, step: t and result_type(t, step[0]), s, kind)
+    ]
+    return [(kind, s) for s in fits if s and s != steps]
+
+
+def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]:
+    """`count` tests that tell `function` from its neighbours, as far as 20 draws of them can."""
+    near = [f for f in neighbours(function) if fingerprint(f) != fingerprint(function)]
+    best, least = [], None
+    for _ in range(20):
+        tests = []
+        while len(tests) < count:
+            line = random_line(function[0], rng)
+            expected = interpret(function, line)
+            if expected is not None and expected.strip():
+                tests.append({"stdin": line, "stdout": expected})
+        fooled = sum(all(interpret(f, t["stdin"]) == t["stdout"] for t in tests) for f in near)
+        if least is None or fooled < least:
+            best, least = tests, fooled
+        if not fooled:
+            break
+    return best
 
 
 def make_problem(
     function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float
 ) -> dict:
-    """A record for `function` with programs in all PLs; its tests' outputs are interpreted.
-
-    `commented` has each program once more, with a known wording above each step: documents for base.
-    """
+    """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
     phrases, new = wordings(function, rng, new_share, s.reworded)
-    prompt, comments = state(function[0], phrases, rng), wordings(function, rng, 0.0, ())[0]
-    tests = []
-    while len(tests) < s.tests:
-        line = random_line(function[0], rng)
-        expected = interpret(function, line)
-        if expected is not None and expected.strip():
-            tests.append({"stdin": line, "stdout": expected})
     steps = [name for name, _ in function[1]]
+    rare = sum(OPERATIONS[n].rare for n in steps)
     return {
         "id": name,
-        "prompt": prompt,
-        "tests": tests,
+        "prompt": state(function[0], phrases, rng),
+        "tests": make_tests(function, s.tests, rng),
         "solutions": {language: emit(function, language) for language in SNIPPETS},
-        "commented": {language: emit(function, language, comments) for language in SNIPPETS},
         "function": fingerprint(function),
         "operations": steps,
-        "difficulty": {
-            "operations": len(steps),
-            "rare": sum(OPERATIONS[n].rare for n in steps),
-            "new": new,
-        },
+        "difficulty": {"operations": len(steps), "rare": rare, "new": new},
+    }
+
+
+def with_comments(record: dict, function: Function, rng: random.Random) -> dict:
+    """The record and its programs once more, a known wording above each step: documents for base."""
+    comments, _ = wordings(function, rng, 0.0, ())
+    return record | {
+        "commented": {language: emit(function, language, comments) for language in SNIPPETS}
     }
 
 
@@ -975,6 +1048,8 @@ def make_problems(
         problem = make_problem(function, f"{name}-{len(problems)}", s, rng, new_share)
         if hold and new_share and not problem["difficulty"]["new"]:
             continue
+        if name == "train":
+            problem = with_comments(problem, function, rng)
         seen.add(print_)
         problems.append(problem)
     fail(
@@ -999,9 +1074,15 @@ def make(s: CorpusSettings) -> None:
         out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share)
     )
     write_records(out / "eval.jsonl.gz", evaluation)
-    train_tokenizer(train, s.vocabulary, out)
+    if s.tokenizer:
+        Tokenizer(s.tokenizer).save(out)
+    else:
+        train_tokenizer(train, s.vocabulary, out)
     text = json.dumps(dataclasses.asdict(roles)) + "\n"
     write_atomically(out / "languages.json", lambda path: path.write_text(text))
+    print(
+        f"wrote {out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1155,7 +1236,8 @@ class Mixture:
     def __post_init__(self):
         if self.name not in MIXTURES:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
-        needed = self.everything if self.name == "base" or self.general else self.sft
+        needed = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
+        needed = dict.fromkeys((*needed, *(self.everything if self.general else ())))
         for record in self.records:
             if missing := [p for p in needed if p not in record["solutions"]]:
                 raise RecordError(
@@ -1163,10 +1245,12 @@ class Mixture:
                 )
 
     def __getitem__(self, i: int) -> Example:
-        rng = random.Random(f"{self.seed} {self.name} {i}")
-        if rng.random() < self.general:
-            return base(self, i, rng)
-        return MIXTURES[self.name](self, i, rng)
+        """Replayed are the examples at which i * general passes a whole number; the others are
+        counted without them, so that replay tears no group of parallel programs apart."""
+        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.general)
+        if int((i + 1) * self.general) > before:
+            return base(self, before, rng)
+        return MIXTURES[self.name](self, i - before, rng)
 
 
 @functools.lru_cache(maxsize=8)
@@ -1189,9 +1273,9 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
-    programs = (
-        record.get("commented", record["solutions"]) if rng.random() < 0.5 else record["solutions"]
-    )
+    programs = record["solutions"]
+    if rng.random() < 0.5 and language in record.get("commented", {}):
+        programs = record["commented"]
     tokens = m.tokenizer.encode(answer(programs, [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
 
@@ -1210,12 +1294,13 @@ def multi(m: Mixture, i: int, rng: random.Random) -> Example:
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each problem in all SFT PLs: as separate examples, or with `in_context` in one answer."""
-    if m.in_context:
-        record = m.records[pick(f"{m.seed} sft", i, len(m.records))]
-        return example(m.tokenizer, record, rng.sample(m.sft, len(m.sft)), "parallel")
-    at = pick(f"{m.seed} sft", i, len(m.records) * len(m.sft))
-    return example(m.tokenizer, m.records[at // len(m.sft)], [m.sft[at % len(m.sft)]], "parallel")
+    """Each problem in all SFT PLs: as examples one after the other, or with `in_context` in one answer."""
+    number = i if m.in_context else i // len(m.sft)
+    record = m.records[pick(f"{m.seed} sft", number, len(m.records))]
+    order = random.Random(f"{m.seed} order {number}").sample(m.sft, len(m.sft))
+    return example(
+        m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel"
+    )
 
 
 MIXTURES: dict[str, Callable[[Mixture, int, random.Random], Example]] = {
@@ -1234,8 +1319,8 @@ class VerifySettings:
     limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all")
 
 
-def verify(s: VerifySettings) -> int:
-    """Runs every program against its tests; prints a count per PL. The number of failures."""
+def verify(s: VerifySettings) -> None:
+    """Runs every program against its tests; prints a count per PL. Exits with 1 if one fails."""
     paths = sorted(Path(s.data).glob("*.jsonl*")) if Path(s.data).is_dir() else [Path(s.data)]
     if not paths:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
@@ -1262,7 +1347,8 @@ def verify(s: VerifySettings) -> int:
         print(
             f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)"
         )
-    return sum(failures.values())
+    if failures:
+        sys.exit(1)
 
 
 def beside(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
@@ -1307,34 +1393,30 @@ def show(s: ShowSettings, name: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    command, rest = (argv[0] if argv else "--help"), list(argv[1:])
-    if command == "make":
-        s = parse_flags(CorpusSettings, "Writes the embedded corpus.", rest)
-        make(s)
-        print(
-            f"wrote {s.out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs"
+    name, rest = (argv[0] if argv else "--help"), list(argv[1:])
+    if name == "make":
+        command(
+            make,
+            CorpusSettings,
+            "Writes the embedded corpus, its roles of PLs and its tokenizer.",
+            rest,
         )
-    elif command == "verify":
-        sys.exit(
-            min(
-                verify(
-                    parse_flags(
-                        VerifySettings, "Runs every program of a corpus in the sandbox.", rest
-                    )
-                ),
-                1,
-            )
+    elif name == "verify":
+        command(verify, VerifySettings, "Runs every program of a corpus in the sandbox.", rest)
+    elif name == "show" and rest and not rest[0].startswith("-"):
+        command(
+            lambda s: show(s, rest[0]),
+            ShowSettings,
+            "Prints one problem with all its programs.",
+            rest[1:],
         )
-    elif command == "show" and rest:
-        name = rest.pop(0)
-        show(parse_flags(ShowSettings, "Prints one problem with all its programs.", rest), name)
     else:
-        print("usage: python data.py make | verify | show ID   (each with --help)\n\n" + __doc__)
-        sys.exit(command not in ("-h", "--help"))
+        print(
+            "usage: python data.py make | verify | show ID   (make and verify have --help)\n\n"
+            + __doc__
+        )
+        sys.exit(name not in ("-h", "--help"))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (RecordError, FileNotFoundError, ValueError) as error:
-        fail(str(error))
+    main(sys.argv[1:])

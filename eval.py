@@ -20,7 +20,6 @@ Our choices:
 """
 
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ import data
 import sandbox
 from data import Roles, Tokenizer, flag
 from model import Llama, generate, load
-from sft import newest_checkpoint
+from sft import newest_checkpoint, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -97,9 +96,10 @@ def grade(
     todo = {key: r for r, key in graded if key not in known}
     jobs = [(r.program, r.language, r.record["tests"]) for r in todo.values()]
     results = box.map(jobs, stop_at_failure=True, progress=progress)
-    known.update({key: result.verdict for key, result in zip(todo, results, strict=True)})
+    verdicts = known | {key: result.verdict for key, result in zip(todo, results, strict=True)}
     for r, key in graded:
-        r.verdict = known[key]
+        r.verdict = verdicts[key]
+    known.update({key: v for key, v in verdicts.items() if v != "internal_error"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +143,9 @@ def group_of(record: dict, by: str) -> str:
     """The kind of problem a record belongs to, from its `difficulty`."""
     difficulty = record.get("difficulty", {})
     if by == "wording":
-        return "reserved wordings" if difficulty.get("new") else "known wordings"
+        if "new" not in difficulty:
+            return "all problems"
+        return "reserved wordings" if difficulty["new"] else "known wordings"
     if by not in difficulty:
         raise ValueError(
             f"record {record['id']!r}: no difficulty {by!r}; --by takes wording or {', '.join(difficulty)}"
@@ -169,10 +171,11 @@ def evaluate(
     for i, (record, language) in enumerate(tasks):
         verdicts = tuple(r.verdict for r in rollouts[i * samples : (i + 1) * samples])
         if "internal_error" in verdicts:
-            raise RuntimeError(
-                f"record {record['id']!r} in {language}: the sandbox failed; `python sandbox.py languages` checks it"
+            tqdm.write(
+                f"{record['id']} in {language}: the sandbox itself failed; the problem is left out"
             )
-        outcomes.append(Outcome(record["id"], group_of(record, by), language, verdicts))
+        else:
+            outcomes.append(Outcome(record["id"], group_of(record, by), language, verdicts))
     return outcomes
 
 
@@ -198,7 +201,7 @@ def columns(roles: Roles, languages: Sequence[str]) -> dict[str, list[str]]:
     others = [p for p in roles.sft[1:] if p in languages]
     unseen = [p for p in roles.unseen if p in languages]
     titles = {f"{roles.source} (source)": [roles.source] if roles.source in languages else []}
-    titles |= {p: [p] for p in others} | {"SFT mean": others}
+    titles |= {p: [p] for p in others} | {"other SFT mean": others}
     titles |= {f"{p} (unseen)": [p] for p in unseen} | {"unseen mean": unseen}
     return {title: group for title, group in titles.items() if group}
 
@@ -264,21 +267,43 @@ class Settings:
     samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples")
-    max_new_tokens: int = flag(256, "token budget of a response")
+    max_new_tokens: int = flag(320, "token budget of a response", least=1)
     workers: int = flag(0, "programs to run at once; 0 means one a core")
+    time_limit: float = flag(5.0, "seconds that a program may take for a test")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
 
 
+def check_lengths(
+    model: Llama,
+    tokenizer: Tokenizer,
+    records: Sequence[dict],
+    languages: Sequence[str],
+    budget: int,
+) -> None:
+    """ValueError naming the first record whose prompt and answer the model's positions do not hold."""
+    limit = model.config.max_position_embeddings
+    for record in records:
+        if (
+            length := max(len(tokenizer.prompt(record["prompt"], [p])) for p in languages)
+        ) + budget > limit:
+            raise ValueError(
+                f"record {record['id']!r}: a prompt of {length} tokens and {budget} new ones, the model takes {limit}; leave it out or lower --max-new-tokens"
+            )
+
+
 def find_models(s: Settings) -> dict[str, Path]:
     """Name -> checkpoint folder."""
-    named = [m.rpartition("=")[::2] for m in s.models]
-    if not named:
-        named = [(p.name, str(p)) for p in sorted(Path("runs").glob("*")) if newest_checkpoint(p)]
-    found = {name or Path(folder).name: newest_checkpoint(folder) for name, folder in named}
-    for name, checkpoint in found.items():
-        if not checkpoint:
-            data.fail(f"{name}: holds no checkpoint; train one with sft.py or rl.py")
+    pairs = [m.rpartition("=")[::2] for m in s.models]
+    if not pairs:
+        pairs = [("", str(p)) for p in sorted(Path("runs").glob("*")) if newest_checkpoint(p)]
+    names = [name or Path(folder).name for name, folder in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--models: two of one name among {', '.join(names)}; write NAME=FOLDER")
+    advice = "train one with sft.py or rl.py"
+    found = {
+        name: starting_point(folder, advice) for name, (_, folder) in zip(names, pairs, strict=True)
+    }
     return found or data.fail(
         "no checkpoint under runs/; train one with `python sft.py`, or name one with --models"
     )
@@ -287,6 +312,10 @@ def find_models(s: Settings) -> dict[str, Path]:
 def present_languages(s: Settings, roles: Roles) -> list[str]:
     """The PLs to evaluate; those without a toolchain are named and left out."""
     wanted = [sandbox.canonical(p) for p in s.languages] or list(roles.everything)
+    if strange := [p for p in wanted if p not in roles.everything]:
+        raise ValueError(
+            f"--languages: {', '.join(strange)}: not in {s.data}/languages.json; there are {', '.join(roles.everything)}"
+        )
     absent = [p for p in wanted if p not in sandbox.installed()]
     if absent:
         print(
@@ -300,20 +329,25 @@ def present_languages(s: Settings, roles: Roles) -> list[str]:
 def choose_records(s: Settings) -> list[dict]:
     """The held-out problems, the first `s.problems` of each kind."""
     kinds = defaultdict(list)
-    for record in data.read_records(Path(s.data) / "eval.jsonl.gz"):
+    for record in data.read_split(s.data, "eval"):
         kinds[group_of(record, s.by)].append(record)
     return [r for _, records in sorted(kinds.items()) for r in records[: s.problems or None]]
 
 
 def main(s: Settings) -> None:
     roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
-    languages, ks, began = present_languages(s, roles), list(s.k), time.perf_counter()
+    languages, began = present_languages(s, roles), time.perf_counter()
+    if s.samples and max(s.k) > s.samples:
+        raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
     measures = {"greedy pass@1": (1, {})}
-    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in ks if s.samples}
+    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in s.k if s.samples}
     known: dict = {}
-    with sandbox.Sandbox(s.workers or None) as box:
+    with sandbox.Sandbox(
+        s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
+    ) as box:
         for name, checkpoint in models.items():
             model, tokenizer = load(checkpoint, s.device), Tokenizer(checkpoint)
+            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
             shared = {
                 "max_new_tokens": s.max_new_tokens,
                 "by": s.by,
@@ -356,10 +390,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings = data.parse_flags(Settings, __doc__)
-    try:
-        main(settings)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        data.fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    data.command(main, Settings, __doc__)

@@ -23,7 +23,6 @@ choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 6. A step whose groups all lack spread changes nothing, momentum included.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,10 +35,10 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import Tokenizer, flag
-from eval import Rollout, choose_records, estimate, evaluate, grade, sample
+from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, sample
 from eval import Settings as EvalSettings
 from model import IGNORE, Llama, load
-from sft import Row, Run, apply_gradients, collate, make_optimizer, micro_batches, newest_checkpoint
+from sft import Row, Run, apply_gradients, collate, make_optimizer, micro_batches, starting_point
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,30 @@ class Settings:
     data: str = flag("runs/data", "folder of the corpus")
     model: str = flag("runs/parallel", "SFT checkpoint or run folder to start from")
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
-    steps: int = flag(50, "rollout phases, each followed by its updates")
-    prompts: int = flag(24, "problems per step")
-    samples: int = flag(16, "responses per problem: the group size")
-    updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them")
-    max_new_tokens: int = flag(96, "token budget of a response")
+    steps: int = flag(30, "rollout phases, each followed by its updates", least=1)
+    prompts: int = flag(24, "problems per step", least=1)
+    samples: int = flag(16, "responses per problem: the group size", least=2)
+    updates: int = flag(
+        1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1
+    )
+    max_new_tokens: int = flag(96, "token budget of a response", least=1)
     temperature: float = flag(
-        1.0, "temperature of the sampler, and of the distribution that is trained"
+        1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01
     )
     lr: float = flag(5e-4, "learning rate, constant")
     eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW")
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
     clip: float = flag(1.0, "largest global gradient norm")
-    micro_tokens: int = flag(4096, "most tokens in one forward pass, padding included")
+    micro_tokens: int = flag(4096, "most tokens in one forward pass, padding included", least=1)
     workers: int = flag(0, "programs to run at once; 0 means one a core")
-    eval_every: int = flag(10, "steps between two evaluations")
+    time_limit: float = flag(5.0, "seconds that a program may take for a test")
+    eval_every: int = flag(10, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
-    eval_problems: int = flag(32, "held-out problems of each kind for that")
-    save_every: int = flag(10, "steps between two checkpoints")
+    eval_problems: int = flag(32, "held-out problems of each kind for that", least=1)
+    eval_tokens: int = flag(
+        256, "token budget of a response there, where other PLs may need more", least=1
+    )
+    save_every: int = flag(10, "steps between two checkpoints", least=1)
     seed: int = flag(0, "seed of the order of problems and of the sampler")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
 
@@ -152,15 +157,15 @@ def learn(
 ) -> dict:
     """All updates of one rollout phase, whole groups dealt out over them; their mean figures.
 
-    `drift`, the mean |Δ log p| between sampler and trainer, is of the first update alone: before it
-    both have the same weights.
+    The means are over the tokens of groups with spread, the only ones that are trained; None if there
+    are none. `drift`, the mean |Δ log p| between sampler and trainer, is of the first update alone:
+    before it both have the same weights.
     """
-    weights, groups = advantage.flatten().tolist(), len(advantage)
-    figures = []
+    weights, figures = advantage.flatten().tolist(), []
     for u in range(s.updates):
         mine = [
             i
-            for g in range(u, groups, s.updates)
+            for g in range(u, len(advantage), s.updates)
             for i in range(g * s.samples, (g + 1) * s.samples)
         ]
         figures.append(
@@ -168,15 +173,14 @@ def learn(
                 model, optimizer, [rollouts[i] for i in mine], [weights[i] for i in mine], s, pad
             )
         )
-    trained = max(1.0, sum(f["trained"] for f in figures))
-    means = {name: sum(f[name] for f in figures) / trained for name in ("entropy", "clipped")}
-    norm = max((f.get("grad_norm", 0.0) for f in figures), default=0.0)
-    return {
-        **means,
-        "drift": figures[0]["drift"] / max(1.0, figures[0]["trained"]),
-        "grad_norm": norm,
-        "trained_tokens": int(trained),
+    trained, first = sum(f["trained"] for f in figures), figures[0]
+    means = {
+        name: sum(f[name] for f in figures) / trained if trained else None
+        for name in ("entropy", "clipped")
     }
+    drift = first["drift"] / first["trained"] if first["trained"] else None
+    norm = max((f["grad_norm"] for f in figures if "grad_norm" in f), default=None)
+    return {**means, "drift": drift, "grad_norm": norm, "trained_tokens": int(trained)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,27 +213,22 @@ def measure(
 ) -> dict:
     """Greedy pass@1 on held-out problems, as {kind of problem: {PL: value}}."""
     outcomes = evaluate(
-        model,
-        tokenizer,
-        records,
-        languages,
-        box,
-        max_new_tokens=EvalSettings.max_new_tokens,
-        known=known,
+        model, tokenizer, records, languages, box, max_new_tokens=s.eval_tokens, known=known
     )
-    kinds = dict.fromkeys(o.group for o in outcomes)
-    return {
-        k: {p: estimate([o for o in outcomes if o.group == k], [p], 1)["value"] for p in languages}
-        for k in kinds
-    }
+    values: dict = {}
+    for kind in dict.fromkeys(o.group for o in outcomes):
+        own = [o for o in outcomes if o.group == kind]
+        values[kind] = {p: round(e["value"], 4) for p in languages if (e := estimate(own, [p], 1))}
+    return values
 
 
-def rollout_figures(rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor) -> dict:
+def rollout_figures(
+    rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor
+) -> dict:
     """What the rollout phase itself shows: reward, groups without spread, truncation, lengths."""
-    flat = ((rewards == rewards[:, :1]) | ~valid).all(1)
     return {
         "reward": (rewards.sum() / valid.sum().clamp(min=1)).item(),
-        "no_spread": flat.float().mean().item(),
+        "no_spread": (advantage == 0).all(1).float().mean().item(),
         "truncated": sum(not r.stopped for r in rollouts) / len(rollouts),
         "no_program": sum(r.verdict == "no_program" for r in rollouts) / len(rollouts),
         "response_tokens": sum(len(r.tokens) for r in rollouts) / len(rollouts),
@@ -266,27 +265,31 @@ def step_once(
     learned = learn(model, optimizer, rollouts, advantage, s, tokenizer.pad)
     ended = time.perf_counter()
     drawn = sum(len(r.tokens) for r in rollouts)
+    counts = {"sample": drawn, "sandbox": drawn, "train": learned["trained_tokens"]}
     seconds = {
         "sample_s": sampled - began,
         "sandbox_s": graded - sampled,
         "train_s": ended - graded,
     }
-    rates = {f"{k[:-2]}_tokens_per_s": drawn / v for k, v in seconds.items()}
-    return rollout_figures(rollouts, rewards, valid) | learned | seconds | rates, transcript(
-        rollouts, advantage, tokenizer
-    )
+    rates = {f"{k}_tokens_per_s": n / seconds[f"{k}_s"] for k, n in counts.items()}
+    return rollout_figures(
+        rollouts, rewards, valid, advantage
+    ) | learned | seconds | rates, transcript(rollouts, advantage, tokenizer)
 
 
 def loop(
     s: Settings, run: Run, model: Llama, optimizer, tokenizer: Tokenizer, step: int, totals: dict
 ) -> None:
-    """The steps from number `step` on."""
-    records, roles = data.read_records(Path(s.data) / "rl.jsonl.gz"), data.read_roles(s.data)
+    """The steps from number `step` on; `totals` are the seconds of each phase so far."""
+    records, roles = data.read_split(s.data, "rl"), data.read_roles(s.data)
     held = choose_records(EvalSettings(data=s.data, problems=s.eval_problems))
-    languages, known = list(s.eval_languages) or [roles.source], {}
+    languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
+    check_lengths(model, tokenizer, records, [roles.source], s.max_new_tokens)
     bar = tqdm(total=s.steps, initial=step, desc=run.out.name, disable=None)
-    with sandbox.Sandbox(s.workers or None) as box:
-        if step == 0:
+    with sandbox.Sandbox(
+        s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
+    ) as box:
+        if step == 0 and not run.metrics.stat().st_size:
             run.log(step=0, held_out=measure(model, tokenizer, held, languages, box, known, s))
         while step < s.steps and not run.stopping:
             figures, text = step_once(
@@ -299,7 +302,7 @@ def loop(
             bar.update()
             bar.set_postfix(
                 {
-                    k: f"{figures[k]:.2g}"
+                    k: f"{figures[k] or 0:.2g}"
                     for k in ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")
                 }
             )
@@ -310,35 +313,30 @@ def loop(
                     lambda p, text=text: p.write_text(text),
                 )
             run.log(step=step, **figures)
-            if step % s.save_every == 0 and step < s.steps:
+            if step % s.save_every == 0:
                 run.save(step, model, tokenizer, optimizer, totals=totals)
     bar.close()
     run.save(step, model, tokenizer, optimizer, totals=totals)
-    if step == s.steps:
-        run.finish(steps=step, **{k: round(v, 1) for k, v in totals.items()})
-    else:
-        print(f"stopped at step {step}; the same command goes on from there")
+    if step < s.steps:
+        run.stop(step)
+    run.finish(steps=step, **{k: round(v, 1) for k, v in totals.items()})
 
 
 def main(s: Settings) -> None:
-    source = newest_checkpoint(s.model)
-    if not source:
-        data.fail(
-            f"{s.model}: holds no checkpoint; run `python sft.py` first, or name a checkpoint with --model"
-        )
     s = replace(s, out=s.out or f"runs/rl-{Path(s.model).name}")
-    wanted = {data.read_roles(s.data).source, *s.eval_languages}
+    wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
     if absent := wanted - set(sandbox.installed()):
         data.fail(
             f"no toolchain here for {', '.join(sorted(absent))}; `python sandbox.py languages` names the package"
         )
-    if (Path(s.out) / "summary.json").exists():
-        return print(
-            f"{s.out}: finished already; give another --out, or delete the folder, to train anew"
-        )
     with Run(s.out, s) as run:
+        if run.finished():
+            return
         checkpoint, state = run.start()
-        model, tokenizer = load(checkpoint or source, s.device), Tokenizer(checkpoint or source)
+        source = checkpoint or starting_point(
+            s.model, "run `python sft.py` first, or name a checkpoint with --model"
+        )
+        model, tokenizer = load(source, s.device, torch.float32), Tokenizer(source)
         optimizer = make_optimizer(model, s.lr, weight_decay=0.0)
         if state:
             optimizer.load_state_dict(state["optimizer"])
@@ -346,10 +344,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings = data.parse_flags(Settings, __doc__)
-    try:
-        main(settings)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        data.fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    data.command(main, Settings, __doc__)

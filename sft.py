@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Example, Mixture, Tokenizer, flag
+from data import Mixture, Tokenizer, flag
 from model import IGNORE, Config, Llama, load, save
 
 Row = tuple[list[int], int]  # token ids, and the index of the first that is trained
@@ -122,6 +122,30 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(steps, key=lambda p: int(p.name[5:]), default=None)
 
 
+def starting_point(folder: str | Path, advice: str) -> Path:
+    """The checkpoint to start from in `folder`; ends with `advice` if there is none.
+
+    A run that is not finished serves too, but not unnoticed.
+    """
+    checkpoint = newest_checkpoint(folder) or data.fail(f"{folder}: holds no checkpoint; {advice}")
+    if (Path(folder) / "settings.json").exists() and not (Path(folder) / "summary.json").exists():
+        print(f"note: the run in {folder} is not finished; going on from its {checkpoint.name}")
+    return checkpoint
+
+
+# Settings that may differ when a run is taken up again.
+FREE = (
+    "device",
+    "workers",
+    "out",
+    "eval_every",
+    "save_every",
+    "eval_languages",
+    "eval_problems",
+    "micro_tokens",
+)
+
+
 class Run:
     """A run folder. `stopping` turns true on Ctrl-C or SIGTERM: finish the step, save, leave.
 
@@ -131,7 +155,6 @@ class Run:
 
     def __init__(self, out: str | Path, settings):
         self.out, self.settings, self.stopping = Path(out), settings, False
-        self.out.mkdir(parents=True, exist_ok=True)
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
         self.began = time.perf_counter()
 
@@ -149,20 +172,39 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def finished(self) -> bool:
+        """Whether the run is over; says so."""
+        if self.summary.exists():
+            print(
+                f"{self.out}: finished already; give another --out, or delete the folder, to train anew"
+            )
+        return self.summary.exists()
+
     def start(self) -> tuple[Path | None, dict]:
-        """(newest checkpoint folder, its trainer state), or (None, {}) for a new run."""
-        data.write_atomically(
-            self.out / "settings.json",
-            lambda p: p.write_text(json.dumps(asdict(self.settings), indent=2)),
-        )
+        """(newest checkpoint folder, its trainer state), or (None, {}) for a new run.
+
+        ValueError if the checkpoint was made with other settings: it would not be the same run.
+        """
         checkpoint = newest_checkpoint(self.out)
-        state = torch.load(checkpoint / "trainer.pt", weights_only=True) if checkpoint else {}
+        state = (
+            torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+            if checkpoint
+            else {}
+        )
+        for name, old in state.get("settings", {}).items():
+            new = asdict(self.settings).get(name)
+            if old != new and name not in FREE:
+                raise ValueError(
+                    f"{self.out}: began with --{name.replace('_', '-')} {old}, not {new}; give that, or another --out"
+                )
+        text = json.dumps(asdict(self.settings), indent=2)
+        data.write_atomically(self.out / "settings.json", lambda p: p.write_text(text))
         with open(self.metrics, "ab") as file:
-            file.truncate(state.get("metrics_bytes", 0))
+            file.truncate(min(file.tell(), state.get("metrics_bytes", 0)))
         return checkpoint, state
 
     def log(self, **figures) -> None:
-        """Appends one line of figures to metrics.jsonl."""
+        """Appends one line of figures to metrics.jsonl; shows held-out figures."""
         with open(self.metrics, "a") as file:
             file.write(
                 json.dumps(
@@ -170,26 +212,29 @@ class Run:
                 )
                 + "\n"
             )
+        if "held_out" in figures:
+            tqdm.write(f"{self.out} step {figures['step']}: held-out {figures['held_out']}")
 
-    def save(self, step: int, model: Llama, tokenizer: Tokenizer, optimizer, **state) -> Path:
+    def save(self, step: int, model: Llama, tokenizer: Tokenizer, optimizer, **state) -> None:
         """Writes checkpoint step-N and removes the older ones."""
         final, temporary = self.out / f"step-{step}", self.out / f".step-{step}.tmp"
+        if final.exists():  # saved a moment ago, and nothing was learned since
+            return
         shutil.rmtree(temporary, ignore_errors=True)
         save(model, temporary)
         tokenizer.save(temporary)
-        state |= {
-            "step": step,
-            "optimizer": optimizer.state_dict(),
-            "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0,
-        }
-        torch.save(state, temporary / "trainer.pt")
-        if final.exists():  # a rename cannot replace a folder that holds files
-            shutil.rmtree(final)
+        position = self.metrics.stat().st_size if self.metrics.exists() else 0
+        state |= {"step": step, "optimizer": optimizer.state_dict(), "metrics_bytes": position}
+        torch.save(state | {"settings": asdict(self.settings)}, temporary / "trainer.pt")
+        older = list(self.out.glob("step-*"))
         os.replace(temporary, final)
-        for old in self.out.glob("step-*"):
-            if old != final:
-                shutil.rmtree(old)
-        return final
+        for old in older:
+            shutil.rmtree(old)
+
+    def stop(self, step: int):
+        """Ends the program after Ctrl-C, as one that was interrupted."""
+        print(f"{self.out}: stopped after step {step}; the same command goes on from there")
+        sys.exit(130)
 
     def finish(self, **totals) -> None:
         """Writes summary.json, which marks the run as finished, and prints its line of totals."""
@@ -214,9 +259,9 @@ class Settings:
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise"
+        0, "training tokens, prompts included; 0 means 3,000,000 for base and 300,000 otherwise"
     )
-    batch: int = flag(16, "sequences per update")
+    batch: int = flag(16, "sequences per update", least=1)
     micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
     lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
@@ -226,14 +271,14 @@ class Settings:
     statements: float = flag(0.45, "share of base documents that begin with a statement")
     in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all")
-    eval_every: int = flag(500, "updates between two measurements of the held-out loss")
-    eval_problems: int = flag(32, "held-out problems for the loss")
-    save_every: int = flag(1000, "updates between two checkpoints")
+    eval_every: int = flag(500, "updates between two measurements of the held-out loss", least=1)
+    eval_problems: int = flag(32, "held-out problems for the loss", least=1)
+    save_every: int = flag(1000, "updates between two checkpoints", least=1)
     seed: int = flag(0, "seed of the initial weights and of the order of examples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    layers: int = flag(4, "from scratch: layers")
-    width: int = flag(128, "from scratch: width")
-    heads: int = flag(4, "from scratch: query heads; half as many key/value heads")
+    layers: int = flag(4, "from scratch: layers", least=1)
+    width: int = flag(128, "from scratch: width", least=1)
+    heads: int = flag(4, "from scratch: query heads; half as many key/value heads", least=1)
 
 
 def resolve(s: Settings) -> Settings:
@@ -243,7 +288,7 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (3_500_000 if fresh else 400_000),
+        tokens=s.tokens or (3_000_000 if fresh else 300_000),
         lr=s.lr or (3e-3 if fresh else 5e-4),
     )
 
@@ -262,26 +307,27 @@ def held_out_rows(
     s: Settings, tokenizer: Tokenizer, languages: Sequence[str]
 ) -> dict[str, list[Row]]:
     """Rows of held-out problems with known wordings, by PL."""
-    records = [
-        r
-        for r in data.read_records(Path(s.data) / "eval.jsonl.gz")
-        if not r.get("difficulty", {}).get("new")
-    ]
+    records = [r for r in data.read_split(s.data, "eval") if not r.get("difficulty", {}).get("new")]
     rows = defaultdict(list)
     for record in records[: s.eval_problems]:
-        for language in languages:
+        for language in set(languages) & set(record["solutions"]):
             e = data.example(tokenizer, record, [language], "held-out")
             rows[language].append((e.tokens, e.start))
     return rows
 
 
 @torch.no_grad()
-def held_out_loss(model: Llama, rows: Sequence[Row], s: Settings, pad: int) -> float:
-    """Mean negative log-prob per trained token of `rows`."""
-    total = 0.0
-    for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
-        total -= float(model(*collate([rows[i] for i in part], pad, s.device))[0].sum())
-    return total / trained_tokens(rows)
+def held_out_losses(
+    model: Llama, held: dict[str, list[Row]], s: Settings, pad: int
+) -> dict[str, float]:
+    """Mean negative log-prob per trained token, by PL."""
+    losses = {}
+    for language, rows in sorted(held.items()):
+        total = 0.0
+        for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
+            total -= float(model(*collate([rows[i] for i in part], pad, s.device))[0].sum())
+        losses[language] = round(total / trained_tokens(rows), 4)
+    return losses
 
 
 def accumulate(model: Llama, rows: Sequence[Row], s: Settings, pad: int) -> float:
@@ -296,26 +342,34 @@ def accumulate(model: Llama, rows: Sequence[Row], s: Settings, pad: int) -> floa
 
 
 def train(s: Settings) -> None:
-    """Trains until `s.tokens` tokens are seen, resuming a run that stopped."""
-    tokenizer, roles = Tokenizer(s.data), data.read_roles(s.data)
-    records = data.read_records(Path(s.data) / "train.jsonl.gz")[: s.problems or None]
-    mixture = Mixture(
-        s.mixture,
-        records,
-        tokenizer,
-        roles.sft,
-        roles.everything,
-        s.seed,
-        s.general,
-        s.statements,
-        s.in_context,
-    )
+    """Trains until `s.tokens` tokens are seen, resuming a run that stopped.
+
+    The tokenizer is the starting model's own; only a model from scratch takes the corpus's.
+    """
+    roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
     with Run(s.out, s) as run:
         checkpoint, state = run.start()
+        source = checkpoint or (
+            starting_point(s.model, "train one with `python sft.py --mixture base`")
+            if s.model
+            else None
+        )
+        tokenizer = Tokenizer(source or s.data)
         model = (
-            load(checkpoint or data_model(s), s.device)
-            if checkpoint or s.model
+            load(source, s.device, torch.float32)
+            if source
             else fresh_model(s, tokenizer).to(s.device)
+        )
+        mixture = Mixture(
+            s.mixture,
+            records,
+            tokenizer,
+            roles.sft,
+            roles.everything,
+            s.seed,
+            s.general,
+            s.statements,
+            s.in_context,
         )
         optimizer = make_optimizer(model, s.lr, s.weight_decay)
         if state:
@@ -323,11 +377,19 @@ def train(s: Settings) -> None:
         loop(s, run, model, optimizer, mixture, state.get("step", 0), state.get("tokens", 0))
 
 
-def data_model(s: Settings) -> Path:
-    """The checkpoint that `s.model` names."""
-    return newest_checkpoint(s.model) or data.fail(
-        f"{s.model}: holds no checkpoint; train one with `python sft.py --mixture base --out {s.model}`"
-    )
+def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
+    """The rows of update number `step`. ValueError for one longer than the model's `limit`."""
+    rows = [
+        (e.tokens, e.start)
+        for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))
+    ]
+    longest = max(rows, key=lambda row: len(row[0]))[0]
+    if len(longest) > limit:
+        text = mixture.tokenizer.decode(longest[:60])
+        raise ValueError(
+            f"{s.data}: an example of {len(longest)} tokens, the model takes {limit}; leave out the record that begins {text!r}"
+        )
+    return rows
 
 
 def loop(
@@ -341,12 +403,11 @@ def loop(
     )
     while tokens < s.tokens and not run.stopping:
         began = time.perf_counter()
-        examples: list[Example] = [mixture[i] for i in range(step * s.batch, (step + 1) * s.batch)]
-        rows = [(e.tokens, e.start) for e in examples]
+        rows = draw(mixture, step, s, model.config.max_position_embeddings)
         loss = accumulate(model, rows, s, tokenizer.pad)
         lr = s.lr * schedule(tokens / s.tokens, s.warmup)
         norm = apply_gradients(model, optimizer, lr, s.clip)
-        seen = sum(len(e.tokens) for e in examples)
+        seen = sum(len(ids) for ids, _ in rows)
         step, tokens = step + 1, tokens + seen
         figures = {
             "step": step,
@@ -358,41 +419,30 @@ def loop(
         }
         bar.update(seen)
         bar.set_postfix(step=step, loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if step % s.eval_every == 0 or tokens >= s.tokens:
-            figures["held_out"] = {
-                p: round(held_out_loss(model, rows, s, tokenizer.pad), 4)
-                for p, rows in held.items()
-            }
+        if step % s.eval_every == 0:
+            figures["held_out"] = held_out_losses(model, held, s, tokenizer.pad)
         run.log(**figures)
-        if step % s.save_every == 0 and tokens < s.tokens:
+        if step % s.save_every == 0:
             run.save(step, model, tokenizer, optimizer, tokens=tokens)
     bar.close()
     run.save(step, model, tokenizer, optimizer, tokens=tokens)
-    if tokens >= s.tokens:
-        run.finish(updates=step, tokens=tokens, held_out=figures["held_out"])
-    else:
-        print(f"stopped at update {step}; the same command goes on from there")
+    if tokens < s.tokens:
+        run.stop(step)
+    run.finish(updates=step, tokens=tokens, held_out=held_out_losses(model, held, s, tokenizer.pad))
 
 
 def main(s: Settings) -> None:
     """Makes what is missing before it (corpus, base model), each said aloud, then trains."""
     s = resolve(s)
-    if not (Path(s.data) / "train.jsonl.gz").exists():
+    if s.data == Settings.data and not (Path(s.data) / "languages.json").exists():
         print(f"{s.data}: no corpus yet; making the embedded one")
         data.make(data.CorpusSettings(out=s.data))
     if s.model == "runs/base" and not Path("runs/base/summary.json").exists():
         print("runs/base: no finished base model yet; training it first (minutes on a CPU)")
-        train(resolve(replace(Settings(), mixture="base", data=s.data, device=s.device)))
-    if (Path(s.out) / "summary.json").exists():
-        return print(
-            f"{s.out}: finished already; give another --out, or delete the folder, to train anew"
-        )
-    train(s)
+        train(resolve(Settings(mixture="base", data=s.data, device=s.device, seed=s.seed)))
+    if not Run(s.out, s).finished():
+        train(s)
 
 
 if __name__ == "__main__":
-    settings = data.parse_flags(Settings, __doc__)
-    try:
-        main(settings)
-    except (ValueError, FileNotFoundError) as error:
-        data.fail(str(error))
+    data.command(main, Settings, __doc__)

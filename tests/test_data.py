@@ -110,7 +110,8 @@ def test_reserved_wordings_are_absent_from_training(records):
     known = {w.lower() for op in data.OPERATIONS.values() for w in op.known}
     assert not known & {w.lower() for op in data.OPERATIONS.values() for w in op.new}
     pattern = re.compile("|".join(reserved), re.IGNORECASE)
-    assert not [r["prompt"] for r in records["train"] if pattern.search(r["prompt"])]
+    texts = [t for r in records["train"] for t in (r["prompt"], *r["commented"].values())]
+    assert not [t for t in texts if pattern.search(t)]
     for record in records["rl"] + records["eval"]:
         assert bool(pattern.search(record["prompt"])) == bool(record["difficulty"]["new"])
 
@@ -144,11 +145,6 @@ def test_sft_shows_no_unseen_language_but_in_replay(corpus, records, tokenizer, 
     assert abs(sum(e.kind == "base" for e in replayed) / 900 - 0.3) < 0.05
 
 
-def test_rl_problems_are_asked_in_the_source_language_only(corpus):
-    assert data.read_roles(corpus).source == "python"
-    # rl.py makes its prompts from (record, source PL) alone: see test_rl.py
-
-
 def programs(tokenizer, e):
     return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.start :]), re.DOTALL)
 
@@ -167,6 +163,38 @@ def test_multi_shows_each_problem_once_and_parallel_in_all(corpus, records, toke
     )
     together = mixture(corpus, records, tokenizer, "parallel", in_context=True)[5]
     assert sorted(p for p, _ in programs(tokenizer, together)) == sorted(roles.sft)
+
+
+def test_parallel_keeps_a_problems_languages_together_through_replay(corpus, records, tokenizer):
+    """Of the first 300 examples, all but the last problem are shown in all SFT PLs."""
+    roles = data.read_roles(corpus)
+    m = mixture(corpus, records, tokenizer, "parallel", general=0.3)
+    shown = defaultdict(set)
+    for e in (m[i] for i in range(300)):
+        if e.kind == "parallel":
+            shown[tokenizer.decode(e.tokens[: e.start]).rsplit("Answer in", 1)[0]].add(e.languages)
+    assert len(shown) > 60 and sum(len(v) != len(roles.sft) for v in shown.values()) <= 1
+
+
+def test_tests_tell_a_problem_from_its_neighbours(records):
+    """A step left out, two swapped or another number must fail a test, in nearly all problems."""
+    fooled = 0
+    for r in records["rl"]:
+        lines, kind = (
+            [t["stdin"] for t in r["tests"]],
+            "ints" if "int" in r["solutions"]["python"].splitlines()[0] else "words",
+        )
+        near = r["solutions"]["python"].splitlines()
+        for i in range(1, len(near) - 1):  # leave out a line of the program
+            program = "\n".join(near[:i] + near[i + 1 :])
+            if near[i].startswith((" ", "for ")) or (kind == "words" and near[i].startswith("a =")):
+                continue
+            with contextlib.suppress(NameError, ValueError):
+                fooled += all(
+                    run_python(program, line) == t["stdout"]
+                    for line, t in zip(lines, r["tests"], strict=True)
+                )
+    assert fooled <= 0.01 * len(records["rl"])
 
 
 def test_base_shows_all_languages_mostly_without_statement(corpus, records, tokenizer):
@@ -202,7 +230,7 @@ def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
     record = records["train"][0]
     messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
     ids = theirs.apply_chat_template(
-        messages, TEMPLATE, add_generation_prompt=True, return_dict=False
+        messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
     )
     assert tokenizer.prompt(record["prompt"], ["python"]) == ids
     messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
@@ -279,7 +307,7 @@ GOOD = {
     [
         ({"id": 3}, "id"), ({"prompt": ""}, "prompt"), ({"tests": []}, "tests"),
         ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
-        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"),
+        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named(tmp_path, change, field):
@@ -290,6 +318,14 @@ def test_a_bad_record_is_named(tmp_path, change, field):
     path.write_text(json.dumps(GOOD) + "\n{not json}\n")
     with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
         data.read_records(path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-9])
+    (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe")
+    for name in ("r.jsonl.gz", "r.jsonl"):
+        with pytest.raises(data.RecordError, match=f"{name}: not whole gzip or not UTF-8"):
+            data.read_records(tmp_path / name)
 
 
 def test_records_round_trip_with_extra_fields_plain_and_gzipped(tmp_path):
@@ -323,6 +359,7 @@ def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
     for language, program in record["solutions"].items():
         assert f"[{language}]" in out
         assert all(line.expandtabs(4) in out for line in program.splitlines())
+    assert data.read_split(corpus, "rl") == records["rl"]
     with pytest.raises(SystemExit, match="no record"):
         data.main(["show", "nothing", "--data", str(corpus)])
 

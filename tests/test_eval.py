@@ -1,6 +1,7 @@
 """Grading and estimates: what counts as a pass, pass@k, intervals, tables."""
 
 import itertools
+from dataclasses import replace
 from statistics import mean
 from types import SimpleNamespace
 
@@ -120,7 +121,7 @@ def test_table_has_source_sft_and_unseen_parts():
     assert titles == {
         "python (source)": ["python"],
         "ruby": ["ruby"],
-        "SFT mean": ["ruby"],
+        "other SFT mean": ["ruby"],
         "lua (unseen)": ["lua"],
         "unseen mean": ["lua"],
     }
@@ -177,4 +178,43 @@ def test_command_line_writes_tables_and_names_what_is_missing(
     assert text.count("| mine |") == 2 * 3 and (tmp_path / "out/eval.json").exists()
     assert "pass@2 of 2 samples, reserved wordings" in text
     with pytest.raises(SystemExit, match="nothing: holds no checkpoint"):
-        evaluation.main(evaluation.Settings(models=(str(tmp_path / "nothing"),), data=str(corpus)))
+        evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
+    with pytest.raises(ValueError, match="--k 2: needs at least as many --samples, not 1"):
+        evaluation.main(replace(s, samples=1))
+    with pytest.raises(ValueError, match="two of one name among m, m"):
+        evaluation.main(replace(s, models=(str(tmp_path / "m"),) * 2))
+    with pytest.raises(ValueError, match=r"--languages: rust: not in .*languages\.json"):
+        evaluation.main(replace(s, languages=("rust",)))
+    with pytest.raises(
+        ValueError,
+        match=r"record 'known-0': a prompt of \d+ tokens and 4000 new ones, the model takes",
+    ):
+        evaluation.main(replace(s, max_new_tokens=4000))
+
+
+def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(
+    tokenizer, tiny, monkeypatch
+):
+    class Broken(Counting):
+        def map(self, jobs, **_):
+            return [SimpleNamespace(verdict="internal_error") for _ in jobs]
+
+    known = {}
+    monkeypatch.setattr(
+        evaluation, "sample", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")]
+    )
+    assert (
+        evaluation.evaluate(
+            tiny, tokenizer, [RECORD], ["python"], Broken(), max_new_tokens=1, known=known
+        )
+        == []
+    )
+    assert known == {}
+    assert (
+        len(
+            evaluation.evaluate(
+                tiny, tokenizer, [RECORD], ["python"], Counting(), max_new_tokens=1, known=known
+            )
+        )
+        == 1
+    )

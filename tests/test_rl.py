@@ -146,9 +146,11 @@ def test_on_policy_sampler_and_trainer_agree_and_nothing_clips(tiny, tokenizer, 
 
 def test_no_spread_changes_nothing(tiny, tokenizer):
     s = settings()
-    before = {n: p.clone() for n, p in tiny.named_parameters()}
     optimizer = sft.make_optimizer(tiny, 1e-3, 0.0)
     rollouts = some_rollouts(tiny, tokenizer, s)
+    spread = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * s.prompts)
+    rl.learn(tiny, optimizer, rollouts, spread, s, tokenizer.pad)  # now AdamW has momentum
+    before = {n: p.clone() for n, p in tiny.named_parameters()}
     rl.learn(tiny, optimizer, rollouts, torch.zeros(s.prompts, s.samples), s, tokenizer.pad)
     assert all(torch.equal(p, before[n]) for n, p in tiny.named_parameters())
 
@@ -220,6 +222,12 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, mon
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(start).state_dict().items())
+    lines = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("whole", "cut")
+    ]
+    strip = [[{k: v for k, v in x.items() if not k.endswith("_s")} for x in run] for run in lines]
+    assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(6))
     texts = [(tmp_path / n / "rollouts/step-4.txt").read_text() for n in ("whole", "cut")]
     assert texts[0] == texts[1]
 

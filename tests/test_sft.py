@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 import sft
-from model import IGNORE, load
+from model import IGNORE, load, save
 
 
 def settings(corpus, out, **changes):
@@ -163,7 +163,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch
         return real(*a)
 
     monkeypatch.setattr(sft, "accumulate", interrupted)
-    sft.train(settings(corpus, tmp_path / "run", save_every=1000))
+    with pytest.raises(SystemExit) as stop:
+        sft.train(settings(corpus, tmp_path / "run", save_every=1000))
+    assert stop.value.code == 130  # what follows in a shell or a Makefile must not start
     monkeypatch.undo()
     assert (
         sft.newest_checkpoint(tmp_path / "run").name == "step-3"
@@ -183,6 +185,43 @@ def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch)
     monkeypatch.undo()
     sft.train(settings(corpus, tmp_path / "run"))
     assert not list((tmp_path / "run").glob(".step-*"))
+
+
+def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
+    sft.train(settings(corpus, tmp_path / "run", tokens=500))
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.002"):
+        sft.train(settings(corpus, tmp_path / "run", tokens=500, lr=2e-3))
+    sft.train(
+        settings(corpus, tmp_path / "run", tokens=500, eval_every=7)
+    )  # already past its last token
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(
+    corpus, tokenizer, tiny, tmp_path
+):
+    """As with a real Llama folder: bf16 weights, and a tokenizer that is not the corpus's."""
+    save(tiny.bfloat16(), tmp_path / "llama")
+    tokenizer.save(tmp_path / "llama")
+    path = tmp_path / "llama/tokenizer.json"
+    path.write_text(path.read_text() + "\n")  # tells the two apart
+    sft.train(settings(corpus, tmp_path / "run", model=str(tmp_path / "llama"), tokens=300))
+    final = sft.newest_checkpoint(tmp_path / "run")
+    assert (
+        (final / "tokenizer.json").read_text()
+        == path.read_text()
+        != (corpus / "tokenizer.json").read_text()
+    )
+    assert load(final).head().dtype == torch.float32
+
+
+def test_an_example_longer_than_the_model_takes_is_named(corpus, tokenizer, tiny, tmp_path):
+    tiny.config.max_position_embeddings = 40
+    save(tiny, tmp_path / "short")
+    tokenizer.save(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"tokens, the model takes 40; leave out the record"):
+        sft.train(settings(corpus, tmp_path / "run", model=str(tmp_path / "short")))
 
 
 def test_all_arms_get_the_same_number_of_tokens(corpus, tmp_path):
