@@ -11,7 +11,9 @@
      "solutions": {"python": "...", "cpp": "..."}}
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
-function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty`.
+function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty` (figures by
+which eval.py can report), `operations`, `function` (a hash of behaviour) and, for training,
+`commented` (the programs with comments).
 
 **The embedded corpus.** A function is a short pipeline of operations on a line of integers or
 words. `OPERATIONS` says what each operation does, and expected outputs come from running that, so
@@ -24,9 +26,10 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
 1. Splits are by behaviour: functions with equal outputs on fixed probe inputs are the same function,
    however they are written or worded, and a held-out function is in no training or RL record.
 2. `base` stands in for pre-training: it shows all PLs, in documents of one PL each, and most of them
-   have no statement. The SFT mixtures show the SFT PLs alone; with `general` > 0 that share of their
-   examples is replayed from `base`, as SFT mixtures replay general data, and is the only place where
-   an unseen PL may occur.
+   have no statement. It does show a function in several PLs, though never side by side, as public code
+   does. The SFT mixtures show the SFT PLs alone; with `general` > 0 that share of their examples is
+   replayed from `base`, as SFT mixtures replay general data, and is the only place where an unseen PL
+   may occur.
 3. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
    it stopped.
 """

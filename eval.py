@@ -64,13 +64,24 @@ class Rollout:
 
 def sample(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[tuple[dict, str]], max_new_tokens: int,
-    temperature: float, samples: int = 1, seed: int = 0, progress: Callable[[int], object] | None = None,
+    temperature: float, samples: int = 1, seed: int = 0, rows: int = 512, progress: Callable[[int], object] | None = None,
 ) -> list[Rollout]:  # fmt: skip
-    """`samples` ungraded rollouts for each task (record, PL), those of one task side by side."""
+    """`samples` ungraded rollouts for each task (record, PL), those of one task side by side.
+
+    `rows` responses are written at a time, which bounds the memory of the key/value cache.
+    """
     prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
-        model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress
+        model,
+        prompts,
+        max_new_tokens,
+        tokenizer.stops,
+        temperature,
+        samples,
+        generator,
+        progress,
+        rows,
     )
     rollouts = []
     for i, c in enumerate(completions):
@@ -155,7 +166,7 @@ def group_of(record: dict, by: str) -> str:
 
 def evaluate(
     model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, *,
-    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0,
+    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0, rows: int = 512,
     known: dict | None = None, name: str | None = None,
 ) -> list[Outcome]:  # fmt: skip
     """The outcome of every record in every PL; `name` heads a progress bar."""
@@ -268,6 +279,7 @@ class Settings:
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples")
     max_new_tokens: int = flag(320, "token budget of a response", least=1)
+    rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
     workers: int = flag(0, "programs to run at once; 0 means one a core")
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     seed: int = flag(0, "seed of the samples")
@@ -352,6 +364,7 @@ def main(s: Settings) -> None:
                 "max_new_tokens": s.max_new_tokens,
                 "by": s.by,
                 "seed": s.seed,
+                "rows": s.rows,
                 "known": known,
                 "name": name,
             }

@@ -61,6 +61,7 @@ class Settings:
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
     clip: float = flag(1.0, "largest global gradient norm")
     micro_tokens: int = flag(4096, "most tokens in one forward pass, padding included", least=1)
+    rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
     workers: int = flag(0, "programs to run at once; 0 means one a core")
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     eval_every: int = flag(10, "steps between two evaluations", least=1)
@@ -213,7 +214,14 @@ def measure(
 ) -> dict:
     """Greedy pass@1 on held-out problems, as {kind of problem: {PL: value}}."""
     outcomes = evaluate(
-        model, tokenizer, records, languages, box, max_new_tokens=s.eval_tokens, known=known
+        model,
+        tokenizer,
+        records,
+        languages,
+        box,
+        max_new_tokens=s.eval_tokens,
+        rows=s.rows,
+        known=known,
     )
     values: dict = {}
     for kind in dict.fromkeys(o.group for o in outcomes):
@@ -257,6 +265,7 @@ def step_once(
         s.temperature,
         s.samples,
         seed=s.seed * 1_000_003 + step,
+        rows=s.rows,
     )
     sampled = time.perf_counter()
     grade(rollouts, tokenizer, box)

@@ -239,7 +239,7 @@ def test_a_step_with_real_programs_shows_its_figures(
     asked = []
 
     def half_right(
-        model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, progress=None
+        model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None
     ):
         asked.extend(tasks)
         rollouts = []
