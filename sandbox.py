@@ -833,7 +833,7 @@ _STACK = 64  # MB
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
 _FILES = 4096  # in the scratch directory
 _CLOSE_RANGE = 436
-_PATIENCE = 30  # most that waiting for a busy processor can stretch the wall limit
+_PATIENCE = 300.0  # most seconds that waiting for a busy processor can add to a wall limit
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
     rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
@@ -1107,7 +1107,7 @@ class _Warden:
         starved = ready and (watch.ran < 0 or ran == watch.ran)
         watch.ran, watch.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
         elapsed = time.monotonic() - watch.start
-        return elapsed < _PATIENCE * watch.step["wall"] and (
+        return elapsed < watch.step["wall"] + _PATIENCE and (
             starved or time.monotonic() < watch.due()
         )
 
@@ -1738,7 +1738,7 @@ class _Job:
     def ask(self, worker: _Worker, request: dict, text: str, wall: float) -> tuple[TestResult, str]:
         """The helper's answer, and the whole of stdout for the checker."""
         data = text.encode("utf-8", "surrogateescape")
-        answer, out, err = worker.ask(request, data, wall * _PATIENCE + _GRACE, self.expires)
+        answer, out, err = worker.ask(request, data, wall + _PATIENCE + _GRACE, self.expires)
         stdout, keep = _text(out), self.limits.keep
         return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
 

@@ -61,8 +61,8 @@ try:
         threading.Thread(target=time.sleep, args=(60,)).start()
         count += 1
 except RuntimeError:
-    print("yes" if count < 200 else count, flush=True)
-os._exit(0)"""),
+    print("yes" if count < 400 else count, flush=True)
+os._exit(0)""", limits=sandbox.Limits(wall=10, cpu=10, memory=256)),
     Case("daemon holds the pipe", """
 import os, time
 print("yes", flush=True)
