@@ -47,7 +47,7 @@ def naive(name: str, tests: list[dict]) -> None:
             Path(directory, sandbox.LANGUAGES[name].file).write_text(PROGRAMS[name])
             for command in commands(name, directory):
                 done = subprocess.run(
-                    command, input=test["stdin"], capture_output=True, text=True, timeout=10
+                    command, input=test["stdin"], capture_output=True, text=True, timeout=60
                 )
                 assert done.returncode == 0, done.stderr
             assert done.stdout == test["stdout"]
@@ -55,14 +55,17 @@ def naive(name: str, tests: list[dict]) -> None:
 
 def bare_run(name: str) -> Callable[[], object]:
     """One run of a program that is compiled already, by subprocess.run."""
-    directory = tempfile.mkdtemp(prefix="bench-")
-    Path(directory, sandbox.LANGUAGES[name].file).write_text(PROGRAMS[name])
-    *compiling, running = commands(name, directory)
+    place = tempfile.TemporaryDirectory(prefix="bench-")
+    Path(place.name, sandbox.LANGUAGES[name].file).write_text(PROGRAMS[name])
+    *compiling, running = commands(name, place.name)
     for command in compiling:
         subprocess.run(command, check=True)
-    return lambda: subprocess.run(
-        running, input="1 2\n", capture_output=True, text=True, timeout=10
-    )
+
+    def run() -> None:
+        assert place  # is removed with this function
+        subprocess.run(running, input="1 2\n", capture_output=True, text=True, timeout=60)
+
+    return run
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -38,16 +38,6 @@ def _processes() -> dict[int, str]:
     return found
 
 
-def _gone(marks: str, seconds: float = 20) -> bool:
-    """Waits until no process has the text in its command line."""
-    end = time.monotonic() + seconds
-    while any(marks in line for line in _processes().values()):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 # ---------------------------------------------------------------------------------------------
 # Verdicts
 
@@ -315,12 +305,28 @@ def test_four_times_more_workers_than_cores_give_no_false_time_limit():
 # Nothing is left
 
 
+def _parent(pid: int) -> int:
+    """-1 if the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+
+def _groups() -> list[str]:
+    """Control groups of this process's helpers and of helpers that have ended."""
+    found = map(str, Path("/sys/fs/cgroup").rglob("sandbox-*"))
+    return sorted(
+        path for path in found if _parent(int(path.rsplit("-", 1)[1])) in (os.getpid(), -1)
+    )
+
+
 def _leftovers() -> dict:
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mounts").read_text(),
         "homes": sorted(Path(sandbox.tempfile.gettempdir()).glob(f"sandbox-{os.getpid()}-*")),
-        "groups": sorted(map(str, Path("/sys/fs/cgroup").rglob("sandbox-*"))),
+        "groups": _groups(),
         "threads": threading.active_count(),
     }
 
@@ -337,8 +343,7 @@ def test_closing_leaves_nothing():
     assert pids and not any(Path(f"/proc/{worker.process.pid}").exists() for worker in pids)
     assert _leftovers()["homes"] == before["homes"]
     after = _leftovers()
-    ours = {f"sandbox-{worker.process.pid}" for worker in pids}
-    assert not [path for path in after["groups"] if Path(path).name in ours]
+    assert after["groups"] == before["groups"]
     assert after["descriptors"] == before["descriptors"] and after["mounts"] == before["mounts"]
     assert after["threads"] == before["threads"]
 
@@ -393,7 +398,6 @@ def test_a_killed_trainer_leaves_nothing(level):
         sandbox._Worker(level, True).close()
     except sandbox._Refused as refusal:
         pytest.skip(str(refusal))
-    groups = _leftovers()["groups"]
     mark = f"9{os.getpid()}.5"
     code = TRAINER.format(root=str(ROOT), level=level, mark=mark)
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -414,14 +418,8 @@ def test_a_killed_trainer_leaves_nothing(level):
         time.sleep(0.05)
     assert not [pid for pid in helpers if Path(f"/proc/{pid}").exists()]
     assert not any(Path(home).exists() for home in homes)
-    assert _leftovers()["groups"] == groups
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
+    left = {path.name for path in Path("/sys/fs/cgroup").rglob("sandbox-*")}
+    assert not left & {f"sandbox-{pid}" for pid in helpers}
 
 
 def test_the_caller_is_not_forked(monkeypatch):
