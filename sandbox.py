@@ -465,8 +465,8 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """True only if every test was run and its output was right."""
-        return self.verdict == "ok"
+        """True only if there are tests, every one was run, and every output was right."""
+        return self.verdict == "ok" and len(self.tests) > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -778,9 +778,9 @@ def _own_cgroups() -> dict[str, Path]:
 
 
 def _owner_gone(path: Path) -> bool:
-    """Whether the process whose number is in a name like sandbox-123-abc has ended."""
-    owner = path.name.split("-")[1]
-    return owner.isdigit() and not Path("/proc", owner).exists()
+    """Whether the process whose number is in a name such as sandbox-123 has ended."""
+    owner = re.search(r"-(\d+)", path.name)
+    return owner is not None and not Path("/proc", owner[1]).exists()
 
 
 def _make_directory(top: Path, own: Path, probe: str) -> Path | None:
@@ -1361,16 +1361,14 @@ def _tasks_of(uid: int) -> int:
 
 
 def _empty(directory: str) -> None:
-    """Removes what is in a directory, whatever its modes."""
+    """Removes what is in a directory, whatever its modes. No program may be running in it."""
     for entry in os.scandir(directory):
-        if not entry.is_dir(follow_symlinks=False):
-            os.unlink(entry)
-            continue
-        os.chmod(
-            entry, 0o700, follow_symlinks=False
-        ) if os.chmod in os.supports_follow_symlinks else None
-        _empty(entry.path)
-        os.rmdir(entry)
+        if entry.is_dir(follow_symlinks=False):
+            os.chmod(entry.path, 0o700)
+            _empty(entry.path)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
 
 
 class _LandlockWarden(_Warden):
@@ -1392,8 +1390,8 @@ class _LandlockWarden(_Warden):
                 os.chown(path, self.uid, self.uid)
         _prctl(_PR_SUBREAPER, 1)
         _prctl(_PR_NO_NEW_PRIVS, 1)
-        self.fenced = self.uid or _landlock_version() >= 6  # off from others' processes
-        self.seccomp = _filter(own_files=not self.uid) if self.fenced else None
+        if self.confined and (self.uid or _landlock_version() >= 6):
+            self.seccomp = _filter(own_files=not self.uid)
 
     def new_box(self) -> None:
         _empty(self.box)
@@ -1589,7 +1587,7 @@ class _Worker:
 
     def __init__(self, level: str, cgroups: bool):
         self.sock, theirs = socket.socketpair()
-        self.home = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-")
+        self.home = tempfile.mkdtemp(prefix=f"parallel-sft-{os.getpid()}-")
         here = Path(__file__).resolve()
         lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
         code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
@@ -1640,7 +1638,7 @@ class _Worker:
 
 def _sweep() -> None:
     """Removes what was left where caller and helper were killed together."""
-    for path in filter(_owner_gone, Path(tempfile.gettempdir()).glob("sandbox-*")):
+    for path in filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -1743,8 +1741,8 @@ class _Job:
         return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
 
     def result(self, verdict: str, worker: _Worker | None = None, **more) -> Result:
-        place = {"level": worker.level, "accounting": worker.accounting} if worker else {}
-        return Result(verdict, self.language.name, **place, **more)
+        more["accounting"] = worker.accounting if worker else ""
+        return Result(verdict, self.language.name, level=self.level, **more)
 
     def grade(self, worker: _Worker) -> Result:
         built = self.compile(worker)

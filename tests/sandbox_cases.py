@@ -201,6 +201,7 @@ except OSError: print("yes")""", "ok output_limit", limits=sandbox.Limits(wall=1
 import os
 os.makedirs("a/b/c"); open("a/b/c/d", "w").close()
 os.symlink("/usr", "a/usr")
+os.mkdir("closed", 0)
 for place in ("a/b/c", "a/b", "a"):
     try: os.chmod(place, 0)
     except OSError: pass

@@ -79,7 +79,8 @@ def test_compile_error_has_the_message(box):
 
 
 def test_no_tests_compiles_only(box):
-    assert box.run("int main() {}", "c", []).verdict == "ok"
+    result = box.run("int main() {}", "c", [])
+    assert result.verdict == "ok" and not result.passed
     assert box.run("int main( {}", "c", []).verdict == "compile_error"
 
 
@@ -325,7 +326,7 @@ def _leftovers() -> dict:
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mounts").read_text(),
-        "homes": sorted(Path(sandbox.tempfile.gettempdir()).glob(f"sandbox-{os.getpid()}-*")),
+        "homes": sorted(Path(sandbox.tempfile.gettempdir()).glob(f"parallel-sft-{os.getpid()}-*")),
         "groups": _groups(),
         "threads": threading.active_count(),
     }
