@@ -949,16 +949,16 @@ class CorpusSettings:
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
     train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
-    rl: int = flag(600, "RL problems, with reserved wordings", least=1)
+    rl: int = flag(400, "RL problems, with reserved wordings", least=1)
     eval: int = flag(
-        120, "held-out problems of each kind: known wordings, reserved wordings", least=1
+        80, "held-out problems of each kind: known wordings, reserved wordings", least=1
     )
     tests: int = flag(4, "tests per problem", least=1)
     operations: int = flag(2, "most operations in a problem with known wordings", least=1)
     rl_operations: int = flag(2, "most operations in a problem with reserved wordings", least=1)
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
-        ("even", "mul", "rsort", "take", "sum"),
+        ("even", "square", "rsort", "take", "sum"),
         "operations whose reserved wordings RL and evaluation use; each such problem has at least one of them",
     )
     new_share: float = flag(
@@ -1009,7 +1009,7 @@ def make_problem(
     function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float
 ) -> dict:
     """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
-    phrases, new = wordings(function, rng, new_share, s.reworded)
+    phrases, new = wordings(function, rng, new_share, s.reworded if new_share else ())
     steps = [name for name, _ in function[1]]
     rare = sum(OPERATIONS[n].rare for n in steps)
     return {

@@ -46,7 +46,7 @@ class Settings:
     data: str = flag("runs/data", "folder of the corpus")
     model: str = flag("runs/parallel", "SFT checkpoint or run folder to start from")
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
-    steps: int = flag(30, "rollout phases, each followed by its updates", least=1)
+    steps: int = flag(50, "rollout phases, each followed by its updates", least=1)
     prompts: int = flag(24, "problems per step", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
     updates: int = flag(

@@ -259,7 +259,7 @@ class Settings:
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 3,000,000 for base and 300,000 otherwise"
+        0, "training tokens, prompts included; 0 means 4,000,000 for base and 400,000 otherwise"
     )
     batch: int = flag(16, "sequences per update", least=1)
     micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
@@ -288,7 +288,7 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (3_000_000 if fresh else 300_000),
+        tokens=s.tokens or (4_000_000 if fresh else 400_000),
         lr=s.lr or (3e-3 if fresh else 5e-4),
     )
 
