@@ -260,19 +260,19 @@ OPERATIONS = {op.name: op for op in [
     Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], kind="filter", cond="odd",
               known=("keep the odd numbers", "keep only odd values", "drop the even numbers"),
               new=("discard whatever two divides", "retain what leaves a remainder by two")),
-    Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], kind="filter", cond="gt", params=(1, 2, 3, 4, 5, 6, 7, 8),
+    Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], kind="filter", cond="gt", params=(2, 4, 6, 8),
               known=("keep numbers greater than {k}", "keep values above {k}", "drop numbers up to {k}"),
               new=("retain what exceeds {k}", "leave only entries past {k}")),
-    Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], kind="filter", cond="lt", params=(4, 5, 6, 7, 8, 9, 10, 12),
+    Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], kind="filter", cond="lt", params=(4, 6, 8, 10),
               known=("keep numbers less than {k}", "keep values below {k}", "drop numbers from {k} up"),
               new=("retain what stays under {k}", "leave only entries short of {k}")),
-    Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], kind="map", expr="add", params=(1, 2, 3, 4, 5, 6, 7, 8, 9),
+    Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], kind="map", expr="add", params=(1, 3, 5, 7),
               known=("add {k} to each", "increase every number by {k}", "raise each value by {k}"),
               new=("shift everything up by {k}", "put {k} on top of each entry")),
-    Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], kind="map", expr="sub", params=(1, 2, 3, 4, 5, 6, 7, 8, 9),
+    Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], kind="map", expr="sub", params=(2, 4, 6, 9),
               known=("subtract {k} from each", "decrease every number by {k}", "lower each value by {k}"),
               new=("shift everything down by {k}", "take {k} away from each entry")),
-    Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], kind="map", expr="mul", params=(2, 3, 4, 5, 6),
+    Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], kind="map", expr="mul", params=(2, 3, 5, 7),
               known=("multiply each by {k}", "make every number {k} times as big", "replace each value by {k} times it"),
               new=("scale everything by {k}", "stretch each entry {k}-fold")),
     Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], kind="map", expr="square",
@@ -284,7 +284,7 @@ OPERATIONS = {op.name: op for op in [
     Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], kind="mapif", cond="negative", expr="zero", rare=True,
               known=("replace negative numbers by 0", "set negative values to 0"),
               new=("let nothing fall under zero", "clip from below at zero")),
-    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 7, 8, 9, 10), rare=True,
+    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9), rare=True,
               known=("replace numbers above {k} by {k}", "limit every value to {k}"),
               new=("let nothing rise over {k}", "clip from above at {k}")),
     Operation("sums", "ints", "ints", _running_sums, rare=True,
@@ -299,7 +299,7 @@ OPERATIONS = {op.name: op for op in [
     Operation("reverse", "list", "list", lambda a, k: a[::-1],
               known=("reverse the list", "reverse the order", "put the list backwards"),
               new=("go from the back to the front", "mirror the sequence")),
-    Operation("take", "list", "list", lambda a, k: a[:k], params=(1, 2, 3, 4),
+    Operation("take", "list", "list", lambda a, k: a[:k], params=(2, 3, 4),
               known=("take the first {k}", "keep the first {k} items", "keep {k} from the start"),
               new=("cut the list off after {k}", "stop once {k} were seen")),
     Operation("drop", "list", "list", lambda a, k: a[k:], params=(1, 2, 3),
@@ -311,10 +311,10 @@ OPERATIONS = {op.name: op for op in [
     Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], kind="map", expr="mirror", rare=True,
               known=("reverse each word", "spell every word backwards"),
               new=("flip the letters inside every item", "read each one from its end")),
-    Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], kind="filter", cond="longer", params=(2, 3, 4, 5),
+    Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], kind="filter", cond="longer", params=(3, 4, 5),
               known=("keep words longer than {k}", "keep words with more than {k} letters", "drop words of up to {k} letters"),
               new=("retain what needs over {k} characters", "leave only long ones past size {k}")),
-    Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], kind="filter", cond="has", params=tuple("aeiorlnt"),
+    Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], kind="filter", cond="has", params=tuple("aeot"),
               known=("keep words with the letter {k}", "keep words that contain {k}", "drop words without {k}"),
               new=("retain what has {k} somewhere", "leave only items where {k} shows up")),
     Operation("lengths", "words", "ints", lambda a, k: [len(x) for x in a],
@@ -951,7 +951,7 @@ class CorpusSettings:
     train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
     rl: int = flag(400, "RL problems, with reserved wordings", least=1)
     eval: int = flag(
-        80, "held-out problems of each kind: known wordings, reserved wordings", least=1
+        60, "held-out problems of each kind: known wordings, reserved wordings", least=1
     )
     tests: int = flag(4, "tests per problem", least=1)
     operations: int = flag(2, "most operations in a problem with known wordings", least=1)
@@ -965,7 +965,7 @@ class CorpusSettings:
         0.7,
         "share of the phrases of reworded operations that take a reserved wording in RL problems",
     )
-    held_out: float = flag(0.15, "share of all functions kept from training, for evaluation")
+    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
 
@@ -1269,7 +1269,7 @@ def pick(seed: str, i: int, count: int) -> int:
 def base(m: Mixture, i: int, rng: random.Random) -> Example:
     """A stand-in for pre-training: a document of one PL, on which every token is trained.
 
-    A share `statements` begins with a statement; half of the others have comments, where there are
+    A share `statements` begins with a statement; the others have comments, where the record has
     commented programs. Comments are what makes a small model learn soon what a phrase does.
     """
     at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
@@ -1277,7 +1277,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
     programs = record["solutions"]
-    if rng.random() < 0.5 and language in record.get("commented", {}):
+    if language in record.get("commented", {}):
         programs = record["commented"]
     tokens = m.tokenizer.encode(answer(programs, [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")

@@ -15,7 +15,7 @@ Our choices, where the Parallel-SFT paper leaves freedom or is silent:
    `base` documents every token but the first.
 2. A run ends after a number of *tokens*, prompts included, so that all arms see equally many; the
    learning rate (linear warm-up, then a cosine to a tenth) follows the same count.
-3. AdamW with betas (0.9, 0.95); weight decay on matrices only; gradients clipped by global norm.
+3. AdamW with betas (0.9, 0.95); weight decay on matrices other than embeddings; gradients clipped by global norm.
 """
 
 import json
@@ -80,12 +80,12 @@ def trained_tokens(rows: Sequence[Row]) -> int:
 
 
 def make_optimizer(model: Llama, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and not norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    """AdamW that decays matrices, but neither norms nor embeddings (rare tokens would fade)."""
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=True)
 
@@ -259,7 +259,7 @@ class Settings:
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 4,000,000 for base and 400,000 otherwise"
+        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise"
     )
     batch: int = flag(16, "sequences per update", least=1)
     micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
@@ -288,7 +288,7 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (4_000_000 if fresh else 400_000),
+        tokens=s.tokens or (3_500_000 if fresh else 400_000),
         lr=s.lr or (3e-3 if fresh else 5e-4),
     )
 
