@@ -175,7 +175,7 @@ def evaluate(
         total=len(tasks) * samples, desc=f"{name} sampling", disable=None if name else True
     ) as bar:
         rollouts = sample(
-            model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, bar.update
+            model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows, bar.update
         )
     grade(rollouts, tokenizer, box, known, name and f"{name} running")
     outcomes = []
