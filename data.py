@@ -416,7 +416,7 @@ def random_function(
 
     With `must`, at least one of these operations is in it.
     """
-    while True:
+    for _ in range(100_000):
         kind = start = rng.choice(("ints", "ints", "words"))
         steps: list[tuple[str, Any]] = []
         for i in range(operations):
@@ -428,6 +428,9 @@ def random_function(
         function = (start, tuple(steps))
         if (not must or any(name in must for name, _ in steps)) and is_interesting(function):
             return function
+    raise ValueError(
+        f"found no interesting function of {operations} operations with one of {', '.join(must)}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
