@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,6 +266,30 @@ def test_main_trains_from_a_model_and_leaves_a_finished_run_alone(corpus, tmp_pa
     with pytest.raises(SystemExit, match="holds no checkpoint"):
         sft.main(settings(corpus, tmp_path / "x", model=str(tmp_path / "nothing")))
     shutil.rmtree(tmp_path / "sft")
+
+
+def test_without_flags_it_makes_what_is_missing_before_it(corpus, tmp_path, monkeypatch, capsys):
+    """Corpus and base model first, each said aloud; only their sizes are changed here."""
+    real = sft.resolve
+    small = {
+        "tokens": 400,
+        "batch": 2,
+        "layers": 1,
+        "width": 16,
+        "heads": 2,
+        "eval_problems": 1,
+        "device": "cpu",
+    }
+    monkeypatch.setattr(sft, "resolve", lambda s: replace(real(s), **small))
+    monkeypatch.setattr(data, "make", lambda s: shutil.copytree(corpus, s.out))
+    monkeypatch.chdir(tmp_path)
+    sft.main(sft.Settings())
+    out = capsys.readouterr().out
+    assert "no corpus yet" in out and "no finished base model yet" in out
+    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/summary.json")) == [
+        "base",
+        "parallel",
+    ]
 
 
 def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
