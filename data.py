@@ -118,7 +118,7 @@ def command(
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a temporary name beside `path`, then renames it: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -642,7 +642,8 @@ def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> N
     """
     folder, state = Path(folder), model.state_dict()
     model.config.torch_dtype = str(model.head().dtype).removeprefix("torch.")
-    old = sorted(folder.glob("model*.safetensors*"))  # what a killed save left included
+    # What a killed save left included, finished or not.
+    old = [*folder.glob("model*.safetensors*"), *folder.glob(".model*.tmp")]
     shards = split_shards(state, shard_bytes)
     tag = f"-{time.time_ns():x}" if old else ""
     names = [f"model{tag}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -659,4 +660,4 @@ def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> N
         write_atomically(folder / names[-1], lambda path: path.write_text(index))
     for path in old:
         if path.name not in names:
-            path.unlink(missing_ok=True)  # an .unfinished one may have become a file of ours
+            path.unlink(missing_ok=True)  # an unfinished one may have become a file of ours
