@@ -1399,6 +1399,7 @@ def show(s: ShowSettings, name: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """make, verify or show: the first word says which, the rest are its flags."""
     name, rest = (argv[0] if argv else "--help"), list(argv[1:])
     if name == "make":
         command(

@@ -347,6 +347,7 @@ def choose_records(s: Settings) -> list[dict]:
 
 
 def main(s: Settings) -> None:
+    """Evaluates every model, prints the tables and writes them with all outcomes."""
     roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
     languages, began = present_languages(s, roles), time.perf_counter()
     if s.samples and max(s.k) > s.samples:

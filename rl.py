@@ -332,6 +332,7 @@ def loop(
 
 
 def main(s: Settings) -> None:
+    """Runs GRPO from `s.model`, or goes on with the run in `s.out`."""
     s = replace(s, out=s.out or f"runs/rl-{Path(s.model).name}")
     wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
     if absent := wanted - set(sandbox.installed()):
