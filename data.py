@@ -1273,7 +1273,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     """A stand-in for pre-training: a document of one PL, on which every token is trained.
 
     A share `statements` begins with a statement; the others have comments, where the record has
-    commented programs. Comments are what makes a small model learn soon what a phrase does.
+    commented programs.
     """
     at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]

@@ -985,6 +985,7 @@ class _Warden:
                 _send(self.sock, reply, *(streams or (b"", b"")))
 
     def answer(self, request: dict, blob: bytes) -> tuple[dict, tuple]:
+        """Runs one test, or writes a program and compiles it: (what came of it, its streams)."""
         if request["op"] == "test":
             return self.execute(request["step"], blob)
         self.new_box()
@@ -1138,6 +1139,7 @@ class _Warden:
         return statuses[pid], cpu
 
     def report(self, watch: _Watch, status: int, cpu: float, streams: list[bytes]) -> tuple:
+        """What is sent back of a program that has ended: (verdict and figures, its streams)."""
         out, err, trouble = streams
         code = os.waitstatus_to_exitcode(status)
         if trouble:
@@ -1695,6 +1697,7 @@ class _Job:
         return [{**step, "argv": words} for words in lines]
 
     def compile(self, worker: _Worker) -> TestResult:
+        """Writes the program into the worker's box and compiles it."""
         limits, language = self.limits, self.language
         program, flags = _with_test_runner(language, self.program)
         steps = self.steps(
@@ -1715,6 +1718,7 @@ class _Job:
         return result
 
     def test(self, worker: _Worker, test: dict) -> TestResult:
+        """Runs the program on one test and compares its output here, in the caller."""
         limits = self.limits
         (step,) = self.steps(
             self.language.run,
@@ -1745,6 +1749,7 @@ class _Job:
         return Result(verdict, self.language.name, level=self.level, **more)
 
     def grade(self, worker: _Worker) -> Result:
+        """Compiles once, then runs the tests."""
         built = self.compile(worker)
         if built.verdict != "ok":
             return self.result(built.verdict, worker, compile=built, message=built.message)

@@ -80,7 +80,7 @@ def trained_tokens(rows: Sequence[Row]) -> int:
 
 
 def make_optimizer(model: Llama, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but neither norms nor embeddings (rare tokens would fade)."""
+    """AdamW that decays matrices, but neither norms nor embeddings."""
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
     groups = [
