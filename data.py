@@ -71,9 +71,7 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
     `--name` or `--no-name`. Metadata: `choices` and `least` restrict the values, `type` is that of a
     tuple's items.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(settings)
     for f in fields:
         parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
@@ -93,19 +91,13 @@ def _options(f: dataclasses.Field) -> dict:
     if isinstance(f.default, bool):
         return options | {"action": argparse.BooleanOptionalAction}
     if isinstance(f.default, tuple):
-        return options | {
-            "nargs": "*",
-            "type": f.metadata.get("type", str),
-            "metavar": f.name.upper(),
-        }
+        return options | {"nargs": "*", "type": f.metadata.get("type", str), "metavar": f.name.upper()}
     if choices := f.metadata.get("choices"):
         return options | {"choices": choices}
     return options | {"type": type(f.default), "metavar": f.name.upper()}
 
 
-def command(
-    main: Callable, settings: type, description: str, argv: Sequence[str] | None = None
-) -> None:
+def command(main: Callable, settings: type, description: str, argv: Sequence[str] | None = None) -> None:
     """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback."""
     try:
         main(parse_flags(settings, description, argv))
@@ -163,9 +155,7 @@ def check_record(record, where: str) -> dict:
     need(isinstance(difficulty, dict), "difficulty", "give an object of figures, or leave it out")
     for language, program in solutions.items():
         need(
-            language in sandbox.LANGUAGES,
-            f"solutions.{language}",
-            "name a PL that `python sandbox.py languages` lists",
+            language in sandbox.LANGUAGES, f"solutions.{language}", "name a PL that `python sandbox.py languages` lists"
         )
         need(text(program) and program.strip(), f"solutions.{language}", "give the program's text")
     return record
@@ -178,17 +168,11 @@ def read_records(path: str | Path) -> list[dict]:
     """
     path, records, seen = Path(path), [], {}
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file; `python data.py make` writes the embedded corpus"
-        )
+        raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
     try:
-        text = (
-            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        ).decode()
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise RecordError(
-            f"{path}: not whole gzip or not UTF-8 ({error}); write the file again"
-        ) from None
+        raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             records.append(_parse_record(line, f"{path}:{number}"))
@@ -409,9 +393,7 @@ def is_interesting(function: Function) -> bool:
     return True
 
 
-def random_function(
-    rng: random.Random, operations: int, rare: float, must: Sequence[str] = ()
-) -> Function:
+def random_function(rng: random.Random, operations: int, rare: float, must: Sequence[str] = ()) -> Function:
     """An interesting pipeline of `operations` steps, rare ones weighted by `rare`.
 
     With `must`, at least one of these operations is in it.
@@ -428,18 +410,13 @@ def random_function(
         function = (start, tuple(steps))
         if (not must or any(name in must for name, _ in steps)) and is_interesting(function):
             return function
-    raise ValueError(
-        f"found no interesting function of {operations} operations with one of {', '.join(must)}"
-    )
+    raise ValueError(f"found no interesting function of {operations} operations with one of {', '.join(must)}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Statements: English for a function
 
-OPENERS = {
-    "ints": ("Read integers.", "Given a line of integers,"),
-    "words": ("Read words.", "Given a line of words,"),
-}
+OPENERS = {"ints": ("Read integers.", "Given a line of integers,"), "words": ("Read words.", "Given a line of words,")}
 JOINERS = (", then ", " and then ")
 CLOSERS = (". Print the result.", ". Output what you get.")
 
@@ -839,9 +816,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
         for key in (f"{kind}.{name}", f"{kind}.{base}", base):
             if key in table:
                 return table[key]
-        raise KeyError(
-            f"SNIPPETS[{language!r}] lacks {base!r} for {kind}; add it to the PL's entry"
-        )
+        raise KeyError(f"SNIPPETS[{language!r}] lacks {base!r} for {kind}; add it to the PL's entry")
 
     kind, steps = function
     body = [snippet(kind, "read")]
@@ -850,10 +825,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
         values = {"v": "a" if kind == "ints" else "w", "k": k, "i": i}
         values["j"] = k - 1 if isinstance(k, int) else ""
         values["x"] = fill(table["x"], values)
-        values |= {
-            "c": fill(table.get(op.cond, ""), values),
-            "e": fill(table.get(op.expr, ""), values),
-        }
+        values |= {"c": fill(table.get(op.cond, ""), values), "e": fill(table.get(op.expr, ""), values)}
         if comments:
             body.append(f"{table['comment']} {comments[i - 1]}")
         body.append(fill(snippet(kind, op.kind or name, name), values))
@@ -895,20 +867,14 @@ def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
     here = sandbox.installed()
     absent = [p for p in (*SFT_CHOICE, *UNSEEN_CHOICE) if p not in here]
     sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
-    unseen = [sandbox.canonical(p) for p in unseen] or [
-        p for p in UNSEEN_CHOICE if p in here and p not in sft
-    ][:4]
+    unseen = [sandbox.canonical(p) for p in unseen] or [p for p in UNSEEN_CHOICE if p in here and p not in sft][:4]
     if both := set(sft) & set(unseen):
-        raise ValueError(
-            f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either"
-        )
+        raise ValueError(f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either")
     if lacking := [p for p in (*sft, *unseen) if p not in SNIPPETS]:
         raise ValueError(
             f"{', '.join(lacking)}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}"
         )
-    print(
-        f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}"
-    )
+    print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
     if absent:
         print(
             f"no toolchain here for {', '.join(dict.fromkeys(absent))}; `python sandbox.py languages` names the packages"
@@ -927,9 +893,7 @@ def read_roles(folder: str | Path) -> Roles:
         raw = json.loads(path.read_text())
         roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}'
-        ) from None
+        raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
     if not roles.sft:
         raise ValueError(f"{path}: 'sft' is empty; name at least the source PL")
     return roles
@@ -941,21 +905,15 @@ def read_roles(folder: str | Path) -> Roles:
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    out: str = flag(
-        "runs/data",
-        "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into",
-    )
+    out: str = flag("runs/data", "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into")
     sft: tuple = flag(
-        (),
-        "SFT PLs, the source PL of RL first (default: up to four of our choice that have a toolchain here)",
+        (), "SFT PLs, the source PL of RL first (default: up to four of our choice that have a toolchain here)"
     )
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
     train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
     rl: int = flag(400, "RL problems, with reserved wordings", least=1)
-    eval: int = flag(
-        60, "held-out problems of each kind: known wordings, reserved wordings", least=1
-    )
+    eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
     tests: int = flag(4, "tests per problem", least=1)
     operations: int = flag(2, "most operations in a problem with known wordings", least=1)
     rl_operations: int = flag(2, "most operations in a problem with reserved wordings", least=1)
@@ -965,8 +923,7 @@ class CorpusSettings:
         "operations whose reserved wordings RL and evaluation use; each such problem has at least one of them",
     )
     new_share: float = flag(
-        0.7,
-        "share of the phrases of reworded operations that take a reserved wording in RL problems",
+        0.7, "share of the phrases of reworded operations that take a reserved wording in RL problems"
     )
     held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
@@ -977,15 +934,9 @@ def neighbours(function: Function) -> list[Function]:
     """The functions one slip away: a step left out, a number or letter exchanged, two steps swapped."""
     kind, steps = function
     near = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
-    near += [
-        (*steps[:i], (n, k), *steps[i + 1 :])
-        for i, (n, _) in enumerate(steps)
-        for k in OPERATIONS[n].params
-    ]
+    near += [(*steps[:i], (n, k), *steps[i + 1 :]) for i, (n, _) in enumerate(steps) for k in OPERATIONS[n].params]
     near += [(*steps[:i], steps[i + 1], steps[i], *steps[i + 2 :]) for i in range(len(steps) - 1)]
-    fits = [
-        s for s in near if functools.reduce(lambda t, step: t and result_type(t, step[0]), s, kind)
-    ]
+    fits = [s for s in near if functools.reduce(lambda t, step: t and result_type(t, step[0]), s, kind)]
     return [(kind, s) for s in fits if s and s != steps]
 
 
@@ -1008,9 +959,7 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
     return best
 
 
-def make_problem(
-    function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float
-) -> dict:
+def make_problem(function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float) -> dict:
     """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
     phrases, new = wordings(function, rng, new_share, s.reworded if new_share else ())
     steps = [name for name, _ in function[1]]
@@ -1029,14 +978,10 @@ def make_problem(
 def with_comments(record: dict, function: Function, rng: random.Random) -> dict:
     """The record and its programs once more, a known wording above each step: documents for base."""
     comments, _ = wordings(function, rng, 0.0, ())
-    return record | {
-        "commented": {language: emit(function, language, comments) for language in SNIPPETS}
-    }
+    return record | {"commented": {language: emit(function, language, comments) for language in SNIPPETS}}
 
 
-def make_problems(
-    s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float
-) -> list[dict]:
+def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float) -> list[dict]:
     """`count` problems of 1 to `most` operations from the held-out functions or from the others.
 
     With `new_share`, each has a reworded operation; held-out ones also at least one reserved wording
@@ -1058,9 +1003,7 @@ def make_problems(
             problem = with_comments(problem, function, rng)
         seen.add(print_)
         problems.append(problem)
-    fail(
-        f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations"
-    )
+    fail(f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations")
 
 
 def make(s: CorpusSettings) -> None:
@@ -1068,17 +1011,13 @@ def make(s: CorpusSettings) -> None:
     out = Path(s.out)
     unknown = set(s.reworded) - set(OPERATIONS)
     if unknown:
-        fail(
-            f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}"
-        )
+        fail(f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
     roles = choose_roles(s.sft, s.unseen)
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
     evaluation += make_problems(s, "new", s.eval, True, s.rl_operations, s.new_share)
     write_records(out / "train.jsonl.gz", train)
-    write_records(
-        out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share)
-    )
+    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share))
     write_records(out / "eval.jsonl.gz", evaluation)
     if s.tokenizer:
         Tokenizer(s.tokenizer).save(out)
@@ -1086,9 +1025,7 @@ def make(s: CorpusSettings) -> None:
         train_tokenizer(train, s.vocabulary, out)
     text = json.dumps(dataclasses.asdict(roles)) + "\n"
     write_atomically(out / "languages.json", lambda path: path.write_text(text))
-    print(
-        f"wrote {out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs"
-    )
+    print(f"wrote {out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1115,11 +1052,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (
-        ask(r["prompt"], [p]) + answer(r["solutions"], [p])
-        for r in records[:1000]
-        for p in r["solutions"]
-    )
+    texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
@@ -1139,18 +1072,10 @@ class Tokenizer:
             )
         self.text = self.path.read_text(encoding="utf-8")
         self.core = tokenizers.Tokenizer.from_str(self.text)
-        self.core.encode_special_tokens = (
-            True  # '<|eot_id|>' inside a statement is text, not a token
-        )
+        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
         self.bos, self.eos, self.start, self.end, self.eot = map(
             self._special,
-            (
-                "<|begin_of_text|>",
-                "<|end_of_text|>",
-                "<|start_header_id|>",
-                "<|end_header_id|>",
-                "<|eot_id|>",
-            ),
+            ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         )
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         self.stops = (self.eot, self.eos)
@@ -1288,9 +1213,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
 
 def source(m: Mixture, i: int, rng: random.Random) -> Example:
     """The source PL only."""
-    return example(
-        m.tokenizer, m.records[pick(f"{m.seed} sft", i, len(m.records))], m.sft[:1], "source"
-    )
+    return example(m.tokenizer, m.records[pick(f"{m.seed} sft", i, len(m.records))], m.sft[:1], "source")
 
 
 def multi(m: Mixture, i: int, rng: random.Random) -> Example:
@@ -1304,9 +1227,7 @@ def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     number = i if m.in_context else i // len(m.sft)
     record = m.records[pick(f"{m.seed} sft", number, len(m.records))]
     order = random.Random(f"{m.seed} order {number}").sample(m.sft, len(m.sft))
-    return example(
-        m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel"
-    )
+    return example(m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel")
 
 
 MIXTURES: dict[str, Callable[[Mixture, int, random.Random], Example]] = {
@@ -1340,19 +1261,13 @@ def verify(s: VerifySettings) -> None:
     for (record, language), result in zip(jobs, results, strict=True):
         if not result.passed:
             if not failures[language]:
-                print(
-                    f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}"
-                )
+                print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
             failures[language] += 1
     for language in wanted:
-        print(
-            f"{language:<12} {runs[language] - failures[language]:>6} of {runs[language]} programs pass"
-        )
+        print(f"{language:<12} {runs[language] - failures[language]:>6} of {runs[language]} programs pass")
     absent = {p for r in records for p in r["solutions"]} - set(here)
     if absent:
-        print(
-            f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)"
-        )
+        print(f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)")
     if failures:
         sys.exit(1)
 
@@ -1385,13 +1300,7 @@ def show(s: ShowSettings, name: str) -> None:
     for path in sorted(Path(s.data).glob("*.jsonl*")):
         for record in read_records(path):
             if record["id"] == name:
-                print(
-                    record["prompt"],
-                    *record["tests"],
-                    json.dumps(record.get("difficulty", {})),
-                    "",
-                    sep="\n",
-                )
+                print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")
                 width = shutil.get_terminal_size((160, 50)).columns
                 print(beside(list(record["solutions"]), list(record["solutions"].values()), width))
                 return
@@ -1402,26 +1311,13 @@ def main(argv: Sequence[str]) -> None:
     """make, verify or show: the first word says which, the rest are its flags."""
     name, rest = (argv[0] if argv else "--help"), list(argv[1:])
     if name == "make":
-        command(
-            make,
-            CorpusSettings,
-            "Writes the embedded corpus, its roles of PLs and its tokenizer.",
-            rest,
-        )
+        command(make, CorpusSettings, "Writes the embedded corpus, its roles of PLs and its tokenizer.", rest)
     elif name == "verify":
         command(verify, VerifySettings, "Runs every program of a corpus in the sandbox.", rest)
     elif name == "show" and rest and not rest[0].startswith("-"):
-        command(
-            lambda s: show(s, rest[0]),
-            ShowSettings,
-            "Prints one problem with all its programs.",
-            rest[1:],
-        )
+        command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
     else:
-        print(
-            "usage: python data.py make | verify | show ID   (make and verify have --help)\n\n"
-            + __doc__
-        )
+        print("usage: python data.py make | verify | show ID   (make and verify have --help)\n\n" + __doc__)
         sys.exit(name not in ("-h", "--help"))
 
 

@@ -73,15 +73,7 @@ def sample(
     prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
-        model,
-        prompts,
-        max_new_tokens,
-        tokenizer.stops,
-        temperature,
-        samples,
-        generator,
-        progress,
-        rows,
+        model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows
     )
     rollouts = []
     for i, c in enumerate(completions):
@@ -101,9 +93,7 @@ def grade(
     for r in rollouts:
         r.program = data.extract(tokenizer.decode(r.tokens), r.language) if r.stopped else None
         r.verdict = "truncated" if not r.stopped else "no_program"
-    graded = [
-        (r, (r.record["id"], r.language, r.program)) for r in rollouts if r.program is not None
-    ]
+    graded = [(r, (r.record["id"], r.language, r.program)) for r in rollouts if r.program is not None]
     todo = {key: r for r, key in graded if key not in known}
     jobs = [(r.program, r.language, r.record["tests"]) for r in todo.values()]
     results = box.map(jobs, stop_at_failure=True, progress=progress)
@@ -131,9 +121,7 @@ def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]
     """Wilson's score interval of a proportion `value` seen in `count` trials."""
     z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
     centre = (value + z2 / (2 * count)) / (1 + z2 / count)
-    half = (z2 * value * (1 - value) / count + z2 * z2 / (4 * count * count)) ** 0.5 / (
-        1 + z2 / count
-    )
+    half = (z2 * value * (1 - value) / count + z2 * z2 / (4 * count * count)) ** 0.5 / (1 + z2 / count)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -171,20 +159,14 @@ def evaluate(
 ) -> list[Outcome]:  # fmt: skip
     """The outcome of every record in every PL; `name` heads a progress bar."""
     tasks = [(record, language) for language in languages for record in records]
-    with tqdm(
-        total=len(tasks) * samples, desc=f"{name} sampling", disable=None if name else True
-    ) as bar:
-        rollouts = sample(
-            model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows, bar.update
-        )
+    with tqdm(total=len(tasks) * samples, desc=f"{name} sampling", disable=None if name else True) as bar:
+        rollouts = sample(model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows, bar.update)
     grade(rollouts, tokenizer, box, known, name and f"{name} running")
     outcomes = []
     for i, (record, language) in enumerate(tasks):
         verdicts = tuple(r.verdict for r in rollouts[i * samples : (i + 1) * samples])
         if "internal_error" in verdicts:
-            tqdm.write(
-                f"{record['id']} in {language}: the sandbox itself failed; the problem is left out"
-            )
+            tqdm.write(f"{record['id']} in {language}: the sandbox itself failed; the problem is left out")
         else:
             outcomes.append(Outcome(record["id"], group_of(record, by), language, verdicts))
     return outcomes
@@ -221,22 +203,16 @@ def cell(e: dict | None) -> str:
     return f"{100 * e['value']:.0f} ({100 * e['low']:.0f}–{100 * e['high']:.0f})" if e else "–"
 
 
-def table(
-    results: dict[str, list[Outcome]], group: str, k: int, titles: dict[str, list[str]]
-) -> str:
+def table(results: dict[str, list[Outcome]], group: str, k: int, titles: dict[str, list[str]]) -> str:
     """Markdown: a row for each model, a column for each title, percentages with 95% intervals."""
     lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, outcomes in results.items():
         own = [o for o in outcomes if o.group == group]
-        lines.append(
-            f"| {name} | " + " | ".join(cell(estimate(own, p, k)) for p in titles.values()) + " |"
-        )
+        lines.append(f"| {name} | " + " | ".join(cell(estimate(own, p, k)) for p in titles.values()) + " |")
     return "\n".join(lines)
 
 
-def report(
-    measures: dict[str, tuple[int, dict]], titles: dict[str, list[str]]
-) -> tuple[str, list[dict]]:
+def report(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str]]) -> tuple[str, list[dict]]:
     """(all tables as text, all their cells as JSON rows); measures: title -> (k, outcomes by model)."""
     text, rows = [], []
     for title, (k, results) in measures.items():
@@ -264,17 +240,13 @@ def report(
 @dataclass(frozen=True)
 class Settings:
     models: tuple = flag(
-        (),
-        "checkpoints or run folders, NAME=FOLDER or FOLDER (default: every run under runs/ with a checkpoint)",
+        (), "checkpoints or run folders, NAME=FOLDER or FOLDER (default: every run under runs/ with a checkpoint)"
     )
     data: str = flag("runs/data", "folder of the corpus")
     out: str = flag("runs/eval", "folder for table.md and eval.json")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all")
-    by: str = flag(
-        "wording",
-        "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations",
-    )
+    by: str = flag("wording", "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations")
     samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples")
@@ -287,18 +259,12 @@ class Settings:
 
 
 def check_lengths(
-    model: Llama,
-    tokenizer: Tokenizer,
-    records: Sequence[dict],
-    languages: Sequence[str],
-    budget: int,
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], budget: int
 ) -> None:
     """ValueError naming the first record whose prompt and answer the model's positions do not hold."""
     limit = model.config.max_position_embeddings
     for record in records:
-        if (
-            length := max(len(tokenizer.prompt(record["prompt"], [p])) for p in languages)
-        ) + budget > limit:
+        if (length := max(len(tokenizer.prompt(record["prompt"], [p])) for p in languages)) + budget > limit:
             raise ValueError(
                 f"record {record['id']!r}: a prompt of {length} tokens and {budget} new ones, the model takes {limit}; leave it out or lower --max-new-tokens"
             )
@@ -313,12 +279,8 @@ def find_models(s: Settings) -> dict[str, Path]:
     if len(set(names)) < len(names):
         raise ValueError(f"--models: two of one name among {', '.join(names)}; write NAME=FOLDER")
     advice = "train one with sft.py or rl.py"
-    found = {
-        name: starting_point(folder, advice) for name, (_, folder) in zip(names, pairs, strict=True)
-    }
-    return found or data.fail(
-        "no checkpoint under runs/; train one with `python sft.py`, or name one with --models"
-    )
+    found = {name: starting_point(folder, advice) for name, (_, folder) in zip(names, pairs, strict=True)}
+    return found or data.fail("no checkpoint under runs/; train one with `python sft.py`, or name one with --models")
 
 
 def present_languages(s: Settings, roles: Roles) -> list[str]:
@@ -330,12 +292,8 @@ def present_languages(s: Settings, roles: Roles) -> list[str]:
         )
     absent = [p for p in wanted if p not in sandbox.installed()]
     if absent:
-        print(
-            f"left out, no toolchain here: {', '.join(absent)}; `python sandbox.py languages` names the packages"
-        )
-    return [p for p in wanted if p not in absent] or data.fail(
-        "none of the PLs has a toolchain here"
-    )
+        print(f"left out, no toolchain here: {', '.join(absent)}; `python sandbox.py languages` names the packages")
+    return [p for p in wanted if p not in absent] or data.fail("none of the PLs has a toolchain here")
 
 
 def choose_records(s: Settings) -> list[dict]:
@@ -355,9 +313,7 @@ def main(s: Settings) -> None:
     measures = {"greedy pass@1": (1, {})}
     measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in s.k if s.samples}
     known: dict = {}
-    with sandbox.Sandbox(
-        s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
-    ) as box:
+    with sandbox.Sandbox(s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)) as box:
         for name, checkpoint in models.items():
             model, tokenizer = load(checkpoint, s.device), Tokenizer(checkpoint)
             check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
@@ -369,19 +325,10 @@ def main(s: Settings) -> None:
                 "known": known,
                 "name": name,
             }
-            measures["greedy pass@1"][1][name] = evaluate(
-                model, tokenizer, records, languages, box, **shared
-            )
+            measures["greedy pass@1"][1][name] = evaluate(model, tokenizer, records, languages, box, **shared)
             if s.samples:
                 drawn = evaluate(
-                    model,
-                    tokenizer,
-                    records,
-                    languages,
-                    box,
-                    samples=s.samples,
-                    temperature=s.temperature,
-                    **shared,
+                    model, tokenizer, records, languages, box, samples=s.samples, temperature=s.temperature, **shared
                 )
                 for title in list(measures)[1:]:
                     measures[title][1][name] = drawn
@@ -397,9 +344,7 @@ def main(s: Settings) -> None:
         "outcomes": outcomes,
     }
     data.write_atomically(Path(s.out) / "table.md", lambda p: p.write_text(text + "\n"))
-    data.write_atomically(
-        Path(s.out) / "eval.json", lambda p: p.write_text(json.dumps(whole) + "\n")
-    )
+    data.write_atomically(Path(s.out) / "eval.json", lambda p: p.write_text(json.dumps(whole) + "\n"))
     print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
 
 

@@ -103,9 +103,7 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
         scaling = self.rope_scaling
-        if scaling and (
-            scaling["rope_type"] != "llama3" or scaling.keys() - {"rope_type"} != LLAMA3_ROPE
-        ):
+        if scaling and (scaling["rope_type"] != "llama3" or scaling.keys() - {"rope_type"} != LLAMA3_ROPE):
             raise ValueError(
                 f"rope_scaling is {scaling}: only null, or rope_type 'llama3' with exactly "
                 f"{', '.join(sorted(LLAMA3_ROPE))}, is implemented; choose such a checkpoint"
@@ -134,8 +132,7 @@ def read_fields(raw: dict) -> dict:
     for name, value in SUPPORTED.items():
         if raw.get(name) not in (value, None):
             raise ValueError(
-                f"{name} is {raw[name]!r}, but only {value!r} is implemented; "
-                "choose a checkpoint of a plain Llama 3"
+                f"{name} is {raw[name]!r}, but only {value!r} is implemented; choose a checkpoint of a plain Llama 3"
             )
     if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
@@ -355,9 +352,7 @@ class Llama(nn.Module):
         x = self.model.norm(x.flatten(0, 1).index_select(0, counted))  # (N, D)
         chunks = zip(x.split(CHUNK), targets.flatten()[counted].split(CHUNK), strict=True)
         score = partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
-        scores = torch.cat(
-            [torch.stack(score(h, self.head(), t, temperature)) for h, t in chunks], 1
-        )
+        scores = torch.cat([torch.stack(score(h, self.head(), t, temperature)) for h, t in chunks], 1)
         spread = scores.new_zeros(2, targets.numel()).index_copy(1, counted, scores)  # (2, B T)
         return spread[0].view_as(targets), spread[1].detach().view_as(targets)
 
@@ -406,9 +401,7 @@ class Rows:
         # Positions last: on a CPU, reading both as (d, L) matrices takes 0.6 of the time of (L, d).
         # Zeros, because a masked column still enters the sum as 0 x its value: it must be finite.
         shape = (rows, config.num_key_value_heads, config.head_dim, length)
-        self.cache = weight.new_zeros(
-            config.num_hidden_layers, 2, *shape
-        )  # (layers, 2, R, K, d, L)
+        self.cache = weight.new_zeros(config.num_hidden_layers, 2, *shape)  # (layers, 2, R, K, d, L)
         self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.position = torch.zeros_like(self.token)
         self.rope = rope_table(config, length, weight)
@@ -605,18 +598,14 @@ def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = No
         try:
             found, unfit = read_weights(path, shapes | twin, device, dtype)
         except SafetensorError as error:
-            raise ValueError(
-                f"{path}: not a whole safetensors file ({error}); fetch it again"
-            ) from None
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
         state, wrong = state | found, wrong | unfit
     wrong |= {name: "missing" for name in shapes if name not in state | wrong}
     if twin and EMBED in state and not torch.equal(state.pop(HEAD, state[EMBED]), state[EMBED]):
         wrong[HEAD] = f"differs from {EMBED}, but tie_word_embeddings is true"
     if wrong:
         lines = [f"  {name}: {what}" for name, what in sorted(wrong.items())]
-        raise ValueError(
-            "\n".join([f"{folder}: weights do not fit config.json; correct either:", *lines])
-        )
+        raise ValueError("\n".join([f"{folder}: weights do not fit config.json; correct either:", *lines]))
     model.load_state_dict(state, assign=True)
     return model
 

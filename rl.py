@@ -49,13 +49,9 @@ class Settings:
     steps: int = flag(50, "rollout phases, each followed by its updates", least=1)
     prompts: int = flag(24, "problems per step", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
-    updates: int = flag(
-        1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1
-    )
+    updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
-    temperature: float = flag(
-        1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01
-    )
+    temperature: float = flag(1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01)
     lr: float = flag(5e-4, "learning rate, constant")
     eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW")
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
@@ -67,9 +63,7 @@ class Settings:
     eval_every: int = flag(10, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
     eval_problems: int = flag(32, "held-out problems of each kind for that", least=1)
-    eval_tokens: int = flag(
-        256, "token budget of a response there, where other PLs may need more", least=1
-    )
+    eval_tokens: int = flag(256, "token budget of a response there, where other PLs may need more", least=1)
     save_every: int = flag(10, "steps between two checkpoints", least=1)
     seed: int = flag(0, "seed of the order of problems and of the sampler")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
@@ -116,12 +110,7 @@ def score(rollouts: Sequence[Rollout], group: int) -> tuple[Tensor, Tensor, Tens
 
 
 def update(
-    model: Llama,
-    optimizer,
-    rollouts: Sequence[Rollout],
-    advantage: Sequence[float],
-    s: Settings,
-    pad: int,
+    model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Sequence[float], s: Settings, pad: int
 ) -> dict:
     """One optimizer step on the objective's mean over all response tokens; its figures, as sums."""
     count = sum(len(r.tokens) for r in rollouts)
@@ -130,17 +119,10 @@ def update(
     sums = dict.fromkeys(("trained", "entropy", "clipped", "drift"), 0.0)
     for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
         tokens, targets = collate([rows[i] for i in part], pad, s.device)
-        on = (
-            targets != IGNORE
-        )  # (B, T); row by row, its true entries are the response tokens in order
-        old, weight = (
-            torch.zeros(on.shape, device=on.device),
-            torch.zeros(on.shape, device=on.device),
-        )
+        on = targets != IGNORE  # (B, T); row by row, its true entries are the response tokens in order
+        old, weight = (torch.zeros(on.shape, device=on.device), torch.zeros(on.shape, device=on.device))
         old[on] = torch.tensor([lp for i in part for lp in used[i][0].logprobs], device=on.device)
-        weight[on] = torch.tensor(
-            [used[i][1] for i in part for _ in used[i][0].tokens], device=on.device
-        )
+        weight[on] = torch.tensor([used[i][1] for i in part for _ in used[i][0].tokens], device=on.device)
         logprobs, entropy = model(tokens, targets, s.temperature)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
         (-gain.sum() / count).backward()
@@ -153,9 +135,7 @@ def update(
     return sums
 
 
-def learn(
-    model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings, pad: int
-) -> dict:
+def learn(model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings, pad: int) -> dict:
     """All updates of one rollout phase, whole groups dealt out over them; their mean figures.
 
     The means are over the tokens of groups with spread, the only ones that are trained; None if there
@@ -164,21 +144,10 @@ def learn(
     """
     weights, figures = advantage.flatten().tolist(), []
     for u in range(s.updates):
-        mine = [
-            i
-            for g in range(u, len(advantage), s.updates)
-            for i in range(g * s.samples, (g + 1) * s.samples)
-        ]
-        figures.append(
-            update(
-                model, optimizer, [rollouts[i] for i in mine], [weights[i] for i in mine], s, pad
-            )
-        )
+        mine = [i for g in range(u, len(advantage), s.updates) for i in range(g * s.samples, (g + 1) * s.samples)]
+        figures.append(update(model, optimizer, [rollouts[i] for i in mine], [weights[i] for i in mine], s, pad))
     trained, first = sum(f["trained"] for f in figures), figures[0]
-    means = {
-        name: sum(f[name] for f in figures) / trained if trained else None
-        for name in ("entropy", "clipped")
-    }
+    means = {name: sum(f[name] for f in figures) / trained if trained else None for name in ("entropy", "clipped")}
     drift = first["drift"] / first["trained"] if first["trained"] else None
     norm = max((f["grad_norm"] for f in figures if "grad_norm" in f), default=None)
     return {**means, "drift": drift, "grad_norm": norm, "trained_tokens": int(trained)}
@@ -188,40 +157,24 @@ def learn(
 # The run
 
 
-def transcript(
-    rollouts: Sequence[Rollout], advantage: Tensor, tokenizer: Tokenizer, groups: int = 4
-) -> str:
+def transcript(rollouts: Sequence[Rollout], advantage: Tensor, tokenizer: Tokenizer, groups: int = 4) -> str:
     """The first groups as text: each problem, and each response with verdict and advantage."""
     size, text = advantage.shape[1], []
     for g, row in enumerate(advantage[:groups].tolist()):
         own = rollouts[g * size : (g + 1) * size]
         text.append(f"=== {own[0].record['id']} in {own[0].language}: {own[0].record['prompt']}")
         text += [
-            f"--- {r.verdict}, advantage {a:+.2f}\n{tokenizer.decode(r.tokens)}"
-            for r, a in zip(own, row, strict=True)
+            f"--- {r.verdict}, advantage {a:+.2f}\n{tokenizer.decode(r.tokens)}" for r, a in zip(own, row, strict=True)
         ]
     return "\n".join(text) + "\n"
 
 
 def measure(
-    model: Llama,
-    tokenizer: Tokenizer,
-    records: Sequence[dict],
-    languages: Sequence[str],
-    box,
-    known: dict,
-    s: Settings,
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box, known: dict, s: Settings
 ) -> dict:
     """Greedy pass@1 on held-out problems, as {kind of problem: {PL: value}}."""
     outcomes = evaluate(
-        model,
-        tokenizer,
-        records,
-        languages,
-        box,
-        max_new_tokens=s.eval_tokens,
-        rows=s.rows,
-        known=known,
+        model, tokenizer, records, languages, box, max_new_tokens=s.eval_tokens, rows=s.rows, known=known
     )
     values: dict = {}
     for kind in dict.fromkeys(o.group for o in outcomes):
@@ -230,9 +183,7 @@ def measure(
     return values
 
 
-def rollout_figures(
-    rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor
-) -> dict:
+def rollout_figures(rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor) -> dict:
     """What the rollout phase itself shows: reward, groups without spread, truncation, lengths."""
     return {
         "reward": (rewards.sum() / valid.sum().clamp(min=1)).item(),
@@ -244,28 +195,14 @@ def rollout_figures(
 
 
 def step_once(
-    step: int,
-    model: Llama,
-    optimizer,
-    tokenizer: Tokenizer,
-    records: Sequence[dict],
-    language: str,
-    box,
-    s: Settings,
+    step: int, model: Llama, optimizer, tokenizer: Tokenizer, records: Sequence[dict], language: str, box, s: Settings
 ) -> tuple[dict, str]:
     """Sample, run, learn. (figures, transcript) of step number `step`."""
     order = range(step * s.prompts, (step + 1) * s.prompts)
     tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], language) for i in order]
     began = time.perf_counter()
     rollouts = sample(
-        model,
-        tokenizer,
-        tasks,
-        s.max_new_tokens,
-        s.temperature,
-        s.samples,
-        seed=s.seed * 1_000_003 + step,
-        rows=s.rows,
+        model, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed=s.seed * 1_000_003 + step, rows=s.rows
     )
     sampled = time.perf_counter()
     grade(rollouts, tokenizer, box)
@@ -275,39 +212,27 @@ def step_once(
     ended = time.perf_counter()
     drawn = sum(len(r.tokens) for r in rollouts)
     counts = {"sample": drawn, "sandbox": drawn, "train": learned["trained_tokens"]}
-    seconds = {
-        "sample_s": sampled - began,
-        "sandbox_s": graded - sampled,
-        "train_s": ended - graded,
-    }
+    seconds = {"sample_s": sampled - began, "sandbox_s": graded - sampled, "train_s": ended - graded}
     rates = {f"{k}_tokens_per_s": n / seconds[f"{k}_s"] for k, n in counts.items()}
-    return rollout_figures(
-        rollouts, rewards, valid, advantage
-    ) | learned | seconds | rates, transcript(rollouts, advantage, tokenizer)
+    return rollout_figures(rollouts, rewards, valid, advantage) | learned | seconds | rates, transcript(
+        rollouts, advantage, tokenizer
+    )
 
 
-def loop(
-    s: Settings, run: Run, model: Llama, optimizer, tokenizer: Tokenizer, step: int, totals: dict
-) -> None:
+def loop(s: Settings, run: Run, model: Llama, optimizer, tokenizer: Tokenizer, step: int, totals: dict) -> None:
     """The steps from number `step` on; `totals` are the seconds of each phase so far."""
     records, roles = data.read_split(s.data, "rl"), data.read_roles(s.data)
     held = choose_records(EvalSettings(data=s.data, problems=s.eval_problems))
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
     check_lengths(model, tokenizer, records, [roles.source], s.max_new_tokens)
     bar = tqdm(total=s.steps, initial=step, desc=run.out.name, disable=None)
-    with sandbox.Sandbox(
-        s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
-    ) as box:
+    with sandbox.Sandbox(s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)) as box:
         if step == 0 and not run.metrics.stat().st_size:
             run.log(step=0, held_out=measure(model, tokenizer, held, languages, box, known, s))
         while step < s.steps and not run.stopping:
-            figures, text = step_once(
-                step, model, optimizer, tokenizer, records, roles.source, box, s
-            )
+            figures, text = step_once(step, model, optimizer, tokenizer, records, roles.source, box, s)
             step += 1
-            totals = {
-                k: totals.get(k, 0.0) + figures[k] for k in ("sample_s", "sandbox_s", "train_s")
-            }
+            totals = {k: totals.get(k, 0.0) + figures[k] for k in ("sample_s", "sandbox_s", "train_s")}
             bar.update()
             bar.set_postfix(
                 {
@@ -318,8 +243,7 @@ def loop(
             if step % s.eval_every == 0 or step == s.steps:
                 figures["held_out"] = measure(model, tokenizer, held, languages, box, known, s)
                 data.write_atomically(
-                    run.out / "rollouts" / f"step-{step}.txt",
-                    lambda p, text=text: p.write_text(text),
+                    run.out / "rollouts" / f"step-{step}.txt", lambda p, text=text: p.write_text(text)
                 )
             run.log(step=step, **figures)
             if step % s.save_every == 0:
@@ -336,16 +260,12 @@ def main(s: Settings) -> None:
     s = replace(s, out=s.out or f"runs/rl-{Path(s.model).name}")
     wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
     if absent := wanted - set(sandbox.installed()):
-        data.fail(
-            f"no toolchain here for {', '.join(sorted(absent))}; `python sandbox.py languages` names the package"
-        )
+        data.fail(f"no toolchain here for {', '.join(sorted(absent))}; `python sandbox.py languages` names the package")
     with Run(s.out, s) as run:
         if run.finished():
             return
         checkpoint, state = run.start()
-        source = checkpoint or starting_point(
-            s.model, "run `python sft.py` first, or name a checkpoint with --model"
-        )
+        source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
         model, tokenizer = load(source, s.device, torch.float32), Tokenizer(source)
         optimizer = make_optimizer(model, s.lr, weight_decay=0.0)
         if state:

@@ -300,9 +300,7 @@ def toolchain(name: str, level: str = "namespaces") -> dict[str, str] | None:
     closed = level == "landlock" and os.geteuid() == 0
     paths = {}
     for tool in _tools(LANGUAGES[name]):
-        found = (
-            path for path in _candidates(tool, LANGUAGES[name]) if not closed or _open_to_all(path)
-        )
+        found = (path for path in _candidates(tool, LANGUAGES[name]) if not closed or _open_to_all(path))
         paths[tool] = next(found, None)
     return None if None in paths.values() else paths
 
@@ -508,13 +506,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 32,
 _MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
 _NEW_NS, _NEW_PID = 0x00020000, 0x20000000
 _NEW_ALL = 0x10000000 | _NEW_NS | _NEW_PID | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = (
-    1,
-    4,
-    22,
-    36,
-    38,
-)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = (1, 4, 22, 36, 38)
 
 
 def _checked(name: str, result: int) -> int:
@@ -628,12 +620,7 @@ def _rules(own_files: bool, own_pid: int | None) -> dict[int, list[tuple]]:
     rules |= {numbers[_ARCH]: [(_RETURN, 0, 0, _ERRNO)] for numbers in _IGNORED.values()}
     rules |= {numbers[_ARCH]: only(value) for numbers, value in _ONLY.values()}
     new_namespaces = (_NEW_ALL | 0x80, _FIRST_ARGUMENT)  # 0x80 is CLONE_NEWTIME
-    rules[_CLONE[_ARCH]] = [
-        new_namespaces[1],
-        (_JUMP_BITS, 0, 1, new_namespaces[0]),
-        _REFUSE,
-        _PERMIT,
-    ]
+    rules[_CLONE[_ARCH]] = [new_namespaces[1], (_JUMP_BITS, 0, 1, new_namespaces[0]), _REFUSE, _PERMIT]
     rules[_CLONE3[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # libc falls back to clone
     if own_files:
         rules |= {numbers[_ARCH]: [_REFUSE] for numbers in _OWN_FILES.values()}
@@ -661,9 +648,7 @@ def _filter(own_files: bool = False, own_pid: int | None = None):
     body = _search(sorted(_rules(own_files, own_pid).items()))
     code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    program = ctypes.create_string_buffer(
-        struct.pack("HxxxxxxP", len(code), ctypes.addressof(text))
-    )
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(text)))
     program.text = text  # keeps it alive
     return program
 
@@ -710,10 +695,7 @@ def _landlock_allow(rules: int, path: str, allowed: int) -> None:
 
 
 # Names of the limit on memory and of the count of kills, by version.
-_GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.oom_control"),
-    2: ("memory.max", "memory.events"),
-}
+_GROUP_FILES = {1: ("memory.limit_in_bytes", "memory.oom_control"), 2: ("memory.max", "memory.events")}
 
 
 class _Group:
@@ -726,9 +708,7 @@ class _Group:
         self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
         self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
         self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
-        self.members = [
-            os.open(place / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for place in self.places
-        ]
+        self.members = [os.open(place / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
         self.limits: tuple = ()
         swap = memory / "memory.swap.max"
         if swap.exists():
@@ -887,9 +867,7 @@ def _schedule(pid: int) -> tuple[float, float, bool]:
     """Seconds that a process's threads ran, the longest that one of them was ready but had no
     processor, and whether one is running or ready now."""
     threads = [path.parent for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    times = [
-        [int(word) / 1e9 for word in (t / "schedstat").read_text().split()[:2]] for t in threads
-    ]
+    times = [[int(word) / 1e9 for word in (t / "schedstat").read_text().split()[:2]] for t in threads]
     ready = any((t / "stat").read_text().rpartition(")")[2][1] == "R" for t in threads)
     ran, waited = zip(*times, strict=True)
     return sum(ran), max(waited), ready
@@ -1063,9 +1041,7 @@ class _Warden:
                         poll.unregister(fd)
                 if time.monotonic() >= next_look:
                     self.look(watch)
-                    next_look = min(
-                        time.monotonic() + _TICK, max(watch.due(), time.monotonic() + _TICK / 4)
-                    )
+                    next_look = min(time.monotonic() + _TICK, max(watch.due(), time.monotonic() + _TICK / 4))
         finally:
             os.close(alive)
 
@@ -1108,9 +1084,7 @@ class _Warden:
         starved = ready and (watch.ran < 0 or ran == watch.ran)
         watch.ran, watch.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
         elapsed = time.monotonic() - watch.start
-        return elapsed < watch.step["wall"] + _PATIENCE and (
-            starved or time.monotonic() < watch.due()
-        )
+        return elapsed < watch.step["wall"] + _PATIENCE and (starved or time.monotonic() < watch.due())
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1288,9 +1262,7 @@ class _NamespaceWarden(_Warden):
     def new_box(self) -> None:
         with contextlib.suppress(OSError):
             _unmount(self.box)
-        _mount(
-            "tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755"
-        )
+        _mount("tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755")
 
     def close_box(self) -> None:
         flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
@@ -1334,10 +1306,7 @@ def _descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").glob("*/children"):
                 parents += map(int, task.read_text().split())
-            if (
-                parent != pid
-                and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2][1] not in "ZX"
-            ):
+            if parent != pid and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2][1] not in "ZX":
                 found.append(parent)
     return found
 
@@ -1495,11 +1464,7 @@ def _helper(fd: int) -> None:
 
 LEVELS = ("namespaces", "landlock", "none")
 _ENV_PATH = dict.fromkeys(("/usr/local/bin", "/usr/bin", "/bin"))
-_ENV = {
-    "HOME": "{tmp}",
-    "TMPDIR": "{tmp}",
-    "LANG": "C.UTF-8",
-}
+_ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 
@@ -1564,11 +1529,7 @@ def _source_name(language: Language, program: str) -> tuple[str, str]:
 def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
     """The program, and flags for its compiler: one that has unit tests and no main function, in
     a language where tests are not programs, is made to run its tests."""
-    if (
-        language.name == "rust"
-        and "#[test]" in program
-        and not re.search(r"\bfn\s+main\b", program)
-    ):
+    if language.name == "rust" and "#[test]" in program and not re.search(r"\bfn\s+main\b", program):
         return program, " --test"
     if language.name == "go" and not re.search(r"^func\s+main\b", program, re.M):
         tests = re.findall(r"^func\s+(Test\w*)\s*\(\w+\s+\*testing\.T\)", program, re.M)
@@ -1602,12 +1563,7 @@ class _Worker:
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        settings = {
-            "level": level,
-            "cgroups": cgroups,
-            "paths": _visible_paths(),
-            "home": self.home,
-        }
+        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
         hello, *_ = self.ask(settings, b"", 60, math.inf)
         if hello["level"] is None:
             self.close()
@@ -1664,8 +1620,7 @@ def best_level(cgroups: bool = True) -> str:
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
     raise RuntimeError(
-        f"no confinement can be had here ({'; '.join(refusals)}); "
-        "level='none' runs programs with the caller's rights"
+        f"no confinement can be had here ({'; '.join(refusals)}); level='none' runs programs with the caller's rights"
     )
 
 
@@ -1691,9 +1646,7 @@ class _Job:
         step = {**limits, "args": [str(arg) for arg in args]}
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
         step["memory"] += self.language.overhead
-        lines = [
-            [tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)
-        ]
+        lines = [[tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)]
         return [{**step, "argv": words} for words in lines]
 
     def compile(self, worker: _Worker) -> TestResult:
@@ -1759,9 +1712,7 @@ class _Job:
             if results[-1].verdict != "ok" and self.stop_at_failure:
                 break
         first = next((r for r in results if r.verdict != "ok"), TestResult("ok"))
-        return self.result(
-            first.verdict, worker, tests=tuple(results), compile=built, message=first.message
-        )
+        return self.result(first.verdict, worker, tests=tuple(results), compile=built, message=first.message)
 
 
 class Sandbox:
@@ -1773,11 +1724,7 @@ class Sandbox:
     cgroups: whether to use control groups where they may be written."""
 
     def __init__(
-        self,
-        workers: int | None = None,
-        limits: Limits = Limits(),
-        level: str | None = None,
-        cgroups: bool = True,
+        self, workers: int | None = None, limits: Limits = Limits(), level: str | None = None, cgroups: bool = True
     ):
         if level not in (None, *LEVELS):
             raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
@@ -1827,11 +1774,7 @@ class Sandbox:
         return self.submit(program, language, tests, **options).result()
 
     def map(
-        self,
-        jobs: Iterable[tuple[str, str, Sequence[dict]]],
-        *,
-        progress: str | None = None,
-        **options,
+        self, jobs: Iterable[tuple[str, str, Sequence[dict]]], *, progress: str | None = None, **options
     ) -> list[Result]:
         """Results of (program, language, tests) in the order given; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
@@ -1962,9 +1905,7 @@ def _cmd_check(options) -> int:
         count = counts.setdefault(result.language, {})
         count[result.verdict] = count.get(result.verdict, 0) + 1
     for language, count in counts.items():
-        print(
-            f"{language:12}", *(f"{verdict} {n}" for verdict, n in count.items()), file=sys.stderr
-        )
+        print(f"{language:12}", *(f"{verdict} {n}" for verdict, n in count.items()), file=sys.stderr)
     return 0 if all(result.passed for result in results) else 1
 
 

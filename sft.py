@@ -83,16 +83,11 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float) -> torch.optim.
     """AdamW that decays matrices, but neither norms nor embeddings."""
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=True)
 
 
-def apply_gradients(
-    model: Llama, optimizer: torch.optim.Optimizer, lr: float, clip: float
-) -> float:
+def apply_gradients(model: Llama, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
     """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     for group in optimizer.param_groups:
@@ -134,16 +129,7 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 
 
 # Settings that may differ when a run is taken up again.
-FREE = (
-    "device",
-    "workers",
-    "out",
-    "eval_every",
-    "save_every",
-    "eval_languages",
-    "eval_problems",
-    "micro_tokens",
-)
+FREE = ("device", "workers", "out", "eval_every", "save_every", "eval_languages", "eval_problems", "micro_tokens")
 
 
 class Run:
@@ -175,9 +161,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run is over; says so."""
         if self.summary.exists():
-            print(
-                f"{self.out}: finished already; give another --out, or delete the folder, to train anew"
-            )
+            print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
     def start(self) -> tuple[Path | None, dict]:
@@ -186,11 +170,7 @@ class Run:
         ValueError if the checkpoint was made with other settings: it would not be the same run.
         """
         checkpoint = newest_checkpoint(self.out)
-        state = (
-            torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-            if checkpoint
-            else {}
-        )
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True) if checkpoint else {}
         for name, old in state.get("settings", {}).items():
             new = asdict(self.settings).get(name)
             if old != new and name not in FREE:
@@ -206,12 +186,7 @@ class Run:
     def log(self, **figures) -> None:
         """Appends one line of figures to metrics.jsonl; shows held-out figures."""
         with open(self.metrics, "a") as file:
-            file.write(
-                json.dumps(
-                    {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
-                )
-                + "\n"
-            )
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
         if "held_out" in figures:
             tqdm.write(f"{self.out} step {figures['step']}: held-out {figures['held_out']}")
 
@@ -250,17 +225,13 @@ class Run:
 @dataclass(frozen=True)
 class Settings:
     mixture: str = flag("parallel", "what to train on", choices=tuple(data.MIXTURES))
-    data: str = flag(
-        "runs/data", "folder that `python data.py make` wrote; made first if it is missing"
-    )
+    data: str = flag("runs/data", "folder that `python data.py make` wrote; made first if it is missing")
     model: str = flag(
         "",
         "checkpoint or run folder to start from (default: runs/base, trained first if missing; base starts from scratch)",
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
-    tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise"
-    )
+    tokens: int = flag(0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise")
     batch: int = flag(16, "sequences per update", least=1)
     micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
     lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
@@ -303,9 +274,7 @@ def fresh_model(s: Settings, tokenizer: Tokenizer) -> Llama:
     return Llama(config).init_weights(s.seed)
 
 
-def held_out_rows(
-    s: Settings, tokenizer: Tokenizer, languages: Sequence[str]
-) -> dict[str, list[Row]]:
+def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -> dict[str, list[Row]]:
     """Rows of held-out problems with known wordings, by PL."""
     records = [r for r in data.read_split(s.data, "eval") if not r.get("difficulty", {}).get("new")]
     rows = defaultdict(list)
@@ -317,9 +286,7 @@ def held_out_rows(
 
 
 @torch.no_grad()
-def held_out_losses(
-    model: Llama, held: dict[str, list[Row]], s: Settings, pad: int
-) -> dict[str, float]:
+def held_out_losses(model: Llama, held: dict[str, list[Row]], s: Settings, pad: int) -> dict[str, float]:
     """Mean negative log-prob per trained token, by PL."""
     losses = {}
     for language, rows in sorted(held.items()):
@@ -350,26 +317,12 @@ def train(s: Settings) -> None:
     with Run(s.out, s) as run:
         checkpoint, state = run.start()
         source = checkpoint or (
-            starting_point(s.model, "train one with `python sft.py --mixture base`")
-            if s.model
-            else None
+            starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
         )
         tokenizer = Tokenizer(source or s.data)
-        model = (
-            load(source, s.device, torch.float32)
-            if source
-            else fresh_model(s, tokenizer).to(s.device)
-        )
+        model = load(source, s.device, torch.float32) if source else fresh_model(s, tokenizer).to(s.device)
         mixture = Mixture(
-            s.mixture,
-            records,
-            tokenizer,
-            roles.sft,
-            roles.everything,
-            s.seed,
-            s.general,
-            s.statements,
-            s.in_context,
+            s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
         )
         optimizer = make_optimizer(model, s.lr, s.weight_decay)
         if state:
@@ -379,10 +332,7 @@ def train(s: Settings) -> None:
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
     """The rows of update number `step`. ValueError for one longer than the model's `limit`."""
-    rows = [
-        (e.tokens, e.start)
-        for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))
-    ]
+    rows = [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
     longest = max(rows, key=lambda row: len(row[0]))[0]
     if len(longest) > limit:
         text = mixture.tokenizer.decode(longest[:60])
@@ -392,15 +342,11 @@ def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
     return rows
 
 
-def loop(
-    s: Settings, run: Run, model: Llama, optimizer, mixture: Mixture, step: int, tokens: int
-) -> None:
+def loop(s: Settings, run: Run, model: Llama, optimizer, mixture: Mixture, step: int, tokens: int) -> None:
     """The updates from `step` on, `tokens` tokens into the run."""
     tokenizer = mixture.tokenizer
     held = held_out_rows(s, tokenizer, mixture.everything)
-    bar = tqdm(
-        total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=None
-    )
+    bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=None)
     while tokens < s.tokens and not run.stopping:
         began = time.perf_counter()
         rows = draw(mixture, step, s, model.config.max_position_embeddings)

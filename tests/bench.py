@@ -46,9 +46,7 @@ def naive(name: str, tests: list[dict]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, sandbox.LANGUAGES[name].file).write_text(PROGRAMS[name])
             for command in commands(name, directory):
-                done = subprocess.run(
-                    command, input=test["stdin"], capture_output=True, text=True, timeout=60
-                )
+                done = subprocess.run(command, input=test["stdin"], capture_output=True, text=True, timeout=60)
                 assert done.returncode == 0, done.stderr
             assert done.stdout == test["stdout"]
 
@@ -109,9 +107,7 @@ def bench_sandbox(options: argparse.Namespace) -> None:
     with sandbox.Sandbox(1, level=options.level, cgroups=not options.no_cgroups) as box:
         first = [box.run(PROGRAMS[name], name, tests_of(1)) for name in PROGRAMS]
         assert all(result.passed for result in first), first
-        print(
-            f"level {first[0].level}, {first[0].accounting}, {cores} cores, one program at a time"
-        )
+        print(f"level {first[0].level}, {first[0].accounting}, {cores} cores, one program at a time")
         print("language  tests  sandbox runs/s  naive runs/s  ratio")
         for name in PROGRAMS:
             for count in (1, 10):
@@ -123,22 +119,16 @@ def bench_sandbox(options: argparse.Namespace) -> None:
             print(f"{name:9} {inside:21.2f} {outside:16.2f} {added:7.2f}")
         limits = sandbox.Limits(wall=0.5, cpu=60)
         late = [overshoot(box, SLEEP, limits) for _ in range(options.repeats)]
-        print(
-            f"time limit by the clock: late by {statistics.median(late):.1f} ms, at most {max(late):.1f}"
-        )
+        print(f"time limit by the clock: late by {statistics.median(late):.1f} ms, at most {max(late):.1f}")
         limits = sandbox.Limits(wall=60, cpu=0.5)
         late = [overshoot(box, SPIN, limits) for _ in range(options.repeats)]
-        print(
-            f"time limit by processor time: late by {statistics.median(late):.1f} ms, at most {max(late):.1f}"
-        )
+        print(f"time limit by processor time: late by {statistics.median(late):.1f} ms, at most {max(late):.1f}")
     with sandbox.Sandbox(4 * cores, sandbox.Limits(wall=0.6, cpu=2), options.level) as box:
         spin = "import time\nwhile time.process_time() < 0.25: pass\nprint(1)"
         results = box.map([(spin, "python", [{"stdout": "1"}])] * (20 * cores))
         wall = statistics.median(result.tests[0].wall for result in results)
         false = sum(result.verdict == "time_limit" for result in results)
-        print(
-            f"{4 * cores} workers, 0.25 s of work, limit 0.6 s: took {wall:.2f} s, {false} false time limits"
-        )
+        print(f"{4 * cores} workers, 0.25 s of work, limit 0.6 s: took {wall:.2f} s, {false} false time limits")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,9 +161,7 @@ def traces() -> dict[str, object]:
 
 
 def bench_soak(options: argparse.Namespace) -> None:
-    kinds = [
-        (text, name, tests_of(5)) for name, text in MIXTURE.items() if name in sandbox.installed()
-    ]
+    kinds = [(text, name, tests_of(5)) for name, text in MIXTURE.items() if name in sandbox.installed()]
     jobs = [kinds[index % len(kinds)] for index in range(options.runs // 5)]
     outside = traces()
     with sandbox.Sandbox(options.workers, level=options.level) as box:
@@ -193,20 +181,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("sandbox", help="sandbox.py against subprocess.run")
-    add.add_argument(
-        "--repeats", type=int, default=15, help="measurements per figure (%(default)s)"
-    )
-    add.add_argument(
-        "--level", choices=sandbox.LEVELS, help="confinement; the strongest by default"
-    )
+    add.add_argument("--repeats", type=int, default=15, help="measurements per figure (%(default)s)")
+    add.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
     add.add_argument("--no-cgroups", action="store_true", help="do without control groups")
     add.set_defaults(call=bench_sandbox)
     add = commands.add_parser("soak", help="many runs, and what they leave")
     add.add_argument("--runs", type=int, default=10_000, help="(%(default)s)")
     add.add_argument("--workers", type=int, help="programs at a time (one per processor)")
-    add.add_argument(
-        "--level", choices=sandbox.LEVELS, help="confinement; the strongest by default"
-    )
+    add.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
     add.set_defaults(call=bench_soak)
     options = parser.parse_args()
     options.call(options)

@@ -18,9 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sandbox
 
 ONE = [{"stdin": "", "stdout": "yes"}]
-LIMITS = sandbox.Limits(
-    wall=0.6, cpu=0.6, memory=128, output=2 << 20, files=16, compile_wall=8, compile_memory=512
-)
+LIMITS = sandbox.Limits(wall=0.6, cpu=0.6, memory=128, output=2 << 20, files=16, compile_wall=8, compile_memory=512)
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,7 @@ class Case:
 
 def refused(*lines: str, error: str = "OSError") -> str:
     """A program saying yes if each of its lines fails."""
-    attempts = [
-        f"try:\n    {line}\n    print('did', {line!r})\nexcept {error}: pass" for line in lines
-    ]
+    attempts = [f"try:\n    {line}\n    print('did', {line!r})\nexcept {error}: pass" for line in lines]
     return "\n".join(["import os, ctypes, socket, signal, mmap, sys", *attempts, "print('yes')"])
 
 
@@ -285,18 +281,7 @@ GRADING = [
     Case("lines run together", "print('a b')", "wrong_answer", tests=[{"stdin": "", "stdout": "a\nb"}]),
 ]  # fmt: skip
 
-CASES = [
-    *PROCESSES,
-    *MEMORY,
-    *TIME,
-    *OUTPUT,
-    *STDIN,
-    *FILES,
-    *NETWORK,
-    *KERNEL,
-    *COMPILING,
-    *GRADING,
-]
+CASES = [*PROCESSES, *MEMORY, *TIME, *OUTPUT, *STDIN, *FILES, *NETWORK, *KERNEL, *COMPILING, *GRADING]
 
 
 def run_case(box: sandbox.Sandbox, case: Case, secret: Path) -> sandbox.Result:
@@ -310,9 +295,7 @@ def run_case(box: sandbox.Sandbox, case: Case, secret: Path) -> sandbox.Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--level", choices=sandbox.LEVELS, help="confinement; the strongest by default"
-    )
+    parser.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
     parser.add_argument("--no-cgroups", action="store_true", help="do without control groups")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
@@ -326,12 +309,7 @@ def main() -> None:
             results = threads.map(lambda case: run_case(box, case, secret), cases)
             for case, result in zip(cases, results, strict=True):
                 right = result.verdict in (*case.verdicts.split(), "no_toolchain")
-                line = {
-                    "case": case.name,
-                    "right": right,
-                    "verdict": result.verdict,
-                    "level": result.level,
-                }
+                line = {"case": case.name, "right": right, "verdict": result.verdict, "level": result.level}
                 if not right:
                     line["detail"] = repr(result)[:2000]
                 print(json.dumps(line), flush=True)

@@ -39,10 +39,7 @@ def problems():
     """200 problems of two or three operations, each operation in at least five."""
     rng, names = random.Random(7), list(data.OPERATIONS)
     settings = data.CorpusSettings(tests=2)
-    functions = [
-        data.random_function(rng, rng.randint(2, 3), 1.0, (names[i % len(names)],))
-        for i in range(200)
-    ]
+    functions = [data.random_function(rng, rng.randint(2, 3), 1.0, (names[i % len(names)],)) for i in range(200)]
     return [data.make_problem(f, "p", settings, rng, 0.0) for f in functions]
 
 
@@ -76,9 +73,7 @@ def test_most_programs_are_short(records, tokenizer):
 
 
 def test_same_seed_same_bytes(corpus, tmp_path):
-    s = data.CorpusSettings(
-        out=str(tmp_path), sft=("python",), unseen=("lua",), train=300, rl=100, eval=20
-    )
+    s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=300, rl=100, eval=20)
     data.make(s)
     for name in ("train.jsonl.gz", "rl.jsonl.gz", "eval.jsonl.gz", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
@@ -104,16 +99,12 @@ def test_held_out_functions_occur_in_no_training_record(records):
     for name in SPLITS:
         for record in records[name]:
             seen[name].add(behaviour(record))
-    assert len(seen["eval"]) >= 0.75 * len(
-        records["eval"]
-    )  # known and reserved may share functions
+    assert len(seen["eval"]) >= 0.75 * len(records["eval"])  # known and reserved may share functions
     assert not seen["eval"] & (seen["train"] | seen["rl"])
 
 
 def test_reserved_wordings_are_absent_from_training(records):
-    reserved = [
-        re.escape(w).replace(r"\{k\}", r"\w+") for op in data.OPERATIONS.values() for w in op.new
-    ]
+    reserved = [re.escape(w).replace(r"\{k\}", r"\w+") for op in data.OPERATIONS.values() for w in op.new]
     known = {w.lower() for op in data.OPERATIONS.values() for w in op.known}
     assert not known & {w.lower() for op in data.OPERATIONS.values() for w in op.new}
     pattern = re.compile("|".join(reserved), re.IGNORECASE)
@@ -165,9 +156,7 @@ def test_multi_shows_each_problem_once_and_parallel_in_all(corpus, records, toke
     assert {len(v) for v in shown.values()} == {1} and len(shown) == count
     parallel = mixture(corpus, records, tokenizer, "parallel")
     seen = Counter(programs(tokenizer, parallel[i])[0] for i in range(count * len(roles.sft)))
-    assert seen == Counter(
-        (p, r["solutions"][p].strip()) for r in records["train"] for p in roles.sft
-    )
+    assert seen == Counter((p, r["solutions"][p].strip()) for r in records["train"] for p in roles.sft)
     together = mixture(corpus, records, tokenizer, "parallel", in_context=True)[5]
     assert sorted(p for p, _ in programs(tokenizer, together)) == sorted(roles.sft)
 
@@ -198,8 +187,7 @@ def test_tests_tell_a_problem_from_its_neighbours(records):
                 continue
             with contextlib.suppress(NameError, ValueError):
                 fooled += all(
-                    run_python(program, line) == t["stdout"]
-                    for line, t in zip(lines, r["tests"], strict=True)
+                    run_python(program, line) == t["stdout"] for line, t in zip(lines, r["tests"], strict=True)
                 )
     assert fooled <= 0.01 * len(records["rl"])
 
@@ -231,46 +219,23 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['rol
 
 
 def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(corpus / "tokenizer.json"), bos_token="<|begin_of_text|>"
-    )
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(corpus / "tokenizer.json"), bos_token="<|begin_of_text|>")
     record = records["train"][0]
     messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
-    ids = theirs.apply_chat_template(
-        messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
-    )
+    ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False)
     assert tokenizer.prompt(record["prompt"], ["python"]) == ids
     messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
     ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
     e = data.example(tokenizer, record, ["python"], "source")
-    assert (
-        e.tokens == ids
-        and e.tokens[e.start - 1 :][0] != tokenizer.eot
-        and e.tokens[-1] == tokenizer.eot
-    )
+    assert e.tokens == ids and e.tokens[e.start - 1 :][0] != tokenizer.eot and e.tokens[-1] == tokenizer.eot
 
 
 def test_special_tokens(tokenizer, records):
-    assert (
-        len(
-            {
-                tokenizer.bos,
-                tokenizer.eos,
-                tokenizer.eot,
-                tokenizer.start,
-                tokenizer.end,
-                tokenizer.pad,
-            }
-        )
-        == 6
-    )
+    assert len({tokenizer.bos, tokenizer.eos, tokenizer.eot, tokenizer.start, tokenizer.end, tokenizer.pad}) == 6
     text = "a <|eot_id|> inside a statement, ünïcödé and \ttabs\n"
     ids = tokenizer.encode(text)
     assert tokenizer.eot not in ids and tokenizer.decode(ids) == text
-    assert all(
-        tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens
-        for r in records["train"]
-    )
+    assert all(tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens for r in records["train"])
 
 
 def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
@@ -339,10 +304,7 @@ def test_records_round_trip_with_extra_fields_plain_and_gzipped(tmp_path):
     for name in ("r.jsonl", "r.jsonl.gz"):
         data.write_records(tmp_path / name, [GOOD])
         assert data.read_records(tmp_path / name) == [GOOD]
-    assert (
-        gzip.decompress((tmp_path / "r.jsonl.gz").read_bytes())
-        == (tmp_path / "r.jsonl").read_bytes()
-    )
+    assert gzip.decompress((tmp_path / "r.jsonl.gz").read_bytes()) == (tmp_path / "r.jsonl").read_bytes()
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

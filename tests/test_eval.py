@@ -31,9 +31,7 @@ def test_what_counts_as_a_pass(tokenizer):
         "ok": rollout(tokenizer, f"```python\n{RIGHT}\n```"),
         "truncated": rollout(tokenizer, f"```python\n{RIGHT}\n```", stopped=False),
         "no_program": rollout(tokenizer, f"```python\n{RIGHT}"),
-        "wrong_answer": rollout(
-            tokenizer, "```python\nprint(4)\n```"
-        ),  # passes the first test only
+        "wrong_answer": rollout(tokenizer, "```python\nprint(4)\n```"),  # passes the first test only
         "runtime_error": rollout(tokenizer, f"```python\n{RIGHT}\nraise SystemExit(3)\n```"),
     }
     forged = rollout(tokenizer, "```python\nimport sys\nsys.exit(0)\n```")
@@ -58,10 +56,7 @@ def test_equal_programs_for_one_problem_run_once(tokenizer):
     box, known = Counting(), {}
     text = f"```python\n{RIGHT}\n```"
     rows = [rollout(tokenizer, text) for _ in range(5)]
-    rows += [
-        rollout(tokenizer, text, record=RECORD | {"id": "other"}),
-        rollout(tokenizer, "```python\npass\n```"),
-    ]
+    rows += [rollout(tokenizer, text, record=RECORD | {"id": "other"}), rollout(tokenizer, "```python\npass\n```")]
     evaluation.grade(rows, tokenizer, box, known)
     assert len(box.jobs) == 3 and all(r.passed for r in rows)
     evaluation.grade([rollout(tokenizer, text)], tokenizer, box, known)
@@ -72,9 +67,7 @@ def test_sample_keeps_tasks_in_order_and_is_reproducible(tokenizer, tiny):
     records = [RECORD | {"id": str(i), "prompt": "word " * i} for i in range(1, 4)]
     tasks = [(r, p) for r in records for p in ("python", "ruby")]
     rows = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
-    assert [(r.record["id"], r.language) for r in rows] == [
-        (r["id"], p) for r, p in tasks for _ in range(2)
-    ]
+    assert [(r.record["id"], r.language) for r in rows] == [(r["id"], p) for r, p in tasks for _ in range(2)]
     assert all(r.prompt == tokenizer.prompt(r.record["prompt"], [r.language]) for r in rows)
     again = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
     assert [r.tokens for r in rows] == [r.tokens for r in again]
@@ -136,9 +129,7 @@ def test_difficulty_groups():
     record = {"id": "r", "difficulty": {"operations": 2, "new": 1}}
     assert evaluation.group_of(record, "wording") == "reserved wordings"
     assert evaluation.group_of(record, "operations") == "operations 2"
-    with pytest.raises(
-        ValueError, match=r"no difficulty 'size'; --by takes wording or operations, new"
-    ):
+    with pytest.raises(ValueError, match=r"no difficulty 'size'; --by takes wording or operations, new"):
         evaluation.group_of(record, "size")
 
 
@@ -146,9 +137,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     """With the sampler replaced by the corpus's own programs, every PL must come out at 100%."""
 
     def perfect(model, tok, tasks, *_):
-        return [
-            rollout(tok, data.answer(r["solutions"], [p]), language=p, record=r) for r, p in tasks
-        ]
+        return [rollout(tok, data.answer(r["solutions"], [p]), language=p, record=r) for r, p in tasks]
 
     monkeypatch.setattr(evaluation, "sample", perfect)
     records = data.read_records(corpus / "eval.jsonl.gz")[::6]
@@ -158,9 +147,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     assert len(rows) == len(records) * len(languages) and {o.verdicts for o in rows} == {("ok",)}
 
 
-def test_command_line_writes_tables_and_names_what_is_missing(
-    corpus, tokenizer, tiny, tmp_path, capsys
-):
+def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, capsys):
     save(tiny, tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     s = evaluation.Settings(
@@ -186,35 +173,20 @@ def test_command_line_writes_tables_and_names_what_is_missing(
     with pytest.raises(ValueError, match=r"--languages: rust: not in .*languages\.json"):
         evaluation.main(replace(s, languages=("rust",)))
     with pytest.raises(
-        ValueError,
-        match=r"record 'known-0': a prompt of \d+ tokens and 4000 new ones, the model takes",
+        ValueError, match=r"record 'known-0': a prompt of \d+ tokens and 4000 new ones, the model takes"
     ):
         evaluation.main(replace(s, max_new_tokens=4000))
 
 
-def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(
-    tokenizer, tiny, monkeypatch
-):
+def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(tokenizer, tiny, monkeypatch):
     class Broken(Counting):
         def map(self, jobs, **_):
             return [SimpleNamespace(verdict="internal_error") for _ in jobs]
 
     known = {}
-    monkeypatch.setattr(
-        evaluation, "sample", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")]
-    )
-    assert (
-        evaluation.evaluate(
-            tiny, tokenizer, [RECORD], ["python"], Broken(), max_new_tokens=1, known=known
-        )
-        == []
-    )
+    monkeypatch.setattr(evaluation, "sample", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")])
+    assert evaluation.evaluate(tiny, tokenizer, [RECORD], ["python"], Broken(), max_new_tokens=1, known=known) == []
     assert known == {}
     assert (
-        len(
-            evaluation.evaluate(
-                tiny, tokenizer, [RECORD], ["python"], Counting(), max_new_tokens=1, known=known
-            )
-        )
-        == 1
+        len(evaluation.evaluate(tiny, tokenizer, [RECORD], ["python"], Counting(), max_new_tokens=1, known=known)) == 1
     )

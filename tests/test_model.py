@@ -60,9 +60,7 @@ def same(a, b):
 
 
 def ids(*shape, seed=0):
-    return torch.randint(
-        0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
 def prompts_of(*lengths):
@@ -195,14 +193,10 @@ def test_the_chunk_size_changes_nothing(monkeypatch):
 def test_no_tensor_of_all_logits_exists(monkeypatch):
     monkeypatch.setattr(model_py, "CHUNK", 8)
     ours, tokens, sizes = tiny(), ids(4, 32), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: sizes.append(x.numel()) or x, lambda x: x
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         logprobs, _ = ours(tokens, shifted(tokens))
     linear, shapes = F.linear, []
-    monkeypatch.setattr(
-        F, "linear", lambda x, w, b=None: shapes.append((*x.shape[:-1], w.shape[0])) or linear(x, w)
-    )
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append((*x.shape[:-1], w.shape[0])) or linear(x, w))
     ours(tokens, shifted(tokens))[0].sum().backward()
     logits = [shape for shape in shapes if shape[-1] == TINY["vocab_size"]]
     assert len(logits) >= 2 * 4 * 31 / 8  # forward, and again in the backward pass
@@ -270,9 +264,7 @@ def test_greedy_log_probs_are_at_temperature_1():
     [completion] = generate(ours, [prompt], 20, [], temperature=0)
     tokens = torch.tensor([prompt + completion.tokens])
     logprobs, _ = ours(tokens, shifted(tokens))
-    torch.testing.assert_close(
-        logprobs[0, 8:-1], torch.tensor(completion.logprobs), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(logprobs[0, 8:-1], torch.tensor(completion.logprobs), atol=1e-4, rtol=0)
 
 
 def test_samples_of_a_prompt_stand_together_and_differ():
@@ -304,9 +296,7 @@ def test_sampling_repeats_with_a_seed_and_leaves_the_mode_and_gradients_usable()
     ours, prompts = tiny(scale=4.0).train(), prompts_of(4, 9)
 
     def draw(seed):
-        return generate(
-            ours, prompts, 10, [0], samples=3, generator=torch.Generator().manual_seed(seed)
-        )
+        return generate(ours, prompts, 10, [0], samples=3, generator=torch.Generator().manual_seed(seed))
 
     assert draw(1) == draw(1) != draw(2)
     assert ours.training
@@ -316,9 +306,7 @@ def test_sampling_repeats_with_a_seed_and_leaves_the_mode_and_gradients_usable()
 
 def test_progress_hears_of_every_completion_once():
     heard = []
-    done = generate(
-        tiny(), prompts_of(3, 4, 5), 30, list(range(20)), samples=4, progress=heard.append
-    )
+    done = generate(tiny(), prompts_of(3, 4, 5), 30, list(range(20)), samples=4, progress=heard.append)
     assert sum(heard) == len(done) == 12 and 0 not in heard
 
 
@@ -380,9 +368,7 @@ def test_round_trip_through_transformers(tmp_path, tied, shard, dtype):
         logits = ours(tokens)
         assert torch.equal(logits, again(tokens))
         assert torch.equal(theirs(tokens).logits, before(tokens).logits)
-        near = (
-            {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
-        )
+        near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
         torch.testing.assert_close(logits, theirs(tokens).logits.float(), **near)
 
 
@@ -445,18 +431,13 @@ def test_both_styles_of_rope_fields_mean_the_same(tmp_path):
     edit_config(tmp_path, rope_parameters="drop", rope_theta=7000.0, rope_scaling=LLAMA3)
     old = Config.load(tmp_path)
     assert old == new and old.rope_scaling == LLAMA3 and old.rope_theta == 7000.0
-    edit_config(
-        tmp_path, rope_scaling={"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}
-    )
+    edit_config(tmp_path, rope_scaling={"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()})
     assert Config.load(tmp_path) == new
 
 
 def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps(
-            {"model_type": "llama"}
-            | {k: v for k, v in TINY.items() if "key" not in k and "max" not in k}
-        )
+        json.dumps({"model_type": "llama"} | {k: v for k, v in TINY.items() if "key" not in k and "max" not in k})
     )
     ours, theirs = Config.load(tmp_path), LlamaConfig.from_pretrained(tmp_path)
     for field in dataclasses.fields(ours):
@@ -569,9 +550,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("before", [5e9, 2e4], ids=["single before", "sharded before"])
 @pytest.mark.parametrize("after", [5e9, 2e4], ids=["single after", "sharded after"])
-def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(
-    tmp_path, monkeypatch, before, after
-):
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(tmp_path, monkeypatch, before, after):
     """Killed before each of its renames and removals in turn, and halfway through each file."""
     old, new = tiny(seed=1), tiny(seed=2)
     replace, unlink, calls, outcomes = os.replace, os.unlink, [], []

@@ -29,9 +29,7 @@ def test_advantages_by_hand():
 def test_advantages_are_rloos_up_to_the_scale():
     """RLOO's baseline, the mean of the others (arXiv 2402.14740), is G / (G - 1) times r - mean."""
     rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    rloo = torch.stack(
-        [rewards[:, i] - rewards[:, [j for j in range(6) if j != i]].mean(1) for i in range(6)], 1
-    )
+    rloo = torch.stack([rewards[:, i] - rewards[:, [j for j in range(6) if j != i]].mean(1) for i in range(6)], 1)
     scale = (rewards.std(1, keepdim=True) + 1e-4) * 6 / 5
     got = rl.advantages(rewards, torch.ones(5, 6, dtype=torch.bool))
     torch.testing.assert_close(got * scale, rloo)
@@ -64,19 +62,14 @@ RECORD = {"id": "r", "prompt": "Print it.", "tests": [{"stdin": "", "stdout": ""
 
 def settings(**changes):
     return rl.Settings(
-        **(
-            {"prompts": 3, "samples": 4, "max_new_tokens": 12, "device": "cpu", "micro_tokens": 100}
-            | changes
-        )
+        **({"prompts": 3, "samples": 4, "max_new_tokens": 12, "device": "cpu", "micro_tokens": 100} | changes)
     )
 
 
 def some_rollouts(tiny, tokenizer, s, seed=0):
     records = [RECORD | {"id": str(i), "prompt": "Print it. " * (i + 1)} for i in range(s.prompts)]
     tasks = [(r, "python") for r in records]
-    return evaluation.sample(
-        tiny, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed
-    )
+    return evaluation.sample(tiny, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed)
 
 
 def gradient(tiny, tokenizer, rollouts, weights, s):
@@ -111,9 +104,7 @@ def test_gradient_equals_the_formula_one_response_at_a_time(tiny, tokenizer, tem
     total, count = 0.0, sum(len(r.tokens) for r in rollouts)
     for r, a in zip(rollouts, weights, strict=True):
         logits = tiny(torch.tensor([r.prompt + r.tokens]))[0, len(r.prompt) - 1 : -1].double()
-        logprobs = (
-            (logits / temperature).log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
-        )
+        logprobs = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
         ratio = (logprobs - torch.tensor(r.logprobs, dtype=torch.float64)).exp()
         total = total + torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / count
     (-total).backward()
@@ -128,9 +119,7 @@ def test_one_denominator_for_any_micro_batch(tiny, tokenizer, micro_tokens):
     tiny.double()
     weights = [(-1.0) ** i * i for i in range(len(rollouts))]
     whole, _ = gradient(tiny, tokenizer, rollouts, weights, settings(clip=1e9, micro_tokens=10**9))
-    parts, _ = gradient(
-        tiny, tokenizer, rollouts, weights, settings(clip=1e9, micro_tokens=micro_tokens)
-    )
+    parts, _ = gradient(tiny, tokenizer, rollouts, weights, settings(clip=1e9, micro_tokens=micro_tokens))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-6, atol=1e-9, msg=name)
 
@@ -223,8 +212,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, mon
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(start).state_dict().items())
     lines = [
-        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("whole", "cut")
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
     ]
     strip = [[{k: v for k, v in x.items() if not k.endswith("_s")} for x in run] for run in lines]
     assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(6))
@@ -232,15 +220,11 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, mon
     assert texts[0] == texts[1]
 
 
-def test_a_step_with_real_programs_shows_its_figures(
-    corpus, start, tokenizer, tmp_path, monkeypatch
-):
+def test_a_step_with_real_programs_shows_its_figures(corpus, start, tokenizer, tmp_path, monkeypatch):
     """The sampler is replaced by one that writes the corpus's program or a wrong one, in turn."""
     asked = []
 
-    def half_right(
-        model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None
-    ):
+    def half_right(model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None):
         asked.extend(tasks)
         rollouts = []
         for record, language in tasks:
@@ -248,14 +232,7 @@ def test_a_step_with_real_programs_shows_its_figures(
                 program = record["solutions"][language] if i % 2 else "print('no')"
                 ids = [*tok.encode(data.answer({language: program}, [language])), tok.eot]
                 rollouts.append(
-                    Rollout(
-                        record,
-                        language,
-                        tok.prompt(record["prompt"], [language]),
-                        ids,
-                        [-1.0] * len(ids),
-                        True,
-                    )
+                    Rollout(record, language, tok.prompt(record["prompt"], [language]), ids, [-1.0] * len(ids), True)
                 )
         return rollouts
 
@@ -263,17 +240,10 @@ def test_a_step_with_real_programs_shows_its_figures(
     monkeypatch.setattr(evaluation, "sample", half_right)
     rl.main(run_settings(corpus, start, tmp_path / "run", steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert (
-        lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
+    assert lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
+    assert {"entropy", "clipped", "drift", "sample_tokens_per_s", "sandbox_tokens_per_s", "train_tokens_per_s"} <= set(
+        lines[-1]
     )
-    assert {
-        "entropy",
-        "clipped",
-        "drift",
-        "sample_tokens_per_s",
-        "sandbox_tokens_per_s",
-        "train_tokens_per_s",
-    } <= set(lines[-1])
     assert {language for _, language in asked} == {"python"}  # the source PL: no unseen PL in RL
     text = (tmp_path / "run/rollouts/step-1.txt").read_text()
     assert "--- ok, advantage +" in text and "--- wrong_answer, advantage -" in text

@@ -237,9 +237,7 @@ def test_deadline_ends_what_runs_and_what_waits(box):
     jobs = [("import time\ntime.sleep(30)", "python", TESTS)] * 6
     results = box.map(jobs, deadline=0.5)
     assert time.monotonic() - start < 15
-    assert {(result.verdict, result.message) for result in results} == {
-        ("internal_error", "deadline")
-    }
+    assert {(result.verdict, result.message) for result in results} == {("internal_error", "deadline")}
     assert box.run(ADD, "python", TESTS).passed
 
 
@@ -288,9 +286,7 @@ def test_no_confinement_is_an_error(monkeypatch):
         raise sandbox._Refused("forbidden")
 
     monkeypatch.setattr(sandbox, "_Worker", refuse)
-    with pytest.raises(
-        RuntimeError, match=r"namespaces: forbidden; landlock: forbidden.*level='none'"
-    ):
+    with pytest.raises(RuntimeError, match=r"namespaces: forbidden; landlock: forbidden.*level='none'"):
         sandbox.best_level.__wrapped__()
 
 
@@ -317,9 +313,7 @@ def _parent(pid: int) -> int:
 def _groups() -> list[str]:
     """Control groups of this process's helpers and of helpers that have ended."""
     found = map(str, Path("/sys/fs/cgroup").rglob("sandbox-*"))
-    return sorted(
-        path for path in found if _parent(int(path.rsplit("-", 1)[1])) in (os.getpid(), -1)
-    )
+    return sorted(path for path in found if _parent(int(path.rsplit("-", 1)[1])) in (os.getpid(), -1))
 
 
 def _leftovers() -> dict:
@@ -405,11 +399,7 @@ def test_a_killed_trainer_leaves_nothing(level):
     assert trainer.stdout.readline() == "ok\n"
     homes = re.findall(r"'([^']+)'", trainer.stdout.readline())
     time.sleep(0.5)
-    helpers = [
-        pid
-        for pid, line in _processes().items()
-        if "sandbox helper" in line and _parent(pid) == trainer.pid
-    ]
+    helpers = [pid for pid, line in _processes().items() if "sandbox helper" in line and _parent(pid) == trainer.pid]
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
     trainer.stdout.close()

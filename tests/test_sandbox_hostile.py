@@ -63,9 +63,7 @@ def traces(box: sandbox.Sandbox) -> dict:
 LEVELS = [("namespaces", True), ("namespaces", False), ("landlock", False)]
 
 
-@pytest.fixture(
-    scope="module", params=LEVELS, ids=lambda p: f"{p[0]}{'' if p[1] else ' without cgroups'}"
-)
+@pytest.fixture(scope="module", params=LEVELS, ids=lambda p: f"{p[0]}{'' if p[1] else ' without cgroups'}")
 def box(request):
     level, cgroups = request.param
     try:

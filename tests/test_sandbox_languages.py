@@ -42,10 +42,7 @@ def test_language(box, name):
     stdin = programs.pop("stdin", "3 4\n")
     jobs = {
         kind: box.submit(
-            program,
-            name,
-            [{"stdin": stdin, "stdout": "7"}],
-            limits=HURRIED if kind == "spin" else PATIENT,
+            program, name, [{"stdin": stdin, "stdout": "7"}], limits=HURRIED if kind == "spin" else PATIENT
         )
         for kind, program in programs.items()
     }
@@ -68,9 +65,7 @@ def test_table_is_sound():
 
 @pytest.mark.skipif("go" not in sandbox.installed(), reason="no go")
 def test_go_unit_tests_are_run(box):
-    program = (
-        'package main\nimport "testing"\nfunc TestX(t *testing.T) { if 1 == %d { t.Fatal() } }'
-    )
+    program = 'package main\nimport "testing"\nfunc TestX(t *testing.T) { if 1 == %d { t.Fatal() } }'
     tests = [{"stdin": "", "stdout": "PASS"}]
     assert box.run(program % 2, "go", tests).passed
     assert box.run(program % 1, "go", tests).verdict == "runtime_error"
@@ -107,18 +102,7 @@ def go_program(row: dict, body: str) -> str:
     """The data lacks the solution's imports; helper functions stand in the prompt alone."""
     text = re.sub(r"^import \([^)]*\)\n", "", row["prompt"], flags=re.M) + row[body] + row["test"]
     packages = {"md5": "crypto/md5", "rand": "math/rand"}
-    for name in (
-        "bytes",
-        "fmt",
-        "math",
-        "os",
-        "regexp",
-        "sort",
-        "strconv",
-        "strings",
-        "time",
-        "unicode",
-    ):
+    for name in ("bytes", "fmt", "math", "os", "regexp", "sort", "strconv", "strings", "time", "unicode"):
         packages[name] = name
     used = [path for name, path in packages.items() if re.search(rf"\b{name}\.[A-Z]", text)]
     imports = "".join(f'import "{path}"\n' for path in used if f'"{path}"' not in row["setup"])
@@ -127,10 +111,7 @@ def go_program(row: dict, body: str) -> str:
 
 def quiet(test: dict, stdout: str) -> bool:
     """Go's and Rust's test runners say that all is well, the others nothing."""
-    return (
-        re.fullmatch(r"\s*|PASS\s*|\s*running \d+ tests?\n[\s\S]*test result: ok\.[\s\S]*", stdout)
-        is not None
-    )
+    return re.fullmatch(r"\s*|PASS\s*|\s*running \d+ tests?\n[\s\S]*test result: ok\.[\s\S]*", stdout) is not None
 
 
 def pack_rows() -> list[dict]:
@@ -140,9 +121,7 @@ def pack_rows() -> list[dict]:
     rows = [json.loads(line) for line in text.splitlines()]
     number = lambda row: int(row["problem"].split("/")[1])  # noqa: E731
     rows = [row for row in rows if number(row) not in NOT_BARE.get(row["lang"], ())]
-    return (
-        rows if os.environ.get("SANDBOX_FULL") else [row for row in rows if number(row) % 25 == 4]
-    )
+    return rows if os.environ.get("SANDBOX_FULL") else [row for row in rows if number(row) % 25 == 4]
 
 
 @pytest.mark.skipif(not PACK.exists(), reason=f"{PACK} is not there")

@@ -61,9 +61,7 @@ def test_loss_and_gradient_equal_torchs_cross_entropy_in_float64(corpus, tokeniz
     losses = []
     for ids, start in rows:  # one by one: no padding, no batch
         logits = tiny(torch.tensor([ids[:-1]])).double()[0]
-        losses.append(
-            F.cross_entropy(logits[start - 1 :], torch.tensor(ids[start:]), reduction="none")
-        )
+        losses.append(F.cross_entropy(logits[start - 1 :], torch.tensor(ids[start:]), reduction="none"))
     expected = torch.cat(losses).mean()
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-6)
@@ -103,9 +101,7 @@ def test_the_stop_token_is_learned(corpus, tokenizer, tiny):
         sft.accumulate(tiny, rows, settings(corpus, "unused"), tokenizer.pad)
         optimizer.step()
         tiny.zero_grad()
-        before[label] = (
-            F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item() - start
-        )
+        before[label] = F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item() - start
     assert before["with"] > 0.01 and before["with"] > before["without"] + 0.01
 
 
@@ -138,20 +134,14 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatc
     sft.train(settings(corpus, tmp_path / "cut"))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     states = [
-        torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["optimizer"]["state"]
-        for n in ("whole", "cut")
+        torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["optimizer"]["state"] for n in ("whole", "cut")
     ]
-    assert all(
-        torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i]
-    )
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
     lines = [
-        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("whole", "cut")
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
     ]
     strip = [[{k: v for k, v in x.items() if k != "tokens_per_s"} for x in run] for run in lines]
-    assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(
-        range(1, len(strip[0]) + 1)
-    )
+    assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(1, len(strip[0]) + 1))
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch, capsys):
@@ -168,10 +158,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch
         sft.train(settings(corpus, tmp_path / "run", save_every=1000))
     assert stop.value.code == 130  # what follows in a shell or a Makefile must not start
     monkeypatch.undo()
-    assert (
-        sft.newest_checkpoint(tmp_path / "run").name == "step-3"
-        and not (tmp_path / "run/summary.json").exists()
-    )
+    assert sft.newest_checkpoint(tmp_path / "run").name == "step-3" and not (tmp_path / "run/summary.json").exists()
     assert "goes on from there" in capsys.readouterr().out
     sft.train(settings(corpus, tmp_path / "run"))
     sft.train(settings(corpus, tmp_path / "whole"))
@@ -193,15 +180,11 @@ def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
     (tmp_path / "run/summary.json").unlink()
     with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.002"):
         sft.train(settings(corpus, tmp_path / "run", tokens=500, lr=2e-3))
-    sft.train(
-        settings(corpus, tmp_path / "run", tokens=500, eval_every=7)
-    )  # already past its last token
+    sft.train(settings(corpus, tmp_path / "run", tokens=500, eval_every=7))  # already past its last token
     assert (tmp_path / "run/summary.json").exists()
 
 
-def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(
-    corpus, tokenizer, tiny, tmp_path
-):
+def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(corpus, tokenizer, tiny, tmp_path):
     """As with a real Llama folder: bf16 weights, and a tokenizer that is not the corpus's."""
     save(tiny.bfloat16(), tmp_path / "llama")
     tokenizer.save(tmp_path / "llama")
@@ -209,11 +192,7 @@ def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(
     path.write_text(path.read_text() + "\n")  # tells the two apart
     sft.train(settings(corpus, tmp_path / "run", model=str(tmp_path / "llama"), tokens=300))
     final = sft.newest_checkpoint(tmp_path / "run")
-    assert (
-        (final / "tokenizer.json").read_text()
-        == path.read_text()
-        != (corpus / "tokenizer.json").read_text()
-    )
+    assert (final / "tokenizer.json").read_text() == path.read_text() != (corpus / "tokenizer.json").read_text()
     assert load(final).head().dtype == torch.float32
 
 
@@ -246,10 +225,7 @@ def test_training_lowers_the_held_out_loss_of_every_language(corpus, tmp_path):
         eval_problems=4,
     )
     sft.train(s)
-    held = [
-        json.loads(line)["held_out"]
-        for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()
-    ]
+    held = [json.loads(line)["held_out"] for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
     assert set(held[0]) == set(data.read_roles(corpus).everything)
     assert all(held[-1][p] < held[0][p] - 1 for p in held[0])
 
@@ -271,25 +247,14 @@ def test_main_trains_from_a_model_and_leaves_a_finished_run_alone(corpus, tmp_pa
 def test_without_flags_it_makes_what_is_missing_before_it(corpus, tmp_path, monkeypatch, capsys):
     """Corpus and base model first, each said aloud; only their sizes are changed here."""
     real = sft.resolve
-    small = {
-        "tokens": 400,
-        "batch": 2,
-        "layers": 1,
-        "width": 16,
-        "heads": 2,
-        "eval_problems": 1,
-        "device": "cpu",
-    }
+    small = {"tokens": 400, "batch": 2, "layers": 1, "width": 16, "heads": 2, "eval_problems": 1, "device": "cpu"}
     monkeypatch.setattr(sft, "resolve", lambda s: replace(real(s), **small))
     monkeypatch.setattr(data, "make", lambda s: shutil.copytree(corpus, s.out))
     monkeypatch.chdir(tmp_path)
     sft.main(sft.Settings())
     out = capsys.readouterr().out
     assert "no corpus yet" in out and "no finished base model yet" in out
-    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/summary.json")) == [
-        "base",
-        "parallel",
-    ]
+    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/summary.json")) == ["base", "parallel"]
 
 
 def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
