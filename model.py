@@ -13,8 +13,10 @@ eval.py sample with `generate`.
     save(model, "runs/sft/model")                                 # transformers opens this folder
 
 Choices:
-1. Batches are padded on the right. Attention is causal, so pads after a row's end change nothing
-   before it, and no mask is needed; what stands at the pads is not to be read.
+1. Documents are packed one after the other into a row. `start` tells for each token where its
+   document begins, and that one tensor is both its position and its mask: a token at t sees those
+   at start[t] .. t. Without it a row is one document; attention is causal, so pads after a row's
+   end change nothing before it, and what stands there is not to be read.
 2. Log-probs are computed only where `targets` counts, a chunk of positions at a time, and again in
    the backward pass: no tensor of B x T x V numbers ever exists.
 3. The sampler draws from softmax(logits / temperature) over the whole vocabulary. There is no top-k
@@ -31,6 +33,7 @@ Axes: B batch, T tokens, D width, H query heads, K key/value heads, G = H / K qu
 head, d head width, V vocabulary; N counted positions; R rows in the cache, L columns of the cache.
 """
 
+import itertools
 import json
 import math
 import os
@@ -206,18 +209,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Attention: q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d); query head h reads head h // G
 
 
-def reference_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax(q k^T / sqrt(d)) v, spelled out and in float32: what the fast paths must equal."""
-    groups = q.shape[1] // k.shape[1]
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """Causal softmax(q k^T / sqrt(d)) v within documents, spelled out and in float32.
+
+    start (B, T) int64: the first position of the document that position t belongs to (all 0 if
+    None). What the fast paths must equal.
+    """
+    groups, columns = q.shape[1] // k.shape[1], torch.arange(q.shape[2], device=q.device)
     k, v = (wide(x).repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, d)
     scores = wide(q) @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, T)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return (scores.masked_fill(future, -math.inf).softmax(-1) @ v).to(q.dtype)
+    hidden = columns > columns[:, None]  # (T, T): the future
+    if start is not None:
+        hidden = hidden | (columns < start[:, None, :, None])  # (B, 1, T, T): other documents
+    return (scores.masked_fill(hidden, -math.inf).softmax(-1) @ v).to(q.dtype)
 
 
-def sdpa_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by torch's fused kernel for the device."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """The same by torch's fused kernel for the device, called for each document by itself."""
+    causal = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    if start is None:
+        return causal(q, k, v)
+    rows = []
+    for b, row in enumerate(start == torch.arange(start.shape[1], device=start.device)):
+        first = row.nonzero().flatten().tolist()  # where a document begins
+        sizes = [end - begin for begin, end in itertools.pairwise([*first, len(row)])]
+        documents = zip(*(x[b : b + 1].split(sizes, dim=2) for x in (q, k, v)), strict=True)
+        rows.append(torch.cat([causal(*document) for document in documents], dim=2))
+    return torch.cat(rows)
 
 
 class Attention(nn.Module):
@@ -246,6 +264,9 @@ class Attention(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # The network
 
+# A call of which only the arguments are kept; the backward pass makes it once more.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
@@ -262,7 +283,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, T, D) -> (B, T, D).
+
+    With `recompute` only x is kept for the backward pass, which computes the rest once more
+    (activation checkpointing, arXiv 1604.06174).
+    """
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -270,8 +295,14 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.recompute = False
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return again(self.compute, x, rope, attend)
+        return self.compute(x, rope, attend)
+
+    def compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -333,28 +364,34 @@ class Llama(nn.Module):
             x = block(x, rope, attend)
         return x
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, temperature: float = 1.0):
-        """tokens (B, T) int64, padded on the right.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, temperature: float = 1.0, start: Tensor | None = None
+    ):
+        """tokens (B, T) int64; start (B, T) int64, the first position of each token's document.
 
-        Without targets: logits (B, T, V) float32. With targets (B, T) int64, where targets[b, t]
-        follows tokens[b, : t + 1] or is IGNORE: (logprobs, entropy), both (B, T) float32, of
-        targets[b, t] under softmax(logits / temperature), and of that distribution, in nats; zeros
-        where ignored. No gradient flows through the entropy. ValueError unless temperature > 0.
+        Without `start` a row is one document, padded on the right. Without targets: logits (B, T, V)
+        float32. With targets (B, T) int64, where targets[b, t] follows tokens[b, : t + 1] or is
+        IGNORE: (logprobs, entropy), both (B, T) float32, of targets[b, t] under
+        softmax(logits / temperature), and of that distribution, in nats; zeros where ignored. No
+        gradient flows through the entropy. ValueError unless temperature > 0.
         (A float64 model gives float64 throughout.)
         """
-        rope = rope_table(self.config, tokens.shape[1], self.head())
-        x = self.hidden(tokens, rope, self.attention)  # (B, T, D)
+        rope = rope_table(self.config, tokens.shape[1], self.head())  # (T, d) each
+        if start is not None:
+            position = torch.arange(tokens.shape[1], device=tokens.device) - start
+            rope = tuple(x[position][:, None] for x in rope)  # (B, 1, T, d)
+        x = self.hidden(tokens, rope, lambda layer, q, k, v: self.attention(q, k, v, start))
         if targets is None:
             return wide(F.linear(self.model.norm(x), self.head()))
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0 to score tokens, not {temperature}")
-        counted = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
-        x = self.model.norm(x.flatten(0, 1).index_select(0, counted))  # (N, D)
-        chunks = zip(x.split(CHUNK), targets.flatten()[counted].split(CHUNK), strict=True)
-        score = partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
-        scores = torch.cat([torch.stack(score(h, self.head(), t, temperature)) for h, t in chunks], 1)
-        spread = scores.new_zeros(2, targets.numel()).index_copy(1, counted, scores)  # (2, B T)
-        return spread[0].view_as(targets), spread[1].detach().view_as(targets)
+        counted = targets != IGNORE
+        x = self.model.norm(x[counted])  # (N, D)
+        chunks = zip(x.split(CHUNK), targets[counted].split(CHUNK), strict=True)
+        scores = [again(score_chunk, h, self.head(), t, temperature) for h, t in chunks]
+        logprobs, entropy = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
+        spread = logprobs.new_zeros(targets.shape)
+        return tuple(spread.masked_scatter(counted, part) for part in (logprobs, entropy.detach()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,7 +460,7 @@ class Rows:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for cache, x in zip(self.cache[layer], (k, v), strict=True):
                 cache[rows, ..., :longest] = x.transpose(2, 3)[source]
-            return self.model.attention(layer, q, k, v)
+            return self.model.attention(q, k, v)
 
         self.model.hidden(tokens, tuple(x[:longest] for x in self.rope), attend)
         self.position[rows] = torch.tensor([len(p) - 1 for p in prompts], device=device)[source]

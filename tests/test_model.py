@@ -107,17 +107,53 @@ def test_llama3_scaling_matters_where_it_is_tested(tmp_path):
     assert gap[100:].min() > 0.01
 
 
-def test_reference_attention_equals_sdpa_forward_and_backward():
+def starts(*documents):
+    """`start` of a row of documents of these lengths, (1, T)."""
+    ends = torch.tensor(documents).cumsum(0)
+    return torch.repeat_interleave(ends - torch.tensor(documents), torch.tensor(documents))[None]
+
+
+@pytest.mark.parametrize("start", [None, torch.cat([starts(1, 20, 12), starts(33)])], ids=["whole", "packed"])
+def test_reference_attention_equals_sdpa_forward_and_backward(start):
     ours, tokens = tiny(), ids(2, 33)
     results = []
     for attention in (model_py.sdpa_attention, reference_attention):
         ours.attention = attention
         ours.zero_grad()
-        logits = ours(tokens)
+        logits = ours(tokens, start=start)
         logits.square().mean().backward()
         results.append([logits] + [weight.grad.clone() for weight in ours.parameters()])
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [model_py.sdpa_attention, reference_attention])
+def test_packed_documents_cannot_see_each_other(attention):
+    ours, lengths = tiny(), (7, 1, 30, 12)
+    ours.attention = attention
+    documents = [ids(1, n, seed=i) for i, n in enumerate(lengths)]
+    packed = ours(torch.cat(documents, 1), start=starts(*lengths)).split(lengths, dim=1)
+    for document, logits in zip(documents, packed, strict=True):  # as if each stood alone
+        torch.testing.assert_close(logits, ours(document), atol=1e-4, rtol=1e-4)
+    documents[2] = (documents[2] + 1) % TINY["vocab_size"]
+    other = ours(torch.cat(documents, 1), start=starts(*lengths)).split(lengths, dim=1)
+    assert [torch.equal(a, b) for a, b in zip(packed, other, strict=True)] == [True, True, False, True]
+
+
+def test_recomputed_activations_change_nothing():
+    results = []
+    for recompute in (False, True):
+        ours, tokens = tiny(), ids(2, 20)
+        for block in ours.model.layers:
+            block.recompute = recompute
+        kept = []  # what the forward pass leaves for the backward pass
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            logprobs, _ = ours(tokens, shifted(tokens))
+        logprobs.sum().backward()
+        results.append((sum(kept), [logprobs, *(weight.grad for weight in ours.parameters())]))
+    (much, plain), (little, again) = results
+    assert little < much / 3
+    assert all(map(torch.equal, plain, again))
 
 
 def test_right_padding_changes_nothing_before_it():
