@@ -120,7 +120,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def fail(message: str):
     """Ends the program with a message for its user: no traceback for a user's mistake."""
-    sys.exit(f"error: {message}")
+    sys.exit(f"error{' on rank ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {message}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1057,14 +1057,26 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
-class Tokenizer:
-    """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in the chat format.
+# The prompt formats, as templates that other engines read too: Llama 3's chat, and plain text for a base
+# model, which never saw the chat's special tokens. `Tokenizer.prompt` writes the same ids (tested).
+FORMATS = {
+    "chat": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "plain": "{{ bos_token }}### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
+    "{% for m in messages[1:] %}{{ m['content'] | trim }}<|end_of_text|>{% endfor %}",
+}
 
-    Attributes: `bos`, `eos` (end of a document), `eot` (end of a turn, the stop token of an answer),
+
+class Tokenizer:
+    """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
+
+    `format` "" takes the one that the folder was saved with, else chat. Attributes: `bos`, `eos` (end
+    of a document), `eot` (end of a turn), `stop` (ends an answer: eot in a chat, eos in plain text),
     `pad` (differs from each of them and is never trained), `stops` = (eot, eos).
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, format: str = ""):
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(
@@ -1078,6 +1090,12 @@ class Tokenizer:
             ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         )
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+        config = self.path.with_name("tokenizer_config.json")
+        saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.format = format or saved.get("prompt_format", "chat")
+        if self.format not in FORMATS:
+            raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
+        self.stop = self.eot if self.format == "chat" else self.eos
         self.stops = (self.eot, self.eos)
         self.size = self.core.get_vocab_size()
 
@@ -1098,14 +1116,20 @@ class Tokenizer:
         return [self.start, *self.encode(role), self.end, *self.encode("\n\n" + content)]
 
     def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
-        """Llama-3's chat format up to where the answer in `languages` begins."""
+        """Everything up to where the answer in `languages` begins."""
+        if self.format == "plain":
+            return [self.bos, *self.encode(f"### Problem\n{ask(statement, languages)}\n\n### Solution\n")]
         user = self._turn("user", ask(statement, languages))
         return [self.bos, *user, self.eot, *self._turn("assistant", "")]
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json into `folder`, so that a checkpoint is whole."""
-        path = Path(folder) / self.path.name
-        write_atomically(path, lambda p: p.write_text(self.text, encoding="utf-8"))
+        """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole."""
+        tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
+        config = {name: self.core.id_to_token(token) for name, token in tokens.items()}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"prompt_format": self.format, "chat_template": FORMATS[self.format]}
+        for name, text in {self.path.name: self.text, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
+            write_atomically(Path(folder) / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
 
 
 def ask(statement: str, languages: Sequence[str]) -> str:
@@ -1140,9 +1164,9 @@ class Example:
 
 
 def example(tokenizer: Tokenizer, record: dict, languages: Sequence[str], kind: str) -> Example:
-    """Statement and answer in the chat format; trained on the answer and its stop token."""
+    """Statement and answer in the tokenizer's format; trained on the answer and its stop token."""
     prompt = tokenizer.prompt(record["prompt"], languages)
-    response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.eot]
+    response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.stop]
     return Example(prompt + response, len(prompt), tuple(languages), kind)
 
 

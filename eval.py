@@ -20,6 +20,7 @@ Our choices:
 """
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ import data
 import sandbox
 from data import Roles, Tokenizer, flag
 from model import Llama, generate, load
-from sft import newest_checkpoint, starting_point
+from sft import World, newest_checkpoint, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -153,22 +154,27 @@ def group_of(record: dict, by: str) -> str:
 
 
 def evaluate(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, *,
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, world: World, *,
     max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0, rows: int = 512,
     known: dict | None = None, name: str | None = None,
 ) -> list[Outcome]:  # fmt: skip
-    """The outcome of every record in every PL; `name` heads a progress bar."""
+    """The outcome of every record in every PL, shared out over the ranks; `name` heads a progress bar."""
     tasks = [(record, language) for language in languages for record in records]
-    with tqdm(total=len(tasks) * samples, desc=f"{name} sampling", disable=None if name else True) as bar:
-        rollouts = sample(model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows, bar.update)
-    grade(rollouts, tokenizer, box, known, name and f"{name} running")
+    mine = world.deal(tasks)
+    quiet = None if name and world.rank == 0 else True
+    with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:
+        seed = seed * world.size + world.rank
+        rollouts = sample(model, tokenizer, mine, max_new_tokens, temperature, samples, seed, rows, bar.update)
+    grade(rollouts, tokenizer, box, known, None if quiet else f"{name} running")
+    verdicts = [tuple(r.verdict for r in rollouts[i : i + samples]) for i in range(0, len(rollouts), samples)]
+    places = world.deal(range(len(tasks)))
     outcomes = []
-    for i, (record, language) in enumerate(tasks):
-        verdicts = tuple(r.verdict for r in rollouts[i * samples : (i + 1) * samples])
-        if "internal_error" in verdicts:
+    for i, own in sorted(world.gather(list(zip(places, verdicts, strict=True)))):
+        record, language = tasks[i]
+        if "internal_error" in own:
             tqdm.write(f"{record['id']} in {language}: the sandbox itself failed; the problem is left out")
         else:
-            outcomes.append(Outcome(record["id"], group_of(record, by), language, verdicts))
+            outcomes.append(Outcome(record["id"], group_of(record, by), language, own))
     return outcomes
 
 
@@ -256,6 +262,8 @@ class Settings:
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    precision: str = flag("", "bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
+    format: str = flag("", "prompt format, chat or plain (default: the checkpoint's)")
 
 
 def check_lengths(
@@ -304,47 +312,50 @@ def choose_records(s: Settings) -> list[dict]:
     return [r for _, records in sorted(kinds.items()) for r in records[: s.problems or None]]
 
 
+def open_sandbox(s, world: World) -> sandbox.Sandbox:
+    """The sandbox of this rank: `s.workers` programs at a time, or its share of the cores."""
+    workers = s.workers or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return sandbox.Sandbox(workers, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit))
+
+
+def measure(s: Settings, world: World, models: dict[str, Path], records: list[dict], languages: list[str]) -> dict:
+    """Title of each measure -> (k, outcomes by model)."""
+    measures = {"greedy pass@1": (1, {})}
+    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in s.k if s.samples}
+    shared = {"max_new_tokens": s.max_new_tokens, "by": s.by, "seed": s.seed, "rows": s.rows, "known": {}}
+    with open_sandbox(s, world) as box:
+        for name, checkpoint in models.items():
+            model = load(checkpoint, world.device, world.dtype(s.precision))
+            tokenizer = Tokenizer(checkpoint, s.format)
+            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
+            job = (model, tokenizer, records, languages, box, world)
+            measures["greedy pass@1"][1][name] = evaluate(*job, name=name, **shared)
+            if s.samples:
+                drawn = evaluate(*job, name=name, samples=s.samples, temperature=s.temperature, **shared)
+                for title in list(measures)[1:]:
+                    measures[title][1][name] = drawn
+    return measures
+
+
 def main(s: Settings) -> None:
     """Evaluates every model, prints the tables and writes them with all outcomes."""
     roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
     languages, began = present_languages(s, roles), time.perf_counter()
     if s.samples and max(s.k) > s.samples:
         raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
-    measures = {"greedy pass@1": (1, {})}
-    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in s.k if s.samples}
-    known: dict = {}
-    with sandbox.Sandbox(s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)) as box:
-        for name, checkpoint in models.items():
-            model, tokenizer = load(checkpoint, s.device), Tokenizer(checkpoint)
-            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
-            shared = {
-                "max_new_tokens": s.max_new_tokens,
-                "by": s.by,
-                "seed": s.seed,
-                "rows": s.rows,
-                "known": known,
-                "name": name,
-            }
-            measures["greedy pass@1"][1][name] = evaluate(model, tokenizer, records, languages, box, **shared)
-            if s.samples:
-                drawn = evaluate(
-                    model, tokenizer, records, languages, box, samples=s.samples, temperature=s.temperature, **shared
-                )
-                for title in list(measures)[1:]:
-                    measures[title][1][name] = drawn
-    text, rows = report(measures, columns(roles, languages))
+    with World(s.device) as world:
+        measures = measure(s, world, models, records, languages)
+        if world.rank:
+            return
+    text, cells = report(measures, columns(roles, languages))
     outcomes = {
         title: {name: [asdict(o) for o in own] for name, own in results.items()}
         for title, (_, results) in measures.items()
     }
-    whole = {
-        "settings": asdict(s),
-        "seconds": round(time.perf_counter() - began, 1),
-        "cells": rows,
-        "outcomes": outcomes,
-    }
-    data.write_atomically(Path(s.out) / "table.md", lambda p: p.write_text(text + "\n"))
-    data.write_atomically(Path(s.out) / "eval.json", lambda p: p.write_text(json.dumps(whole) + "\n"))
+    seconds = round(time.perf_counter() - began, 1)
+    whole = json.dumps({"settings": asdict(s), "seconds": seconds, "cells": cells, "outcomes": outcomes})
+    for name, content in {"table.md": text, "eval.json": whole}.items():
+        data.write_atomically(Path(s.out) / name, lambda p, content=content: p.write_text(content + "\n"))
     print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
 
 

@@ -2,6 +2,7 @@
 
     python rl.py                                     # from runs/parallel, into runs/rl-parallel
     python rl.py --model runs/source                 # the other arm, into runs/rl-source
+    torchrun --nproc-per-node 8 rl.py --model DIR    # on 8 GPUs
 
 Each update samples a group of responses to each of some problems, runs the programs in the sandbox
 (reward 1 if the response ended and its program passes all tests, else 0), turns rewards into
@@ -21,33 +22,37 @@ choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 5. A response whose run failed for the sandbox's own reasons has no reward: it is left out of its
    group's mean and has advantage 0.
 6. A step whose groups all lack spread changes nothing, momentum included.
+7. Each rank samples, grades and trains on whole groups of its own, from a whole copy of the weights
+   in the trainer's precision, refreshed before each rollout phase.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 import data
 import sandbox
 from data import Tokenizer, flag
-from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, sample
+from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
 from eval import Settings as EvalSettings
 from model import IGNORE, Llama, load
-from sft import Row, Run, apply_gradients, collate, make_optimizer, micro_batches, starting_point
+from sft import Hardware, Learner, Row, Run, World, flops, pack, starting_point, trained_tokens, whole
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Hardware):
+    micro_tokens: int = flag(4096, "tokens packed into one forward pass, on each rank", least=1)
     data: str = flag("runs/data", "folder of the corpus")
     model: str = flag("runs/parallel", "SFT checkpoint or run folder to start from")
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
+    format: str = flag("", "prompt format, chat or plain (default: the starting model's)")
     steps: int = flag(50, "rollout phases, each followed by its updates", least=1)
-    prompts: int = flag(24, "problems per step", least=1)
+    prompts: int = flag(24, "problems per step, over all ranks, which must divide them", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
@@ -55,10 +60,8 @@ class Settings:
     lr: float = flag(5e-4, "learning rate, constant")
     eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW")
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
-    clip: float = flag(1.0, "largest global gradient norm")
-    micro_tokens: int = flag(4096, "most tokens in one forward pass, padding included", least=1)
-    rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
-    workers: int = flag(0, "programs to run at once; 0 means one a core")
+    rows: int = flag(512, "responses to write at a time, on each rank: less needs less memory", least=1)
+    workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out")
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     eval_every: int = flag(10, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
@@ -66,7 +69,6 @@ class Settings:
     eval_tokens: int = flag(256, "token budget of a response there, where other PLs may need more", least=1)
     save_every: int = flag(10, "steps between two checkpoints", least=1)
     seed: int = flag(0, "seed of the order of problems and of the sampler")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,33 +111,42 @@ def score(rollouts: Sequence[Rollout], group: int) -> tuple[Tensor, Tensor, Tens
     return rewards, valid, advantages(rewards, valid)
 
 
-def update(
-    model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Sequence[float], s: Settings, pad: int
-) -> dict:
-    """One optimizer step on the objective's mean over all response tokens; its figures, as sums."""
-    count = sum(len(r.tokens) for r in rollouts)
+def per_token(values: Sequence[Sequence[float]], on: Tensor) -> Tensor:
+    """One value for each true entry of `on` (1, T), in order; zeros elsewhere. float32."""
+    flat = torch.tensor([v for row in values for v in row], device=on.device)
+    return torch.zeros(on.shape, device=on.device).masked_scatter(on, flat)
+
+
+def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[float], s: Settings) -> dict:
+    """One optimizer step on the objective's mean over the response tokens of all ranks; its figures, as sums.
+
+    `rollouts` and their advantages are this rank's own. Nothing changes if no advantage of any rank
+    differs from 0.
+    """
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
-    sums = dict.fromkeys(("trained", "entropy", "clipped", "drift"), 0.0)
-    for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
-        tokens, targets = collate([rows[i] for i in part], pad, s.device)
-        on = targets != IGNORE  # (B, T); row by row, its true entries are the response tokens in order
-        old, weight = (torch.zeros(on.shape, device=on.device), torch.zeros(on.shape, device=on.device))
-        old[on] = torch.tensor([lp for i in part for lp in used[i][0].logprobs], device=on.device)
-        weight[on] = torch.tensor([used[i][1] for i in part for _ in used[i][0].tokens], device=on.device)
-        logprobs, entropy = model(tokens, targets, s.temperature)
+    count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
+    sums = dict.fromkeys(("entropy", "clipped", "drift"), 0.0)
+    groups = pack([len(tokens) - 1 for tokens, _ in rows], s.micro_tokens)
+    for group, (tokens, targets, start) in learner.micro_batches(rows, groups):
+        on = targets != IGNORE  # its true entries are the response tokens, in order
+        old = per_token([used[i][0].logprobs for i in group], on)
+        weight = per_token([[used[i][1]] * len(used[i][0].tokens) for i in group], on)
+        logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
-        (-gain.sum() / count).backward()
-        sums["trained"] += int(on.sum())
+        learner.backward(-gain.sum() / count)
         sums["entropy"] += entropy.sum().item()
         sums["clipped"] += clipped.sum().item()
         sums["drift"] += (logprobs.detach() - old).abs().sum().item()
-    if rows:
-        sums["grad_norm"] = apply_gradients(model, optimizer, s.lr, s.clip)
+    sums = dict(zip(sums, learner.world.sum(*sums.values()), strict=True)) | {"trained": trained}
+    operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
+    sums["flops"] = learner.world.sum(operations)[0]
+    if trained:
+        sums["grad_norm"] = learner.step(s.lr)
     return sums
 
 
-def learn(model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings, pad: int) -> dict:
+def learn(learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings) -> dict:
     """All updates of one rollout phase, whole groups dealt out over them; their mean figures.
 
     The means are over the tokens of groups with spread, the only ones that are trained; None if there
@@ -145,12 +156,13 @@ def learn(model: Llama, optimizer, rollouts: Sequence[Rollout], advantage: Tenso
     weights, figures = advantage.flatten().tolist(), []
     for u in range(s.updates):
         mine = [i for g in range(u, len(advantage), s.updates) for i in range(g * s.samples, (g + 1) * s.samples)]
-        figures.append(update(model, optimizer, [rollouts[i] for i in mine], [weights[i] for i in mine], s, pad))
+        figures.append(update(learner, [rollouts[i] for i in mine], [weights[i] for i in mine], s))
     trained, first = sum(f["trained"] for f in figures), figures[0]
     means = {name: sum(f[name] for f in figures) / trained if trained else None for name in ("entropy", "clipped")}
     drift = first["drift"] / first["trained"] if first["trained"] else None
     norm = max((f["grad_norm"] for f in figures if "grad_norm" in f), default=None)
-    return {**means, "drift": drift, "grad_norm": norm, "trained_tokens": int(trained)}
+    totals = {"trained_tokens": int(trained), "flops": sum(f["flops"] for f in figures)}
+    return {**means, "drift": drift, "grad_norm": norm, **totals}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,13 +181,33 @@ def transcript(rollouts: Sequence[Rollout], advantage: Tensor, tokenizer: Tokeni
     return "\n".join(text) + "\n"
 
 
+class Sampler:
+    """The model that writes the rollouts: on every rank a whole copy of the weights that are trained.
+
+    `model` is the learner's own where that is whole; else a copy in the learner's precision, which
+    `refresh` brings up to date. All ranks refresh together.
+    """
+
+    def __init__(self, learner: Learner):
+        self.learner, self.model = learner, learner.model
+        if isinstance(learner.model, FSDPModule):
+            with torch.device("meta"):
+                self.model = Llama(learner.model.config).to(learner.dtype)
+            self.model.to_empty(device=learner.world.device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.model is not self.learner.model:
+            for copy, weight in zip(self.model.parameters(), self.learner.model.parameters(), strict=True):
+                copy.copy_(whole(weight))
+
+
 def measure(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box, known: dict, s: Settings
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box, known: dict, world, s
 ) -> dict:
     """Greedy pass@1 on held-out problems, as {kind of problem: {PL: value}}."""
-    outcomes = evaluate(
-        model, tokenizer, records, languages, box, max_new_tokens=s.eval_tokens, rows=s.rows, known=known
-    )
+    budget = {"max_new_tokens": s.eval_tokens, "rows": s.rows}
+    outcomes = evaluate(model, tokenizer, records, languages, box, world, known=known, **budget)
     values: dict = {}
     for kind in dict.fromkeys(o.group for o in outcomes):
         own = [o for o in outcomes if o.group == kind]
@@ -183,76 +215,99 @@ def measure(
     return values
 
 
-def rollout_figures(rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor) -> dict:
-    """What the rollout phase itself shows: reward, groups without spread, truncation, lengths."""
-    return {
-        "reward": (rewards.sum() / valid.sum().clamp(min=1)).item(),
-        "no_spread": (advantage == 0).all(1).float().mean().item(),
-        "truncated": sum(not r.stopped for r in rollouts) / len(rollouts),
-        "no_program": sum(r.verdict == "no_program" for r in rollouts) / len(rollouts),
-        "response_tokens": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+def rollout_figures(
+    rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor, world: World
+) -> dict:
+    """What the rollout phase itself shows, over all ranks: reward, groups without spread, truncation, lengths."""
+    sums = {
+        "reward": rewards.sum().item(),
+        "no_spread": (advantage == 0).all(1).sum().item(),
+        "truncated": sum(not r.stopped for r in rollouts),
+        "no_program": sum(r.verdict == "no_program" for r in rollouts),
+        "response_tokens": sum(len(r.tokens) for r in rollouts),
     }
+    counts = [valid.sum().item(), len(rewards), *[len(rollouts)] * 3]
+    totals = world.sum(*sums.values(), *counts)
+    return {name: a / max(1, n) for name, a, n in zip(sums, totals, totals[len(sums) :], strict=False)}
 
 
 def step_once(
-    step: int, model: Llama, optimizer, tokenizer: Tokenizer, records: Sequence[dict], language: str, box, s: Settings
+    step: int, learner: Learner, sampler: Sampler, tokenizer: Tokenizer, tasks: list, box, run: Run, s: Settings
 ) -> tuple[dict, str]:
-    """Sample, run, learn. (figures, transcript) of step number `step`."""
-    order = range(step * s.prompts, (step + 1) * s.prompts)
-    tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], language) for i in order]
-    began = time.perf_counter()
-    rollouts = sample(
-        model, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed=s.seed * 1_000_003 + step, rows=s.rows
-    )
-    sampled = time.perf_counter()
-    grade(rollouts, tokenizer, box)
-    graded = time.perf_counter()
+    """Sample, run, learn on this rank's share of `tasks`: (figures, transcript) of step number `step`."""
+    world = run.world
+    seed = (s.seed * 1_000_003 + step) * world.size + world.rank
+    with run.phase("sample") as sampling:
+        sampler.refresh()
+        budget = (s.max_new_tokens, s.temperature, s.samples)
+        rollouts = sample(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
+    with run.phase("sandbox") as grading:
+        grade(rollouts, tokenizer, box)
     rewards, valid, advantage = score(rollouts, s.samples)
-    learned = learn(model, optimizer, rollouts, advantage, s, tokenizer.pad)
-    ended = time.perf_counter()
-    drawn = sum(len(r.tokens) for r in rollouts)
-    counts = {"sample": drawn, "sandbox": drawn, "train": learned["trained_tokens"]}
-    seconds = {"sample_s": sampled - began, "sandbox_s": graded - sampled, "train_s": ended - graded}
-    rates = {f"{k}_tokens_per_s": n / seconds[f"{k}_s"] for k, n in counts.items()}
-    return rollout_figures(rollouts, rewards, valid, advantage) | learned | seconds | rates, transcript(
-        rollouts, advantage, tokenizer
-    )
+    with run.phase("train") as learning:
+        figures = learn(learner, rollouts, advantage, s)
+    figures = rollout_figures(rollouts, rewards, valid, advantage, world) | figures
+    run.flops += figures.pop("flops")
+    drawn = figures["response_tokens"] * s.prompts * s.samples
+    for phase, tokens in ((sampling, drawn), (grading, drawn), (learning, figures["trained_tokens"])):
+        figures |= {f"{phase.name}_s": phase.seconds, f"{phase.name}_tokens_per_s": tokens / phase.seconds}
+    return figures, transcript(rollouts, advantage, tokenizer)
 
 
-def loop(s: Settings, run: Run, model: Llama, optimizer, tokenizer: Tokenizer, step: int, totals: dict) -> None:
-    """The steps from number `step` on; `totals` are the seconds of each phase so far."""
-    records, roles = data.read_split(s.data, "rl"), data.read_roles(s.data)
-    held = choose_records(EvalSettings(data=s.data, problems=s.eval_problems))
+SHOWN = ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")  # on the progress bar
+
+
+def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, step: int, tokens: int) -> None:
+    """The steps from number `step` on; `tokens` have been trained so far."""
+    records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
+    held, sampler, stopping = choose_records(EvalSettings(data=s.data, problems=s.eval_problems)), Sampler(learner), 0
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
-    check_lengths(model, tokenizer, records, [roles.source], s.max_new_tokens)
-    bar = tqdm(total=s.steps, initial=step, desc=run.out.name, disable=None)
-    with sandbox.Sandbox(s.workers or None, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)) as box:
-        if step == 0 and not run.metrics.stat().st_size:
-            run.log(step=0, held_out=measure(model, tokenizer, held, languages, box, known, s))
-        while step < s.steps and not run.stopping:
-            figures, text = step_once(step, model, optimizer, tokenizer, records, roles.source, box, s)
-            step += 1
-            totals = {k: totals.get(k, 0.0) + figures[k] for k in ("sample_s", "sandbox_s", "train_s")}
+    check_lengths(sampler.model, tokenizer, records, [roles.source], s.max_new_tokens)
+    bar = tqdm(total=s.steps, initial=step, desc=run.out.name, disable=True if world.rank else None)
+
+    def evaluation() -> dict:
+        with run.phase("evaluate"):
+            sampler.refresh()
+            return measure(sampler.model, tokenizer, held, languages, box, known, world, s)
+
+    with open_sandbox(s, world) as box:
+        if run.saved is None:
+            run.log(step=0, held_out=evaluation())
+        while step < s.steps and not stopping:
+            order = range(step * s.prompts, (step + 1) * s.prompts)
+            tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], roles.source) for i in order]
+            figures, text = step_once(step, learner, sampler, tokenizer, tasks, box, run, s)
+            step, tokens = step + 1, tokens + figures["trained_tokens"]
             bar.update()
-            bar.set_postfix(
-                {
-                    k: f"{figures[k] or 0:.2g}"
-                    for k in ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")
-                }
-            )
+            bar.set_postfix({k: f"{figures[k] or 0:.2g}" for k in SHOWN})
             if step % s.eval_every == 0 or step == s.steps:
-                figures["held_out"] = measure(model, tokenizer, held, languages, box, known, s)
-                data.write_atomically(
-                    run.out / "rollouts" / f"step-{step}.txt", lambda p, text=text: p.write_text(text)
-                )
+                figures["held_out"] = evaluation()
+                run.write_text(f"rollouts/step-{step}.txt", text)
             run.log(step=step, **figures)
             if step % s.save_every == 0:
-                run.save(step, model, tokenizer, optimizer, totals=totals)
+                run.save(step, learner, tokenizer, tokens=tokens)
+            stopping = world.max(run.stopping)[0]
     bar.close()
-    run.save(step, model, tokenizer, optimizer, totals=totals)
+    run.save(step, learner, tokenizer, tokens=tokens)
     if step < s.steps:
         run.stop(step)
-    run.finish(steps=step, **{k: round(v, 1) for k, v in totals.items()})
+    run.finish(tokens, steps=step)
+
+
+def train(s: Settings, world: World) -> None:
+    """Trains for `s.steps` steps, resuming a run that stopped."""
+    if s.prompts % world.size:
+        raise ValueError(f"--prompts {s.prompts}: must be a multiple of the {world.size} ranks")
+    with Run(s.out, s, world) as run:
+        if run.finished():
+            return
+        checkpoint, state = run.start()
+        source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
+        model, tokenizer = load(source, world.device, torch.float32), Tokenizer(source, s.format)
+        learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)
+        if state:
+            learner.restore(state["optimizer"])
+        loop(s, run, learner, tokenizer, state.get("step", 0), state.get("tokens", 0))
 
 
 def main(s: Settings) -> None:
@@ -261,16 +316,8 @@ def main(s: Settings) -> None:
     wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
     if absent := wanted - set(sandbox.installed()):
         data.fail(f"no toolchain here for {', '.join(sorted(absent))}; `python sandbox.py languages` names the package")
-    with Run(s.out, s) as run:
-        if run.finished():
-            return
-        checkpoint, state = run.start()
-        source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
-        model, tokenizer = load(source, s.device, torch.float32), Tokenizer(source)
-        optimizer = make_optimizer(model, s.lr, weight_decay=0.0)
-        if state:
-            optimizer.load_state_dict(state["optimizer"])
-        loop(s, run, model, optimizer, tokenizer, state.get("step", 0), state.get("totals", {}))
+    with World(s.device) as world:
+        train(s, world)
 
 
 if __name__ == "__main__":

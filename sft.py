@@ -3,21 +3,30 @@
     python sft.py --mixture base          # the stand-in for pre-training, into runs/base
     python sft.py                         # Parallel-SFT from runs/base, into runs/parallel
     python sft.py --mixture source        # the arm without parallel programs, into runs/source
+    torchrun --nproc-per-node 8 sft.py --model DIR --data DIR     # the same on 8 GPUs
 
 A run folder holds `step-N` checkpoint folders (weights and tokenizer in Hugging Face's layout, and
 trainer.pt), metrics.jsonl, settings.json, and summary.json once the run is finished. Called again, a
-run goes on from its newest checkpoint; Ctrl-C saves one first.
+run goes on from its newest checkpoint, on any number of ranks; Ctrl-C saves one first.
 
 Our choices, where the Parallel-SFT paper leaves freedom or is silent:
 
 1. The loss is the mean negative log-prob per trained token of the whole update: one denominator,
-   however the update is cut into micro-batches. Trained are the response and its stop token; in
-   `base` documents every token but the first.
+   however the update is cut into ranks and micro-batches. Trained are the response and its stop
+   token; in `base` documents every token but the first.
 2. A run ends after a number of *tokens*, prompts included, so that all arms see equally many; the
    learning rate (linear warm-up, then a cosine to a tenth) follows the same count.
 3. AdamW with betas (0.9, 0.95); weight decay on matrices other than embeddings; gradients clipped by global norm.
+4. A micro-batch is one row of whole sequences, packed without any padding; no sequence sees another.
+5. Many ranks are FSDP2 (`fully_shard`) on a mesh of replicas x shards: with --shard 1 every rank holds
+   the whole model, which is data parallelism as in DDP; with --shard 0 one copy is split over all.
+   Masters, gradients and optimizer are float32; with bfloat16 the weights are cast as they are gathered.
+
+Axes: T tokens of a packed row; V vocabulary.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -28,10 +37,23 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
@@ -39,62 +61,197 @@ from data import Mixture, Tokenizer, flag
 from model import IGNORE, Config, Llama, load, save
 
 Row = tuple[list[int], int]  # token ids, and the index of the first that is trained
+MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens, targets, start: see `collate`
 
 
 # --------------------------------------------------------------------------------------------------
 # Rows to tensors
 
 
-def collate(rows: Sequence[Row], pad: int, device) -> tuple[Tensor, Tensor]:
-    """Inputs and next-token targets of right-padded rows, both (B, T) int64.
+def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of `lengths` in groups that sum to at most `limit` each (or hold one that is longer).
 
-    targets[b, t] is the token after tokens[b, t]: IGNORE unless it is one of the row's trained ones.
+    Best fit, longest first: each goes where it leaves the least room (Johnson et al. 1974, at most
+    11/9 of the best possible number of groups, and a few percent in practice).
     """
-    longest = max(len(tokens) for tokens, _ in rows)
-    padded = torch.full((len(rows), longest), pad)
-    targets = torch.full((len(rows), longest), IGNORE)
-    for b, (tokens, start) in enumerate(rows):
-        padded[b, : len(tokens)] = torch.tensor(tokens)
-        targets[b, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
-    return padded[:, :-1].to(device), targets[:, :-1].to(device)
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [g for g, free in enumerate(room) if free >= lengths[i]]
+        if not fits:
+            groups.append([])
+            room.append(limit)
+        best = min(fits, key=lambda g: room[g], default=len(groups) - 1)
+        groups[best].append(i)
+        room[best] -= lengths[i]
+    return groups
 
 
-def micro_batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices in groups of similar length, each at most `limit` tokens with its padding (or one row)."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and lengths[i] * (len(group) + 1) > limit:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+def collate(rows: Sequence[Row], pad: int, device) -> MicroBatch:
+    """tokens, targets and start, each (1, T) int64, of `rows` one after the other.
+
+    targets[0, t] is the token after tokens[0, t], or IGNORE unless it is one of the row's trained
+    ones; start[0, t] is where the row begins. No rows at all give one pad that trains nothing.
+    """
+    tokens, targets, start = [], [], []
+    for ids, first in rows or [([pad, pad], 2)]:
+        start += [len(tokens)] * (len(ids) - 1)
+        tokens += ids[:-1]
+        targets += [IGNORE] * (first - 1) + ids[first:]
+    return tuple(torch.tensor([x], device=device) for x in (tokens, targets, start))
 
 
 def trained_tokens(rows: Sequence[Row]) -> int:
     return sum(len(tokens) - start for tokens, start in rows)
 
 
+def flops(config: Config, lengths: Sequence[int]) -> float:
+    """Operations of a forward and a backward pass over documents of these lengths in tokens.
+
+    Six per matrix weight and token, and causal attention's 6 layers x heads x width x length^2: those
+    of "model FLOPs utilization" (arXiv 2204.02311, appendix B), which counts no recomputation.
+    """
+    heads = config.num_attention_heads * config.head_dim
+    attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
+    block = attention + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
+    return sum(6.0 * weights * n + 6.0 * config.num_hidden_layers * heads * n * n for n in lengths)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+# Dense bfloat16 operations per second from the makers' data sheets, by a part of the device's name.
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class World:
+    """The ranks that train together: those that torchrun started, or this process alone.
+
+    Every method is a collective: all ranks call it, in the same order. Lesser ranks print nothing to
+    standard output; an error names its rank. `device` is this rank's: of "cuda", the local one.
+    """
+
+    def __init__(self, device: str):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self):
+        # A rank that fails ends the others through torchrun; the limit is for a host that vanishes.
+        if not dist.is_initialized():
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
+        if self.rank:
+            self.stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.rank:
+            sys.stdout.close()
+            sys.stdout = self.stdout
+        if kind is None or self.size == 1:  # after an error the others may wait where this rank never comes
+            dist.destroy_process_group()
+
+    def dtype(self, precision: str) -> torch.dtype | None:
+        """Of `precision`; "" is bfloat16 on a GPU and None, the weights' own, elsewhere. Else ValueError."""
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        kinds[""] = torch.bfloat16 if self.device.type == "cuda" else None
+        if precision not in kinds:
+            raise ValueError(f"--precision {precision}: there are float32 and bfloat16")
+        return kinds[precision]
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], op) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, op)
+        return total.tolist()
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, those of rank 0 first."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def deal(self, items: Sequence) -> Sequence:
+        """This rank's share of items that every rank has: each size-th."""
+        return items[self.rank :: self.size]
+
+    def agree(self, what: str, value: int) -> None:
+        """ValueError unless `value` is the same on all ranks."""
+        high, low = self.max(value, -value)
+        if high != -low:
+            raise ValueError(f"rank {self.rank} sees {what} {value}, others see another; all hosts must share --out")
+
+
+def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> Llama:
+    """`model`, its parameters split over groups of `shard` ranks and replicated over the groups.
+
+    FSDP2: every block, and what is outside of the blocks, is gathered (cast to `dtype`) when it is
+    needed and forgotten after; gradients are reduced in the parameters' own dtype, the masters'. One
+    process that computes in that needs none of it and gets `model` as it is. shard 0 means all ranks.
+    ValueError if it does not divide them.
+    """
+    master = model.head().dtype
+    if world.size == 1 and dtype == master:
+        return model
+    shard = shard or world.size
+    if world.size % shard:
+        raise ValueError(f"--shard {shard}: does not divide the {world.size} ranks")
+    mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicas", "shards"))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master))
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # Optimizer
 
 
-def make_optimizer(model: Llama, lr: float, weight_decay: float) -> torch.optim.AdamW:
+class CompactAdamW(torch.optim.AdamW):
+    """torch's AdamW with both moments stored in bfloat16: 4 bytes a parameter instead of 8.
+
+    They are widened to float32, one parameter at a time, for the step itself. Rounding (2^-9) stalls a
+    second moment only within 7% of where it tends to, since beta2 = 0.95 moves it a twentieth of the
+    way at each step; with torch's default of 0.999 it would hardly move at all.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, zeros = self.state[p], torch.zeros_like
+                count = state.setdefault("step", torch.zeros(()))
+                m, v = (state[n].to(p.dtype) if n in state else zeros(p) for n in ("exp_avg", "exp_avg_sq"))
+                names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
+                beta1, beta2 = group["betas"]
+                options = {n: group[n] for n in names} | {"beta1": beta1, "beta2": beta2}
+                adamw([p], [p.grad], [m], [v], [], [count], foreach=False, **options)
+                state["exp_avg"], state["exp_avg_sq"] = m.bfloat16(), v.bfloat16()
+
+
+def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool = False) -> torch.optim.AdamW:
     """AdamW that decays matrices, but neither norms nor embeddings."""
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=True)
-
-
-def apply_gradients(model: Llama, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    kind = CompactAdamW if compact else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=(0.9, 0.95), foreach=not compact)
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -102,6 +259,93 @@ def schedule(progress: float, warmup: float) -> float:
     if progress < warmup:
         return max(progress, 1e-3) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Learner: a model in training on all ranks. rl.py uses the same.
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The flags that say how an update is computed, which sft.py and rl.py share."""
+
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    precision: str = flag(
+        "", "bfloat16 (with float32 master weights) or float32 (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
+    shard: int = flag(
+        0, "ranks that share one copy of the weights: 1 is data parallelism, 0 means all of them", least=0
+    )
+    micro_tokens: int = flag(1024, "tokens packed into one forward pass, on each rank", least=1)
+    recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
+    optimizer_state: str = flag(
+        "float32", "type of AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=("float32", "bfloat16")
+    )
+    clip: float = flag(1.0, "largest global gradient norm")
+
+
+class Learner:
+    """A model, its optimizer, and the loop over micro-batches that accumulates one update's gradient.
+
+    With more than one rank, or in bfloat16, `model` is sharded: call it, but do not read its weights.
+    """
+
+    def __init__(self, model: Llama, world: World, s: Hardware, weight_decay: float, pad: int):
+        self.dtype = world.dtype(s.precision) or model.head().dtype  # it computes in this
+        for block in model.model.layers:
+            block.recompute = s.recompute
+        self.model = shard_model(model, world, self.dtype, s.shard)
+        self.optimizer = make_optimizer(self.model, 0.0, weight_decay, s.optimizer_state == "bfloat16")
+        self.world, self.s, self.pad = world, s, pad
+
+    def micro_batches(self, rows: Sequence[Row], groups: list[list[int]]) -> Iterator[tuple[list[int], MicroBatch]]:
+        """(indices, tensors) of each of this rank's `groups` of `rows`.
+
+        All ranks get as many as the one with the most: gathering and reducing needs every rank, so one
+        that has no rows left computes a pad that trains nothing. Gradients add up where they are
+        sharded; replicas exchange theirs after the last.
+        """
+        rounds = int(self.world.max(len(groups))[0])
+        for i in range(rounds):
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_all_reduce(i == rounds - 1)
+            group = groups[i] if i < len(groups) else []
+            yield group, collate([rows[j] for j in group], self.pad, self.world.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of the sum of all ranks' losses (FSDP2 takes their mean)."""
+        (loss * self.world.size if isinstance(self.model, FSDPModule) else loss).backward()
+
+    def step(self, lr: float) -> float:
+        """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(whole(norm))
+
+    def state(self) -> tuple[Llama, dict]:
+        """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
+        gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
+        if not isinstance(self.model, FSDPModule):
+            return self.model, optimizer
+        with torch.device("meta"):
+            model = Llama(self.model.config)
+        if weights := get_model_state_dict(self.model, options=gather):
+            model.load_state_dict(weights, assign=True)
+        return model, optimizer
+
+    def restore(self, optimizer: dict) -> None:
+        """Takes up an optimizer state from `state`, of any number of ranks."""
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+
+
+def whole(x: Tensor) -> Tensor:
+    """x itself, put together on every rank if it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,27 +373,30 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 
 
 # Settings that may differ when a run is taken up again.
-FREE = ("device", "workers", "out", "eval_every", "save_every", "eval_languages", "eval_problems", "micro_tokens")
+FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "out", "rows"}
+FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems"}
 
 
 class Run:
-    """A run folder. `stopping` turns true on Ctrl-C or SIGTERM: finish the step, save, leave.
+    """A run folder, the same for all ranks. `stopping` turns true on Ctrl-C or SIGTERM: finish the step, save.
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
+    `seconds` counts the time of each phase, `flops` the operations that the model needed, over all ranks.
     """
 
-    def __init__(self, out: str | Path, settings):
-        self.out, self.settings, self.stopping = Path(out), settings, False
+    def __init__(self, out: str | Path, settings, world: World):
+        self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
-        self.began = time.perf_counter()
+        self.seconds, self.flops, self.saved, self.held = defaultdict(float), 0.0, None, None
 
     def __enter__(self):
         def stop(*_):
-            if self.stopping:
+            if self.stopping and self.world.size == 1:  # torchrun sends its ranks the signal twice
                 raise KeyboardInterrupt
             self.stopping = True
-            tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+            if self.world.rank == 0:
+                tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
 
         self.handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -157,6 +404,29 @@ class Run:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.held:
+            self.held.close()
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Counts the seconds of what is done within; they are in `seconds` of what it yields, too."""
+        began, this = time.perf_counter(), SimpleNamespace(name=name, seconds=0.0)
+        yield this
+        this.seconds = time.perf_counter() - began
+        self.seconds[name] += this.seconds
+
+    def lock(self) -> None:
+        """Keeps other processes out of the folder until this one ends, however it ends.
+
+        ValueError if one is there: killing torchrun, say, leaves its ranks running.
+        """
+        if self.world.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.held = open(self.out / ".lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.out}: another process trains here; wait for it, or end it") from None
 
     def finished(self) -> bool:
         """Whether the run is over; says so."""
@@ -169,38 +439,59 @@ class Run:
 
         ValueError if the checkpoint was made with other settings: it would not be the same run.
         """
+        self.lock()
         checkpoint = newest_checkpoint(self.out)
-        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True) if checkpoint else {}
+        self.world.agree("checkpoint", int(checkpoint.name[5:]) if checkpoint else -1)
+        state = {}
+        if checkpoint:
+            state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         for name, old in state.get("settings", {}).items():
             new = asdict(self.settings).get(name)
             if old != new and name not in FREE:
-                raise ValueError(
-                    f"{self.out}: began with --{name.replace('_', '-')} {old}, not {new}; give that, or another --out"
-                )
-        text = json.dumps(asdict(self.settings), indent=2)
-        data.write_atomically(self.out / "settings.json", lambda p: p.write_text(text))
-        with open(self.metrics, "ab") as file:
-            file.truncate(min(file.tell(), state.get("metrics_bytes", 0)))
+                flag_ = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{self.out}: began with {flag_} {old}, not {new}; give that, or another --out")
+        self.seconds.update(state.get("seconds", {}))
+        self.flops, self.saved = state.get("flops", 0.0), state.get("step")
+        self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
+        if self.world.rank == 0:
+            with open(self.metrics, "ab") as file:
+                file.truncate(min(file.tell(), state.get("metrics_bytes", 0)))
         return checkpoint, state
 
     def log(self, **figures) -> None:
         """Appends one line of figures to metrics.jsonl; shows held-out figures."""
+        if self.world.rank:
+            return
+        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
         with open(self.metrics, "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}) + "\n")
+            file.write(line + "\n")
         if "held_out" in figures:
             tqdm.write(f"{self.out} step {figures['step']}: held-out {figures['held_out']}")
 
-    def save(self, step: int, model: Llama, tokenizer: Tokenizer, optimizer, **state) -> None:
+    def write_text(self, name: str, text: str) -> None:
+        """A file in the run folder."""
+        if self.world.rank == 0:
+            data.write_atomically(self.out / name, lambda p: p.write_text(text))
+
+    def save(self, step: int, learner: Learner, tokenizer: Tokenizer, **state) -> None:
         """Writes checkpoint step-N and removes the older ones."""
-        final, temporary = self.out / f"step-{step}", self.out / f".step-{step}.tmp"
-        if final.exists():  # saved a moment ago, and nothing was learned since
+        if step == self.saved:  # a moment ago, and nothing was learned since
             return
+        with self.phase("save"):
+            model, optimizer = learner.state()
+            self.saved = step
+            if self.world.rank == 0:
+                state |= {"step": step, "optimizer": optimizer, "seconds": dict(self.seconds), "flops": self.flops}
+                self.write(step, model, tokenizer, state)
+
+    def write(self, step: int, model: Llama, tokenizer: Tokenizer, state: dict) -> None:
+        """The files of `save`."""
+        final, temporary = self.out / f"step-{step}", self.out / f".step-{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         save(model, temporary)
         tokenizer.save(temporary)
-        position = self.metrics.stat().st_size if self.metrics.exists() else 0
-        state |= {"step": step, "optimizer": optimizer.state_dict(), "metrics_bytes": position}
-        torch.save(state | {"settings": asdict(self.settings)}, temporary / "trainer.pt")
+        state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
+        torch.save(state, temporary / "trainer.pt")
         older = list(self.out.glob("step-*"))
         os.replace(temporary, final)
         for old in older:
@@ -211,10 +502,18 @@ class Run:
         print(f"{self.out}: stopped after step {step}; the same command goes on from there")
         sys.exit(130)
 
-    def finish(self, **totals) -> None:
-        """Writes summary.json, which marks the run as finished, and prints its line of totals."""
-        totals["seconds"] = round(time.perf_counter() - self.began, 1)
-        data.write_atomically(self.summary, lambda p: p.write_text(json.dumps(totals) + "\n"))
+    def finish(self, tokens: int, **totals) -> None:
+        """Prints the line of totals and writes summary.json, which marks the run as finished.
+
+        `tokens` are those trained on; their rate, and the share of the devices' peak, are over the
+        seconds of the phase "train".
+        """
+        name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else ""
+        peak = next((rate for part, rate in PEAK.items() if part in name), None)
+        totals |= {"tokens": tokens, "tokens_per_s": round(tokens / self.seconds["train"])}
+        totals["mfu"] = peak and round(self.flops / (self.seconds["train"] * peak * self.world.size), 3)
+        totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
+        self.write_text(self.summary.name, json.dumps(totals) + "\n")
         print(f"{self.out}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in totals.items()))
 
 
@@ -223,7 +522,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Hardware):
     mixture: str = flag("parallel", "what to train on", choices=tuple(data.MIXTURES))
     data: str = flag("runs/data", "folder that `python data.py make` wrote; made first if it is missing")
     model: str = flag(
@@ -231,13 +530,12 @@ class Settings:
         "checkpoint or run folder to start from (default: runs/base, trained first if missing; base starts from scratch)",
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
+    format: str = flag("", "prompt format, chat or plain (default: the starting model's; chat if it has none)")
     tokens: int = flag(0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise")
-    batch: int = flag(16, "sequences per update", least=1)
-    micro_tokens: int = flag(1024, "most tokens in one forward pass, padding included")
+    batch: int = flag(16, "sequences per update, over all ranks", least=1)
     lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
-    clip: float = flag(1.0, "largest global gradient norm")
     general: float = flag(0.3, "share of base documents replayed inside an SFT mixture")
     statements: float = flag(0.45, "share of base documents that begin with a statement")
     in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
@@ -246,7 +544,6 @@ class Settings:
     eval_problems: int = flag(32, "held-out problems for the loss", least=1)
     save_every: int = flag(1000, "updates between two checkpoints", least=1)
     seed: int = flag(0, "seed of the initial weights and of the order of examples")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     layers: int = flag(4, "from scratch: layers", least=1)
     width: int = flag(128, "from scratch: width", least=1)
     heads: int = flag(4, "from scratch: query heads; half as many key/value heads", least=1)
@@ -285,49 +582,35 @@ def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -
     return rows
 
 
+def my_groups(rows: Sequence[Row], learner: Learner) -> list[list[int]]:
+    """This rank's share of `rows`, which every rank has, packed into micro-batches."""
+    groups = pack([len(tokens) - 1 for tokens, _ in rows], learner.s.micro_tokens)
+    return list(learner.world.deal(groups))
+
+
 @torch.no_grad()
-def held_out_losses(model: Llama, held: dict[str, list[Row]], s: Settings, pad: int) -> dict[str, float]:
+def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, float]:
     """Mean negative log-prob per trained token, by PL."""
     losses = {}
     for language, rows in sorted(held.items()):
         total = 0.0
-        for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
-            total -= float(model(*collate([rows[i] for i in part], pad, s.device))[0].sum())
-        losses[language] = round(total / trained_tokens(rows), 4)
+        for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+            total -= learner.model(tokens, targets, start=start)[0].sum().item()
+        losses[language] = round(learner.world.sum(total)[0] / trained_tokens(rows), 4)
     return losses
 
 
-def accumulate(model: Llama, rows: Sequence[Row], s: Settings, pad: int) -> float:
-    """Adds the gradient of the mean loss over all trained tokens of `rows`; returns that loss."""
+def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
+    """Adds the gradient of the mean loss over all trained tokens of `rows`, the same on every rank.
+
+    Returns this rank's part of that mean: the parts of all ranks add up to it.
+    """
     count, total = trained_tokens(rows), 0.0
-    for part in micro_batches([len(tokens) for tokens, _ in rows], s.micro_tokens):
-        logprobs, _ = model(*collate([rows[i] for i in part], pad, s.device))
-        loss = -logprobs.sum() / count
-        loss.backward()
+    for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+        loss = -learner.model(tokens, targets, start=start)[0].sum() / count
+        learner.backward(loss)
         total += loss.item()
     return total
-
-
-def train(s: Settings) -> None:
-    """Trains until `s.tokens` tokens are seen, resuming a run that stopped.
-
-    The tokenizer is the starting model's own; only a model from scratch takes the corpus's.
-    """
-    roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-    with Run(s.out, s) as run:
-        checkpoint, state = run.start()
-        source = checkpoint or (
-            starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
-        )
-        tokenizer = Tokenizer(source or s.data)
-        model = load(source, s.device, torch.float32) if source else fresh_model(s, tokenizer).to(s.device)
-        mixture = Mixture(
-            s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
-        )
-        optimizer = make_optimizer(model, s.lr, s.weight_decay)
-        if state:
-            optimizer.load_state_dict(state["optimizer"])
-        loop(s, run, model, optimizer, mixture, state.get("step", 0), state.get("tokens", 0))
 
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
@@ -342,52 +625,84 @@ def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
     return rows
 
 
-def loop(s: Settings, run: Run, model: Llama, optimizer, mixture: Mixture, step: int, tokens: int) -> None:
+def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
+    """One optimizer step: (its figures, whether any rank was told to stop)."""
+    lengths = [len(tokens) - 1 for tokens, _ in rows]
+    with run.phase("train") as training:
+        loss = accumulate(learner, rows)
+        norm = learner.step(lr)
+        loss, stopping = learner.world.sum(loss, run.stopping)
+    run.flops += flops(learner.model.config, lengths)
+    rate = (sum(lengths) + len(rows)) / training.seconds
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}, stopping > 0
+
+
+def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture, step: int, tokens: int) -> None:
     """The updates from `step` on, `tokens` tokens into the run."""
-    tokenizer = mixture.tokenizer
+    tokenizer, config, stopping = mixture.tokenizer, learner.model.config, False
     held = held_out_rows(s, tokenizer, mixture.everything)
-    bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=None)
-    while tokens < s.tokens and not run.stopping:
-        began = time.perf_counter()
-        rows = draw(mixture, step, s, model.config.max_position_embeddings)
-        loss = accumulate(model, rows, s, tokenizer.pad)
+    quiet = True if run.world.rank else None
+    bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
+    while tokens < s.tokens and not stopping:
+        with run.phase("data"):
+            rows = draw(mixture, step, s, config.max_position_embeddings)
         lr = s.lr * schedule(tokens / s.tokens, s.warmup)
-        norm = apply_gradients(model, optimizer, lr, s.clip)
+        figures, stopping = update(learner, rows, lr, run)
         seen = sum(len(ids) for ids, _ in rows)
         step, tokens = step + 1, tokens + seen
-        figures = {
-            "step": step,
-            "tokens": tokens,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_s": seen / (time.perf_counter() - began),
-        }
         bar.update(seen)
-        bar.set_postfix(step=step, loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        bar.set_postfix(step=step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
         if step % s.eval_every == 0:
-            figures["held_out"] = held_out_losses(model, held, s, tokenizer.pad)
-        run.log(**figures)
+            with run.phase("evaluate"):
+                figures["held_out"] = held_out_losses(learner, held)
+        run.log(step=step, tokens=tokens, **figures)
         if step % s.save_every == 0:
-            run.save(step, model, tokenizer, optimizer, tokens=tokens)
+            run.save(step, learner, tokenizer, tokens=tokens)
     bar.close()
-    run.save(step, model, tokenizer, optimizer, tokens=tokens)
+    run.save(step, learner, tokenizer, tokens=tokens)
     if tokens < s.tokens:
         run.stop(step)
-    run.finish(updates=step, tokens=tokens, held_out=held_out_losses(model, held, s, tokenizer.pad))
+    with run.phase("evaluate"):
+        losses = held_out_losses(learner, held)
+    run.finish(tokens, updates=step, held_out=losses)
+
+
+def train(s: Settings, world: World) -> None:
+    """Trains until `s.tokens` tokens are seen, resuming a run that stopped.
+
+    The tokenizer is the starting model's own; only a model from scratch takes the corpus's.
+    """
+    roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
+    with Run(s.out, s, world) as run:
+        checkpoint, state = run.start()
+        source = checkpoint or (
+            starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
+        )
+        tokenizer = Tokenizer(source or s.data, s.format)
+        model = load(source, world.device, torch.float32) if source else fresh_model(s, tokenizer).to(world.device)
+        mixture = Mixture(
+            s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
+        )
+        learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
+        if state:
+            learner.restore(state["optimizer"])
+        loop(s, run, learner, mixture, state.get("step", 0), state.get("tokens", 0))
 
 
 def main(s: Settings) -> None:
     """Makes what is missing before it (corpus, base model), each said aloud, then trains."""
     s = resolve(s)
-    if s.data == Settings.data and not (Path(s.data) / "languages.json").exists():
-        print(f"{s.data}: no corpus yet; making the embedded one")
-        data.make(data.CorpusSettings(out=s.data))
-    if s.model == "runs/base" and not Path("runs/base/summary.json").exists():
-        print("runs/base: no finished base model yet; training it first (minutes on a CPU)")
-        train(resolve(Settings(mixture="base", data=s.data, device=s.device, seed=s.seed)))
-    if not Run(s.out, s).finished():
-        train(s)
+    with World(s.device) as world:
+        if s.data == Settings.data and not (Path(s.data) / "languages.json").exists():
+            print(f"{s.data}: no corpus yet; making the embedded one")
+            if world.rank == 0:
+                data.make(data.CorpusSettings(out=s.data))
+        world.sum(0)  # nobody reads before it is written
+        if s.model == "runs/base" and not Path("runs/base/summary.json").exists():
+            print("runs/base: no finished base model yet; training it first (minutes on a CPU)")
+            train(resolve(Settings(mixture="base", data=s.data, device=s.device, seed=s.seed)), world)
+        if not Run(s.out, s, world).finished():
+            train(s, world)
 
 
 if __name__ == "__main__":

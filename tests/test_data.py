@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import sandbox
@@ -228,6 +228,19 @@ def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
     ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
     e = data.example(tokenizer, record, ["python"], "source")
     assert e.tokens == ids and e.tokens[e.start - 1 :][0] != tokenizer.eot and e.tokens[-1] == tokenizer.eot
+
+
+@pytest.mark.parametrize("format", data.FORMATS)
+def test_transformers_writes_the_same_prompt_from_a_saved_folder(corpus, records, tmp_path, format):
+    data.Tokenizer(corpus, format).save(tmp_path)
+    ours, theirs, record = data.Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path), records["train"][0]
+    messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.format == format and ours.prompt(record["prompt"], ["python"]) == ids
+    messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
+    assert data.example(ours, record, ["python"], "x").tokens == theirs.apply_chat_template(messages, return_dict=False)
+    assert theirs.eos_token_id == ours.stop and theirs.pad_token_id == ours.pad != ours.stop
+    assert {ours.format, data.Tokenizer(tmp_path, "chat").format} == {format, "chat"}
 
 
 def test_special_tokens(tokenizer, records):

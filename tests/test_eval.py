@@ -12,6 +12,7 @@ import eval as evaluation
 import sandbox
 from eval import Outcome, Rollout
 from model import save
+from sft import World
 
 RECORD = {
     "id": "r",
@@ -143,7 +144,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     records = data.read_records(corpus / "eval.jsonl.gz")[::6]
     languages = [p for p in data.read_roles(corpus).everything if p in sandbox.installed()]
     with sandbox.Sandbox() as box:
-        rows = evaluation.evaluate(tiny, tokenizer, records, languages, box, max_new_tokens=1)
+        rows = evaluation.evaluate(tiny, tokenizer, records, languages, box, World("cpu"), max_new_tokens=1)
     assert len(rows) == len(records) * len(languages) and {o.verdicts for o in rows} == {("ok",)}
 
 
@@ -185,8 +186,18 @@ def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(to
 
     known = {}
     monkeypatch.setattr(evaluation, "sample", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")])
-    assert evaluation.evaluate(tiny, tokenizer, [RECORD], ["python"], Broken(), max_new_tokens=1, known=known) == []
+    assert (
+        evaluation.evaluate(
+            tiny, tokenizer, [RECORD], ["python"], Broken(), World("cpu"), max_new_tokens=1, known=known
+        )
+        == []
+    )
     assert known == {}
     assert (
-        len(evaluation.evaluate(tiny, tokenizer, [RECORD], ["python"], Counting(), max_new_tokens=1, known=known)) == 1
+        len(
+            evaluation.evaluate(
+                tiny, tokenizer, [RECORD], ["python"], Counting(), World("cpu"), max_new_tokens=1, known=known
+            )
+        )
+        == 1
     )

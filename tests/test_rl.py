@@ -72,6 +72,10 @@ def some_rollouts(tiny, tokenizer, s, seed=0):
     return evaluation.sample(tiny, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed)
 
 
+def learner_of(tiny, tokenizer, s):
+    return sft.Learner(tiny, sft.World("cpu"), s, 0.0, tokenizer.pad)
+
+
 def gradient(tiny, tokenizer, rollouts, weights, s):
     """The gradient that one update applies, caught in place of the optimizer step."""
     caught = {}
@@ -85,7 +89,9 @@ def gradient(tiny, tokenizer, rollouts, weights, s):
         def zero_grad(self, **_):
             tiny.zero_grad()
 
-    figures = rl.update(tiny, Catch(), rollouts, weights, s, tokenizer.pad)
+    learner = learner_of(tiny, tokenizer, s)
+    learner.optimizer = Catch()
+    figures = rl.update(learner, rollouts, weights, s)
     return caught, figures
 
 
@@ -135,12 +141,12 @@ def test_on_policy_sampler_and_trainer_agree_and_nothing_clips(tiny, tokenizer, 
 
 def test_no_spread_changes_nothing(tiny, tokenizer):
     s = settings()
-    optimizer = sft.make_optimizer(tiny, 1e-3, 0.0)
+    learner = learner_of(tiny, tokenizer, s)
     rollouts = some_rollouts(tiny, tokenizer, s)
     spread = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * s.prompts)
-    rl.learn(tiny, optimizer, rollouts, spread, s, tokenizer.pad)  # now AdamW has momentum
+    rl.learn(learner, rollouts, spread, s)  # now AdamW has momentum
     before = {n: p.clone() for n, p in tiny.named_parameters()}
-    rl.learn(tiny, optimizer, rollouts, torch.zeros(s.prompts, s.samples), s, tokenizer.pad)
+    rl.learn(learner, rollouts, torch.zeros(s.prompts, s.samples), s)
     assert all(torch.equal(p, before[n]) for n, p in tiny.named_parameters())
 
 
@@ -149,14 +155,14 @@ def test_reward_rises_when_one_token_is_rewarded(tiny, tokenizer, updates):
     """A task with a known answer: reward 1 for a first token from the lower half of ids."""
     wanted = set(range(tokenizer.size // 2))
     s = settings(prompts=4, samples=16, max_new_tokens=2, lr=1e-2, updates=updates)
-    optimizer, shares = sft.make_optimizer(tiny, s.lr, 0.0), []
+    learner, shares = learner_of(tiny, tokenizer, s), []
     for step in range(30):
         rollouts = some_rollouts(tiny, tokenizer, s, seed=step)
         for r in rollouts:
             r.verdict = "ok" if r.tokens[0] in wanted else "wrong_answer"
         rewards, _, advantage = rl.score(rollouts, s.samples)
         shares.append(rewards.mean().item())
-        rl.learn(tiny, optimizer, rollouts, advantage, s, tokenizer.pad)
+        rl.learn(learner, rollouts, advantage, s)
     assert shares[0] < 0.7 and shares[-1] > 0.9
 
 

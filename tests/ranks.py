@@ -1,0 +1,130 @@
+"""What tests/test_ranks.py starts under torchrun: updates to compare, and runs with a made-up reward.
+
+torchrun --nproc-per-node 2 tests/ranks.py updates FOLDER     writes one file of weights a case
+torchrun --nproc-per-node 2 tests/ranks.py rl | sft FLAGS     rl.py with `by_length`, or sft.py
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import eval as evaluation
+import rl
+import sft
+from model import load
+from sft import Hardware, Learner, World
+
+PAD, LR = 0, 1e-3
+CASES = [
+    (stage, shard, micro, dtype)
+    for stage, shard, micro, dtype in itertools.product(("sft", "rl"), (1, 2), (20, 64, 1000), ("float64", "float32"))
+]
+
+
+def by_length(rollouts, tokenizer, box, known=None, progress=None):
+    """A reward that a random model can get: an even number of different tokens."""
+    for r in rollouts:
+        r.verdict = "ok" if len(set(r.tokens)) % 2 == 0 else "wrong_answer"
+
+
+def rows():
+    """11 rows of very different lengths, so that no split of them is even."""
+    g = torch.Generator().manual_seed(0)
+    lengths = [5, 40, 3, 17, 60, 2, 9, 33, 21, 4, 12]
+    return [(torch.randint(1, 96, (n,), generator=g).tolist(), 1 + n // 3) for n in lengths]
+
+
+def rollouts():
+    """The same rows as responses in groups of their own, half of which have no spread."""
+    record = {"id": "r", "prompt": "", "tests": [], "solutions": {}}
+    made = []
+    for i, (ids, first) in enumerate(rows() + rows()[:1]):
+        logprobs = [-4.0 + 0.3 * (i % 3)] * (len(ids) - first)
+        made.append(evaluation.Rollout(record, "python", ids[:first], ids[first:], logprobs, True))
+    advantages = [1.5, -0.5, -1.0, 0.0, 0.0, 0.0, 0.7, 0.7, -1.4, 0.0, 0.0, 0.0]
+    return made, advantages
+
+
+def updated(folder, world, stage, shard, micro, dtype):
+    """The learner after one update from the weights in `folder`."""
+    s = (rl.Settings if stage == "rl" else Hardware)(device="cpu", shard=shard, micro_tokens=micro)
+    model = load(folder, dtype=getattr(torch, dtype))
+    learner = Learner(model, world, s, 0.1, PAD)
+    if stage == "sft":
+        sft.accumulate(learner, rows())
+        learner.step(LR)
+        return learner
+    made, advantages = rollouts()
+    share = len(made) // world.size
+    mine = slice(world.rank * share, (world.rank + 1) * share)  # whole groups of three
+    rl.update(learner, made[mine], advantages[mine], s)
+    return learner
+
+
+def replicas_are_equal(learner):
+    """Whether the parts of the weights that ranks hold in common are the same to the bit."""
+    if learner.s.shard != 1:
+        return True
+    local = torch.cat([p.to_local().flatten() for p in learner.model.parameters()])
+    parts = learner.world.gather([local])
+    return all(torch.equal(parts[0], part) for part in parts)
+
+
+def gradient_of_ddp(folder, world):
+    """The gradient of the mean loss by torch's DistributedDataParallel, row by row, float64."""
+    model = load(folder, dtype=torch.float64)
+    replica, count = DistributedDataParallel(model), sft.trained_tokens(rows())
+    padded = [*rows(), ([PAD, PAD], 2)]  # DDP, too, wants as many on every rank
+    total = 0.0
+    for row in world.deal(padded):
+        tokens, targets, _ = sft.collate([row], PAD, "cpu")
+        total = total - replica(tokens, targets)[0].sum() / count
+    (total * world.size).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def ours_against_ddp(folder, world):
+    learner = Learner(load(folder, dtype=torch.float64), world, Hardware(device="cpu", shard=1), 0.0, PAD)
+    sft.accumulate(learner, rows())
+    theirs = gradient_of_ddp(folder, world)
+    for name, p in learner.model.named_parameters():
+        torch.testing.assert_close(sft.whole(p.grad), theirs[name], rtol=1e-10, atol=1e-12)
+
+
+def updates(folder):
+    torch.set_num_threads(1)
+    with World("cpu") as world:
+        ours_against_ddp(folder, world)
+        for case in CASES:
+            learner = updated(folder, world, *case)
+            assert replicas_are_equal(learner), case
+            model, _ = learner.state()
+            if world.rank == 0:
+                torch.save(model.state_dict(), Path(folder) / f"{'-'.join(map(str, case))}.pt")
+
+
+def main(what, *flags):
+    if what == "updates":
+        return updates(*flags)
+    if what == "rl":
+        rl.grade = evaluation.grade = by_length
+    real, fails = sft.Learner.step, os.environ.get("FAIL_ON_RANK")
+
+    def step(learner, lr):
+        if fails and learner.world.rank == int(fails):
+            raise ValueError("this rank's own trouble")
+        return real(learner, lr)
+
+    sft.Learner.step = step
+    stage = {"rl": rl, "sft": sft}[what]
+    data.command(stage.main, stage.Settings, stage.__doc__, flags)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
