@@ -265,3 +265,18 @@ def test_a_missing_toolchain_is_named(corpus, start, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "installed", dict)
     with pytest.raises(SystemExit, match="no toolchain here for python"):
         rl.main(run_settings(corpus, start, tmp_path / "run"))
+
+
+def test_a_bfloat16_sampler_and_trainer_nearly_agree(corpus, tokenizer, tiny):
+    """The sampler's copy is of the weights that the trainer computes with, also after an update."""
+    s = settings(precision="bfloat16", lr=1e-2)
+    with sft.World("cpu") as world:
+        learner = sft.Learner(tiny, world, s, 0.0, tokenizer.pad)
+        sampler = rl.Sampler(learner)
+        for _ in range(2):
+            sampler.refresh()
+            rollouts = some_rollouts(sampler.model, tokenizer, s)
+            figures = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s)
+            assert figures["drift"] / figures["trained"] < 0.02
+        stale = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s)
+        assert stale["drift"] / stale["trained"] > 0.05
