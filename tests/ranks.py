@@ -1,7 +1,7 @@
 """What tests/test_ranks.py starts under torchrun: updates to compare, and runs with a made-up reward.
 
 torchrun --nproc-per-node 2 tests/ranks.py updates FOLDER     writes one file of weights a case
-torchrun --nproc-per-node 2 tests/ranks.py rl | sft FLAGS     rl.py with `by_length`, or sft.py
+torchrun --nproc-per-node 2 tests/ranks.py sft | rl | eval FLAGS     the last two with `by_length`
 """
 
 import itertools
@@ -112,7 +112,7 @@ def updates(folder):
 def main(what, *flags):
     if what == "updates":
         return updates(*flags)
-    if what == "rl":
+    if what != "sft":
         rl.grade = evaluation.grade = by_length
     real, fails = sft.Learner.step, os.environ.get("FAIL_ON_RANK")
 
@@ -122,7 +122,7 @@ def main(what, *flags):
         return real(learner, lr)
 
     sft.Learner.step = step
-    stage = {"rl": rl, "sft": sft}[what]
+    stage = {"rl": rl, "sft": sft, "eval": evaluation}[what]
     data.command(stage.main, stage.Settings, stage.__doc__, flags)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,10 +22,10 @@ HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(*arguments, ranks=2, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    if ranks == 1:
-        command = [sys.executable]
+def start(*arguments, ranks=2, torchrun=("--standalone",), **environment):
+    command = [sys.executable]
+    if ranks > 1 or environment:
+        command += ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"]
     command += [HERE / "ranks.py", *map(str, arguments)]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=ENVIRONMENT | environment, start_new_session=True, **output)
@@ -140,6 +141,33 @@ def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
     (one, _), (two, _) = state(tmp_path / "one"), state(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+
+
+def test_two_hosts_meet_and_train_as_two_ranks_of_one(flags, tmp_path):
+    """Two agents of torchrun with one rank each, which meet at an address; each shares the other's folder."""
+    finish(start("sft", *flags["sft"], "--shard", 1, "--out", tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    meeting = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test")
+    hosts = [
+        start("sft", *flags["sft"], "--shard", 1, "--out", tmp_path / "two", ranks=1, torchrun=meeting, HOST=str(i))
+        for i in range(2)
+    ]
+    texts = [finish(host) for host in hosts]
+    assert sum("tokens per s" in text for text in texts) == 1  # rank 0 alone speaks
+    assert all(map(same, state(tmp_path / "one"), state(tmp_path / "two")))
+
+
+def test_evaluation_is_shared_out_and_put_together_in_order(flags, corpus, tmp_path):
+    flags = ["eval", "--data", corpus, "--models", tmp_path / "start", "--problems", 3, "--max-new-tokens", 8]
+    outcomes = []
+    for count in (1, 2):
+        text = finish(start(*flags, "--device", "cpu", "--out", tmp_path / str(count), ranks=count))
+        assert text.count("wrote") == 1
+        outcomes.append(json.loads((tmp_path / str(count) / "eval.json").read_text())["outcomes"])
+    assert outcomes[0] == outcomes[1]
+    assert {v for o in outcomes[0]["greedy pass@1"]["start"] for v in o["verdicts"]} == {"ok", "wrong_answer"}
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_own_message(flags, tmp_path):
