@@ -1,5 +1,6 @@
 # make demo        the whole pipeline on a CPU, set-up included; prints the transfer table
 # make test        ruff and pytest, set-up included
+# make seeds       the demo with seeds 1, 2 and 3, each with problems of its own; prints mean and range
 # make toolchains  the compilers and interpreters that Debian packages (as root)
 # make clean       forget the demo's results and the environment
 
@@ -7,10 +8,12 @@ PYTHON ?= python3
 # The build of torch to install, with any further arguments of pip: the demo needs no GPU.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
-RUN := runs/demo
+SEED ?= 0
+SEEDS ?= 1 2 3
+RUN := runs/demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DATA := $(RUN)/data
 
-.PHONY: demo test toolchains clean
+.PHONY: demo seeds test toolchains clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # a stage uses all cores
 
@@ -35,22 +38,26 @@ STAGES := base source rl-source parallel rl-parallel
 ANEW = if [ -e $@ ]; then rm -r $(@D); fi
 
 $(DATA)/languages.json: | .venv/installed
-	$(PY) data.py make --out $(DATA)
+	$(PY) data.py make --seed $(SEED) --out $(DATA)
 
 $(RUN)/base/summary.json: $(DATA)/languages.json
 	@$(ANEW)
-	$(PY) sft.py --mixture base --data $(DATA) --out $(RUN)/base
+	$(PY) sft.py --mixture base --seed $(SEED) --data $(DATA) --out $(RUN)/base
 
 $(RUN)/source/summary.json $(RUN)/parallel/summary.json: $(RUN)/%/summary.json: $(RUN)/base/summary.json
 	@$(ANEW)
-	$(PY) sft.py --mixture $* --data $(DATA) --model $(RUN)/base --out $(RUN)/$*
+	$(PY) sft.py --mixture $* --seed $(SEED) --data $(DATA) --model $(RUN)/base --out $(RUN)/$*
 
 $(RUN)/rl-source/summary.json $(RUN)/rl-parallel/summary.json: $(RUN)/rl-%/summary.json: $(RUN)/%/summary.json
 	@$(ANEW)
-	$(PY) rl.py --data $(DATA) --model $(RUN)/$* --out $(RUN)/rl-$*
+	$(PY) rl.py --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(RUN)/rl-$*
 
 $(RUN)/eval/table.md: $(STAGES:%=$(RUN)/%/summary.json)
 	$(PY) eval.py --data $(DATA) --models $(STAGES:%=$(RUN)/%) --problems 60 --out $(RUN)/eval >/dev/null
+
+seeds:
+	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit; done
+	$(PY) eval.py --join $(SEEDS:%=runs/demo-%/eval/eval.json)
 
 # --- the rest
 

@@ -3,6 +3,7 @@
     python eval.py                                    # every run folder under runs/ that has a checkpoint
     python eval.py --models base=runs/base rl=runs/rl # these, under these names
     python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
+    python eval.py --join runs/*/eval/eval.json       # mean and range over runs with different seeds
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
 of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, and every problem's
@@ -205,38 +206,56 @@ def columns(roles: Roles, languages: Sequence[str]) -> dict[str, list[str]]:
     return {title: group for title, group in titles.items() if group}
 
 
-def cell(e: dict | None) -> str:
-    return f"{100 * e['value']:.0f} ({100 * e['low']:.0f}–{100 * e['high']:.0f})" if e else "–"
-
-
-def table(results: dict[str, list[Outcome]], group: str, k: int, titles: dict[str, list[str]]) -> str:
-    """Markdown: a row for each model, a column for each title, percentages with 95% intervals."""
-    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name, outcomes in results.items():
-        own = [o for o in outcomes if o.group == group]
-        lines.append(f"| {name} | " + " | ".join(cell(estimate(own, p, k)) for p in titles.values()) + " |")
-    return "\n".join(lines)
-
-
-def report(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str]]) -> tuple[str, list[dict]]:
-    """(all tables as text, all their cells as JSON rows); measures: title -> (k, outcomes by model)."""
-    text, rows = [], []
+def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str]]) -> list[dict]:
+    """Every cell of every table, as JSON rows; measures: title -> (k, outcomes by model)."""
+    rows = []
     for title, (k, results) in measures.items():
-        first = next(iter(results.values()))
-        for group in dict.fromkeys(o.group for o in first):
-            problems = len({o.id for o in first if o.group == group})
-            text.append(
-                f"**{title}, {group}** (percent of {problems} held-out problems, 95% interval)\n\n"
-                + table(results, group, k, titles)
-            )
-            for name, outcomes in results.items():
-                own = [o for o in outcomes if o.group == group]
-                rows += [
-                    {"model": name, "measure": title, "group": group, "column": c, **e}
-                    for c, p in titles.items()
-                    if (e := estimate(own, p, k))
-                ]
-    return "\n\n".join(text), rows
+        for name, outcomes in results.items():
+            for group in dict.fromkeys(o.group for o in outcomes):
+                own, place = (
+                    [o for o in outcomes if o.group == group],
+                    {"model": name, "measure": title, "group": group},
+                )
+                estimates = {column: estimate(own, languages, k) for column, languages in titles.items()}
+                rows += [{**place, "column": column, **e} for column, e in estimates.items() if e]
+    return rows
+
+
+PLACE = ("measure", "group", "model", "column")  # what tells a cell from the others
+
+
+def join(runs: Sequence[list[dict]]) -> list[dict]:
+    """The cells of runs with several seeds as one: the mean value, and from the least to the greatest."""
+    places = defaultdict(list)
+    for cells in runs:
+        for c in cells:
+            places[tuple(c[name] for name in PLACE)].append(c)
+    joined = []
+    for place, same in places.items():
+        values, problems = [c["value"] for c in same], sum(c["problems"] for c in same)
+        spread = {"value": mean(values), "low": min(values), "high": max(values), "problems": problems}
+        joined.append({**dict(zip(PLACE, place, strict=True)), **spread, "seeds": len(same)})
+    return joined
+
+
+def percent(cell: dict | None) -> str:
+    return "–" if cell is None else "{:.0f} ({:.0f}–{:.0f})".format(*(100 * cell[n] for n in ("value", "low", "high")))
+
+
+def tables(cells: Sequence[dict]) -> str:
+    """Markdown, a table for each measure and kind of problem: a row a model, percent with the range."""
+    text = []
+    for measure, group in dict.fromkeys((c["measure"], c["group"]) for c in cells):
+        own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (measure, group)}
+        models, titles = (list(dict.fromkeys(place[i] for place in own)) for i in (0, 1))
+        some = next(iter(own.values()))
+        about = "95% interval" if "seeds" not in some else f"mean and range of {some['seeds']} seeds"
+        lines = [f"**{measure}, {group}** (percent of {some['problems']} held-out problems, {about})\n"]
+        lines += ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+        for m in models:
+            lines.append(f"| {m} | " + " | ".join(percent(own.get((m, title))) for title in titles) + " |")
+        text.append("\n".join(lines))
+    return "\n\n".join(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,6 +269,7 @@ class Settings:
     )
     data: str = flag("runs/data", "folder of the corpus")
     out: str = flag("runs/eval", "folder for table.md and eval.json")
+    join: tuple = flag((), "eval.json files of runs with other seeds: print their mean and range, and evaluate nothing")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all")
     by: str = flag("wording", "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations")
@@ -339,6 +359,8 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
 
 def main(s: Settings) -> None:
     """Evaluates every model, prints the tables and writes them with all outcomes."""
+    if s.join:
+        return print(tables(join([json.loads(Path(path).read_text())["cells"] for path in s.join])))
     roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
     languages, began = present_languages(s, roles), time.perf_counter()
     if s.samples and max(s.k) > s.samples:
@@ -347,7 +369,8 @@ def main(s: Settings) -> None:
         measures = measure(s, world, models, records, languages)
         if world.rank:
             return
-    text, cells = report(measures, columns(roles, languages))
+    cells = make_cells(measures, columns(roles, languages))
+    text = tables(cells)
     outcomes = {
         title: {name: [asdict(o) for o in own] for name, own in results.items()}
         for title, (_, results) in measures.items()

@@ -119,11 +119,23 @@ def test_table_has_source_sft_and_unseen_parts():
         "lua (unseen)": ["lua"],
         "unseen mean": ["lua"],
     }
-    text, cells = evaluation.report({"greedy pass@1": (1, {"m": outcomes()})}, titles)
+    cells = evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
+    text = evaluation.tables(cells)
     row = [c.strip() for c in text.splitlines()[-1].split("|")[1:-1]]
     assert row[0] == "m" and [c.split()[0] for c in row[1:]] == ["50", "100", "100", "50", "50"]
     assert {c["column"]: c["value"] for c in cells}["python (source)"] == 0.5
     assert evaluation.estimate(outcomes(), ["python", "lua"], 1)["value"] == 0.5
+
+
+def test_joined_runs_show_mean_and_range_over_seeds():
+    titles, verdicts = {"python (source)": ["python"]}, ["ok", "wrong_answer", "ok", "ok"]
+    runs = [
+        evaluation.make_cells({"greedy pass@1": (1, {"m": [Outcome("a", "g", "python", (v,)), *outcomes()]})}, titles)
+        for v in verdicts
+    ]
+    text = evaluation.tables(evaluation.join(runs))
+    assert "| m | 75 (0–100) |" in text and "percent of 4 held-out problems, mean and range of 4 seeds" in text
+    assert text.count("| m | 50 (50–50) |") == 1  # the other kind of problem
 
 
 def test_difficulty_groups():
