@@ -65,6 +65,7 @@ test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py # without a GPU the first call only compiles them
 
 toolchains:
 	apt-get update

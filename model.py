@@ -19,10 +19,10 @@ Choices:
    end change nothing before it, and what stands there is not to be read.
 2. Log-probs are computed only where `targets` counts, a chunk of positions at a time, and again in
    the backward pass: no tensor of B x T x V numbers ever exists.
-3. The sampler draws from softmax(logits / temperature) over the whole vocabulary. There is no top-k
-   and no top-p: the trainer scores the distribution that was sampled from, and no other.
-4. Sampling is an argmax: token = argmax p_v / E_v with E_v exponential noise (the Gumbel-max trick),
-   so a decoding step never waits for the device.
+3. The sampler draws from softmax(logits / temperature) over the whole vocabulary: the trainer scores the
+   distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
+4. The device alone decides how: a GPU runs the Triton kernels, a CPU torch's own operations, and each
+   kernel has a plain function beside it. A decoding step never waits for the device.
 5. The attention is a function handed down to the blocks (causal over a batch, causal that fills the
    cache, one query over the cache): a new kernel is a new function, and the network stays as it is.
 6. Rotary frequencies are recomputed in each forward pass, in float32: no buffer, hence nothing that
@@ -46,6 +46,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -161,20 +163,6 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467, eq. 4)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position of each pair of coordinates: (d / 2,) float32 (arXiv 2104.09864, 3.2.2).
 
@@ -192,17 +180,342 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rope_table(config: Config, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. length - 1, each (length, d) in the dtype of `like`."""
+    """Cosines and signed sines of positions 0 .. length - 1, each (length, d) in the dtype of `like`."""
     frequency = rope_frequencies(config, like.device)
     angle = torch.arange(length, device=like.device).float()[:, None] * frequency  # (L, d / 2)
-    angle = torch.cat([angle, angle], dim=-1)  # (L, d)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1).to(like.dtype), torch.cat([-sin, sin], dim=-1).to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns pair (x_i, x_{i + d/2}) by its angle; Hugging Face stores the pairs as two halves."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    """Turns each pair of coordinates (i, i + d / 2) of x (..., d) by its angle; a copy of x."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels: Triton on a GPU; with TRITON_INTERPRET=1 on a CPU too, where the tests run them
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = tl.constexpr(INTERPRET)  # the same, for kernels
+MASKED = tl.constexpr(-1e30)  # a score that weighs nothing; not -inf, since -inf - -inf is nan
+LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels compute what has to do with x: the device alone decides."""
+    return x.is_cuda or INTERPRET
+
+
+def tuned(*sizes: tuple[int, int, int, int]):
+    """Autotunes over (BM, BN, warps, stages), once for each head width and dtype."""
+    configs = [triton.Config({"BM": m, "BN": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    small = [triton.Config({"BM": 16, "BN": 16})]
+    return triton.autotune(configs=small if INTERPRET else configs, key=["d"])
+
+
+@triton.jit
+def tile(x, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
+    """Rows `rows` of a matrix of T rows and d columns, (len(rows), D); zeros outside of it."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < T) & (columns[None, :] < d)
+    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def put(x, y, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
+    """Stores y where `tile` loads."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < T) & (columns[None, :] < d)
+    tl.store(x + rows[:, None] * stride + columns[None, :], y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a, b):
+    """a @ b in float32; float32 factors are not rounded to tf32."""
+    if EMULATED:  # the interpreter would multiply the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@tuned((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3))
+@triton.jit
+def attention_forward(q, k, v, start, o, lse, scale, T, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
+                      D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One block of BM queries of one head: softmax over its keys, block by block (arXiv 2307.08691, alg. 1).
+
+    `peak` and `mass` are the running maximum and sum, in units of log 2; a new maximum rescales what is there.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, K = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, H // G
+    q, o = q + (b * T * H + h) * d, o + (b * T * H + h) * d
+    k, v = k + (b * T * K + h // G) * d, v + (b * T * K + h // G) * d
+    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+    x = tile(q, rows, H * d, T, d, D)
+    y, mass, peak = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], MASKED, tl.float32)
+    for j in range(tl.min(first) // BN * BN, tl.minimum((tl.program_id(0) + 1) * BM, T), BN):
+        columns = j + tl.arange(0, BN)
+        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None])
+        s = product(x, tl.trans(tile(k, columns, K * d, T, d, D))) * scale
+        s = tl.where(seen, s, MASKED)
+        top = tl.maximum(peak, tl.max(s, 1))
+        p, shrink = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
+        values = tile(v, columns, K * d, T, d, D)
+        y = y * shrink[:, None] + product(p.to(values.dtype), values)
+        mass, peak = mass * shrink + tl.sum(p, 1), top
+    put(o, y / mass[:, None], rows, H * d, T, d, D)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * T + rows, peak + tl.log2(mass), mask=rows < T)
+
+
+@tuned((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3))
+@triton.jit
+def attention_backward_q(q, k, v, start, do, lse, delta, dq, scale, T, H: tl.constexpr, G: tl.constexpr,
+                         d: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, K = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, H // G
+    at, place = (b * T * H + h) * d, tl.program_id(1).to(tl.int64) * T + rows
+    k, v = k + (b * T * K + h // G) * d, v + (b * T * K + h // G) * d
+    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+    x, dy = tile(q + at, rows, H * d, T, d, D), tile(do + at, rows, H * d, T, d, D)
+    norm, shift = tl.load(lse + place, mask=rows < T, other=0.0), tl.load(delta + place, mask=rows < T, other=0.0)
+    dx = tl.zeros([BM, D], tl.float32)
+    for j in range(tl.min(first) // BN * BN, tl.minimum((tl.program_id(0) + 1) * BM, T), BN):
+        columns = j + tl.arange(0, BN)
+        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None])
+        keys = tile(k, columns, K * d, T, d, D)
+        s = product(x, tl.trans(keys)) * scale
+        p = tl.where(seen, tl.exp2(s - norm[:, None]), 0.0)
+        ds = p * (product(dy, tl.trans(tile(v, columns, K * d, T, d, D))) - shift[:, None])
+        dx += product(ds.to(keys.dtype), keys)
+    put(dq + at, dx * (scale / 1.4426950408889634), rows, H * d, T, d, D)
+
+
+@tuned((64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2))
+@triton.jit
+def attention_backward_kv(q, k, v, start, end, do, lse, delta, dk, dv, scale, T, H: tl.constexpr, G: tl.constexpr,
+                          d: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """dk and dv of one block of keys: the sums over the queries, of all heads of the group, that see them."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    K = H // G
+    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    at = (b * T * K + kv) * d
+    keys, values = tile(k + at, columns, K * d, T, d, D), tile(v + at, columns, K * d, T, d, D)
+    last = tl.max(tl.load(end + b * T + columns, mask=columns < T, other=0))
+    dkeys, dvalues = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+    for h in range(kv * G, (kv + 1) * G):
+        of_head, norms = (b * T * H + h) * d, (b * H + h) * T
+        for i in range(tl.program_id(0) * BN // BM * BM, last, BM):
+            rows = i + tl.arange(0, BM)
+            first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+            seen = (columns[:, None] >= first[None, :]) & (columns[:, None] <= rows[None, :])
+            x, dy = tile(q + of_head, rows, H * d, T, d, D), tile(do + of_head, rows, H * d, T, d, D)
+            norm = tl.load(lse + norms + rows, mask=rows < T, other=0.0)
+            shift = tl.load(delta + norms + rows, mask=rows < T, other=0.0)
+            p = tl.where(seen, tl.exp2(product(keys, tl.trans(x)) * scale - norm[None, :]), 0.0)  # (BN, BM)
+            dvalues += product(p.to(dy.dtype), dy)
+            ds = p * (product(values, tl.trans(dy)) - shift[None, :])
+            dkeys += product(ds.to(x.dtype), x)
+    put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, D)
+    put(dv + at, dvalues, columns, K * d, T, d, D)
+
+
+class FusedAttention(torch.autograd.Function):
+    """FlashAttention-2 (arXiv 2307.08691) over packed documents: q (B, T, H, d), k and v (B, T, K, d), contiguous.
+
+    `start` is as in `reference_attention`, int32. Scores never leave the chip; kept for the backward
+    pass are the inputs, the output and each query's log-sum-exp, from which p comes back.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, start):
+        B, T, H, d = q.shape
+        o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+        ctx.shape = {"H": H, "G": H // k.shape[2], "d": d, "D": max(16, triton.next_power_of_2(d))}
+        ctx.scale = LOG2E / math.sqrt(d)
+        grid = lambda size: (triton.cdiv(T, size["BM"]), B * H)  # noqa: E731
+        attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, **ctx.shape)
+        ctx.save_for_backward(q, k, v, start, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, start, o, lse = ctx.saved_tensors
+        (B, T, H, _), do = q.shape, do.contiguous()
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        delta = (wide(o) * do).sum(-1).transpose(1, 2).contiguous()  # (B, H, T): sum_j p_j dp_j
+        end = torch.searchsorted(start, start, right=True).int()  # where each position's document ends
+        of_queries = lambda size: (triton.cdiv(T, size["BM"]), B * H)  # noqa: E731
+        of_keys = lambda size: (triton.cdiv(T, size["BN"]), B * k.shape[2])  # noqa: E731
+        attention_backward_q[of_queries](q, k, v, start, do, lse, delta, dq, ctx.scale, T, **ctx.shape)
+        attention_backward_kv[of_keys](q, k, v, start, end, do, lse, delta, dk, dv, ctx.scale, T, **ctx.shape)
+        return dq, dk, dv, None
+
+
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """`reference_attention` by the kernels above."""
+    if start is None:
+        start = torch.zeros(q.shape[0], q.shape[2], device=q.device)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H or K, d)
+    return FusedAttention.apply(q, k, v, start.int().contiguous()).transpose(1, 2)
+
+
+@triton.jit
+def decode_split(q, k, v, position, part, top, total, scale, of_row, of_head, of_column, of_width, K: tl.constexpr,
+                 G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr,
+                 BN: tl.constexpr):  # fmt: skip
+    """The group of queries of one key/value head of one row over SPAN columns of its cache (flash-decoding).
+
+    One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p.
+    """
+    r, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length, heads, width = tl.load(position + r) + 1, tl.arange(0, GP), tl.arange(0, D)
+    x = tile(q + (r * K + kv) * G * d, heads, d, G, d, D)  # (GP, D)
+    k, v = k + r * of_row + kv * of_head, v + r * of_row + kv * of_head
+    y, mass, peak = tl.zeros([GP, D], tl.float32), tl.zeros([GP], tl.float32), tl.full([GP], MASKED, tl.float32)
+    for j in range(split * SPAN, tl.minimum(length, (split + 1) * SPAN), BN):
+        columns = j + tl.arange(0, BN)
+        at = columns[:, None] * of_column + width[None, :] * of_width
+        inside = (columns[:, None] < length) & (width[None, :] < d)
+        s = product(x, tl.trans(tl.load(k + at, mask=inside, other=0.0))) * scale
+        s = tl.where(columns[None, :] < length, s, MASKED)
+        new = tl.maximum(peak, tl.max(s, 1))
+        p, shrink = tl.exp2(s - new[:, None]), tl.exp2(peak - new)
+        values = tl.load(v + at, mask=inside, other=0.0)
+        y = y * shrink[:, None] + product(p.to(values.dtype), values)
+        mass, peak = mass * shrink + tl.sum(p, 1), new
+    place = ((r * K + kv) * G + heads) * S + split
+    put(part + ((r * K + kv) * G * S + split) * d, y, heads, S * d, G, d, D)
+    tl.store(top + place, peak, mask=heads < G)
+    tl.store(total + place, mass, mask=heads < G)
+
+
+@triton.jit
+def decode_join(part, top, total, o, S, d: tl.constexpr, D: tl.constexpr, SB: tl.constexpr):
+    """One query's output from its S partial ones."""
+    at = tl.program_id(0).to(tl.int64)
+    y, mass, peak = tl.zeros([D], tl.float32), 0.0, tl.full([], MASKED, tl.float32)
+    for j in range(0, S, SB):
+        splits = j + tl.arange(0, SB)
+        tops = tl.load(top + at * S + splits, mask=splits < S, other=MASKED)
+        new = tl.maximum(peak, tl.max(tops, 0))
+        weight, shrink = tl.exp2(tops - new), tl.exp2(peak - new)
+        mass = mass * shrink + tl.sum(weight * tl.load(total + at * S + splits, mask=splits < S, other=0.0), 0)
+        y = y * shrink + tl.sum(weight[:, None] * tile(part + at * S * d, splits, d, S, d, D), 0)
+        peak = new
+    width = tl.arange(0, D)
+    tl.store(o + at * d + width, (y / mass).to(o.dtype.element_ty), mask=width < d)
+
+
+def triton_decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU."""
+    (R, K, L, d), span = k.shape, 16 if INTERPRET else 256
+    G, S = q.shape[1] // K, triton.cdiv(L, span)
+    part = q.new_empty(R, K * G, S, d, dtype=torch.float32)
+    top, total = part.new_empty(2, R, K * G, S)
+    o, D = torch.empty_like(q, memory_format=torch.contiguous_format), max(16, triton.next_power_of_2(d))
+    sizes = {"d": d, "D": D, "GP": max(16, triton.next_power_of_2(G)), "SPAN": span, "BN": min(span, 64)}
+    scale = LOG2E / math.sqrt(d)
+    decode_split[R, K, S](q.contiguous(), k, v, position, part, top, total, scale, *k.stride(), K, G, S, **sizes)
+    decode_join[(R * K * G,)](part, top, total, o, S, d, D, SB=16)
+    return o
+
+
+@triton.jit
+def sample_split(logits, temperature, seed, best, token, value, top, total, V, S, SPAN: tl.constexpr, BN: tl.constexpr):
+    """SPAN of a row's logits in one pass: the winner of the race for them, and their log-sum-exp.
+
+    argmax of x - log E, with x = logits / temperature and E exponential noise, is a draw from
+    softmax(x) (Gumbel-max). E = -log(1 - u), by its series where u is small: that is where winners
+    come from, and 1 - u would round. Temperature 0 has no noise.
+    """
+    r, split = tl.program_id(0), tl.program_id(1)
+    t = tl.load(temperature + r)
+    scale, logits = 1.0 / tl.where(t == 0, 1.0, t), logits + r.to(tl.int64) * V
+    peak, mass, winner = tl.full([], MASKED, tl.float32), 0.0, tl.full([], 2 * MASKED, tl.float32)
+    chosen, worth = 0, 0.0
+    for j in range(split * SPAN, tl.minimum(V, (split + 1) * SPAN), BN):
+        columns = j + tl.arange(0, BN)
+        x = tl.load(logits + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
+        new = tl.maximum(peak, tl.max(x, 0))
+        mass, peak = mass * tl.exp(peak - new) + tl.sum(tl.exp(x - new), 0), new
+        u = tl.rand(tl.load(seed), r * V + columns) + 2.33e-10  # the middle of its step of 2^-31: never 0
+        noise = tl.where(u < 0.01, u * (1 + u * (0.5 + u * (0.33333333 + u * 0.25))), -tl.log(1 - u))
+        race = tl.where(columns < V, tl.where(t == 0, x, x - tl.log(noise)), 2 * MASKED)
+        first, i = tl.max(race, 0, return_indices=True)
+        if first > winner:
+            winner, chosen, worth = first, j + i, tl.sum(tl.where(columns == j + i, x, 0.0), 0)
+    at = r * S + split
+    tl.store(best + at, winner)
+    tl.store(token + at, chosen)
+    tl.store(value + at, worth)
+    tl.store(top + at, peak)
+    tl.store(total + at, mass)
+
+
+def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
+    """`reference_sample` by the kernel above, on noise of its own from a seed that `generator` draws."""
+    (R, V), span = logits.shape, 32 if INTERPRET else 8192
+    S, device = triton.cdiv(V, span), logits.device
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(R).contiguous()
+    seed = torch.randint(2**31, (1,), generator=generator, device=device)
+    best, value, top, total = torch.empty(4, R, S, device=device)
+    token = torch.empty(R, S, dtype=torch.int64, device=device)
+    sample_split[R, S](
+        logits.contiguous(), temperature, seed, best, token, value, top, total, V, S, span, BN=min(span, 2048)
+    )
+    winner = best.argmax(1, keepdim=True)
+    logprob = value.gather(1, winner) - (top + total.log()).logsumexp(1, keepdim=True)
+    return token.gather(1, winner).squeeze(1), logprob.squeeze(1)
+
+
+@triton.jit
+def score_forward(logits, targets, logprob, entropy, lse, scale, V, BN: tl.constexpr):
+    """One row of logits in one pass: log-sum-exp z, log-prob of the target x_t - z, entropy z - sum p x."""
+    r = tl.program_id(0).to(tl.int64)
+    peak, mass, weighted = tl.full([], MASKED, tl.float32), 0.0, 0.0
+    for j in range(0, V, BN):
+        columns = j + tl.arange(0, BN)
+        x = tl.load(logits + r * V + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
+        new = tl.maximum(peak, tl.max(x, 0))
+        e, shrink = tl.exp(x - new), tl.exp(peak - new)
+        mass, weighted, peak = mass * shrink + tl.sum(e, 0), weighted * shrink + tl.sum(e * x, 0), new
+    z = peak + tl.log(mass)
+    tl.store(lse + r, z)
+    tl.store(entropy + r, z - weighted / mass)
+    tl.store(logprob + r, tl.load(logits + r * V + tl.load(targets + r)).to(tl.float32) * scale - z)
+
+
+@triton.jit
+def score_backward(logits, targets, lse, gradient, scale, V, BN: tl.constexpr):
+    """The gradient of g log p_t by the logits, g scale (1[v = t] - p_v), in their place."""
+    r = tl.program_id(0).to(tl.int64)
+    z, t, g = tl.load(lse + r), tl.load(targets + r), tl.load(gradient + r) * scale
+    for j in range(0, V, BN):
+        columns = j + tl.arange(0, BN)
+        place = logits + r * V + columns
+        p = tl.exp(tl.load(place, mask=columns < V, other=MASKED).to(tl.float32) * scale - z)
+        tl.store(place, (g * (tl.where(columns == t, 1.0, 0.0) - p)).to(logits.dtype.element_ty), mask=columns < V)
+
+
+class FusedScore(torch.autograd.Function):
+    """`score_chunk` by the kernels above. The logits are computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logits, block = F.linear(hidden, weight), 32 if INTERPRET else 4096
+        logprob, entropy, lse = logits.new_empty(3, len(hidden), dtype=torch.float32)
+        ctx.sizes = (1 / temperature, logits.shape[1], block)
+        score_forward[(len(hidden),)](logits, targets, logprob, entropy, lse, *ctx.sizes)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        logits = F.linear(hidden, weight)
+        score_backward[(len(hidden),)](logits, targets, lse, gradient.contiguous(), *ctx.sizes)
+        return logits @ weight, logits.t() @ hidden, None, None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,6 +549,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None)
         documents = zip(*(x[b : b + 1].split(sizes, dim=2) for x in (q, k, v)), strict=True)
         rows.append(torch.cat([causal(*document) for document in documents], dim=2))
     return torch.cat(rows)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """`reference_attention` by what is fastest for the device."""
+    return (triton_attention if on_kernels(q) else sdpa_attention)(q, k, v, start)
 
 
 class Attention(nn.Module):
@@ -291,9 +609,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
 
@@ -316,19 +634,27 @@ def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     return -F.nll_loss(logp, targets, reduction="none"), entropy
 
 
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+    """`score_chunk`, CHUNK rows at a time; kept for the backward pass are the arguments alone, never (N, V) logits."""
+    one = FusedScore.apply if on_kernels(hidden) else partial(again, score_chunk)
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    parts = [one(h, weight, t, temperature) for h, t in chunks]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 class Llama(nn.Module):
     """A decoder whose parameters bear Hugging Face's names.
 
     The parameters are uninitialised noise until `init_weights` or `load` fills them.
-    `attention` is the function that the batch goes through: sdpa_attention or reference_attention.
+    `attention` is the function that a batch goes through; tests put reference_attention in its place.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.attention = config, sdpa_attention
+        self.config, self.attention = config, attention
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -387,9 +713,7 @@ class Llama(nn.Module):
             raise ValueError(f"temperature must be above 0 to score tokens, not {temperature}")
         counted = targets != IGNORE
         x = self.model.norm(x[counted])  # (N, D)
-        chunks = zip(x.split(CHUNK), targets[counted].split(CHUNK), strict=True)
-        scores = [again(score_chunk, h, self.head(), t, temperature) for h, t in chunks]
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
+        logprobs, entropy = score(x, self.head(), targets[counted], temperature)  # (N,) each
         spread = logprobs.new_zeros(targets.shape)
         return tuple(spread.masked_scatter(counted, part) for part in (logprobs, entropy.detach()))
 
@@ -410,20 +734,59 @@ class Completion:
         return self.stopped or len(self.tokens) == max_new_tokens
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None):
+def reference_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
     """logits (R, V) -> one token id per row, (R,) int64, and its log-prob, (R,) float32.
 
-    temperature 0 takes the likeliest token, with its log-prob at temperature 1. Else, with u uniform
-    in [0, 1), -log u is exponential noise, and argmax p / -log u = argmin p / log u is a draw from p.
-    u = 0 makes the noise infinite: that token cannot win, and nothing is divided by zero.
+    temperature, one for all rows or (R,), 0 takes the likeliest token, with its log-prob at temperature
+    1. Else the first token at which the cumulated probability passes a uniform number: one number a
+    row, where Gumbel-max needs V; on a CPU that noise would cost ten times as much as the rest.
     """
-    p = (wide(logits) / (temperature or 1.0)).softmax(-1)  # (R, V)
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:  # not torch's exponential_, which takes 9 times as long as uniform_ on a CPU
-        noise = torch.empty_like(p).uniform_(generator=generator).log_()
-        token = (p / noise).argmin(-1)
-    return token, p.gather(1, token[:, None]).squeeze(1).log()
+    t = torch.as_tensor(temperature, device=logits.device).expand(len(logits))[:, None]
+    p = (wide(logits) / torch.where(t == 0, 1, t)).softmax(-1)  # (R, V)
+    passed = p.cumsum(-1, dtype=torch.float64)
+    u = torch.rand(t.shape, dtype=torch.float64, device=p.device, generator=generator) * passed[:, -1:]
+    drawn = torch.searchsorted(passed, u, right=True).clamp(max=p.shape[1] - 1)
+    token = torch.where(t == 0, logits.argmax(-1, keepdim=True), drawn)
+    return token.squeeze(1), p.gather(1, token).squeeze(1).log()
+
+
+def truncate(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Logits (R, V), minus infinity but for the likeliest tokens: those that could be drawn.
+
+    top_k of them (0: all), and then no more than it takes for a probability of top_p together (nucleus
+    sampling, arXiv 1904.09751, section 3.1), at least one.
+    """
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ranked, order = logits.sort(descending=True)
+        p = (wide(ranked) / (temperature or 1.0)).softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # never the first, before which there is nothing
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+    return logits
+
+
+def sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
+    """`reference_sample` by what is fastest for the device; the same in distribution, not token for token."""
+    return (triton_sample if on_kernels(logits) else reference_sample)(logits, temperature, generator)
+
+
+def reference_decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """One query a row over its cache: q (R, H, d), k and v (R, K, L, d), position (R,) -> (R, H, d).
+
+    Row r sees columns 0 .. position[r]. What is right of that must be finite, but does not count.
+    """
+    queries = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (R, K, G, d)
+    hidden = torch.arange(k.shape[2], device=q.device) > position[:, None]  # (R, L)
+    scores = wide(queries @ k.transpose(2, 3)).masked_fill_(hidden[:, None, None], -math.inf)  # (R, K, G, L)
+    weights = scores.softmax(-1).to(q.dtype)
+    return (weights @ v).flatten(1, 2)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    """`reference_decode` by what is fastest for the device."""
+    return (triton_decode if on_kernels(q) else reference_decode)(q, k, v, position)
 
 
 class Rows:
@@ -435,10 +798,9 @@ class Rows:
 
     def __init__(self, model: Llama, rows: int, length: int):
         config, weight = model.config, model.head()
-        # Positions last: on a CPU, reading both as (d, L) matrices takes 0.6 of the time of (L, d).
+        sizes = (config.num_hidden_layers, 2, rows, config.num_key_value_heads)
         # Zeros, because a masked column still enters the sum as 0 x its value: it must be finite.
-        shape = (rows, config.num_key_value_heads, config.head_dim, length)
-        self.cache = weight.new_zeros(config.num_hidden_layers, 2, *shape)  # (layers, 2, R, K, d, L)
+        self.cache = weight.new_zeros(*sizes, length, config.head_dim)  # (layers, 2, R, K, L, d)
         self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.position = torch.zeros_like(self.token)
         self.rope = rope_table(config, length, weight)
@@ -451,48 +813,48 @@ class Rows:
             self.prefill(prompts[i : i + size], copies[i : i + size])
 
     def prefill(self, prompts: list[list[int]], copies: list[int]) -> None:
-        """One pass of `admit`. The first `step` feeds a prompt's last token again, for its logits."""
-        device, longest = self.token.device, max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        source = torch.repeat_interleave(torch.tensor(copies, device=device))  # row -> prompt
-        rows = slice(self.n, self.n + len(source))
+        """One pass of `admit`, over the packed prompts. The first `step` feeds the last token again, for its logits."""
+        device, lengths = self.token.device, torch.tensor(list(map(len, prompts)))
+        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=device)  # (T,)
+        first = lengths.cumsum(0) - lengths  # (P,)
+        start = torch.repeat_interleave(first, lengths).to(device)  # (T,)
+        position = torch.arange(len(tokens), device=device) - start
+        source = torch.repeat_interleave(torch.tensor(copies))  # row -> prompt
+        rows, longest = slice(self.n, self.n + len(source)), int(lengths.max())
+        # Where a row's columns stand in the pack; those right of its prompt are not read.
+        places = (first[source, None] + torch.arange(longest)).clamp(max=len(tokens) - 1).to(device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for cache, x in zip(self.cache[layer], (k, v), strict=True):
-                cache[rows, ..., :longest] = x.transpose(2, 3)[source]
-            return self.model.attention(q, k, v)
+                cache[rows, :, :longest] = x[0][:, places].transpose(0, 1)
+            return self.model.attention(q, k, v, start[None])
 
-        self.model.hidden(tokens, tuple(x[:longest] for x in self.rope), attend)
-        self.position[rows] = torch.tensor([len(p) - 1 for p in prompts], device=device)[source]
-        self.token[rows] = tokens[source, self.position[rows]]
+        self.model.hidden(tokens[None], tuple(x[position] for x in self.rope), attend)
+        self.position[rows] = (lengths[source] - 1).to(device)
+        self.token[rows] = tokens[(first + lengths - 1)[source].to(device)]
         self.n += len(source)
 
     def step(self, length: int) -> Tensor:
         """Feeds each row its newest token; logits (n, V) of the next. length > every position."""
         n, position = self.n, self.position[: self.n]
         row = torch.arange(n, device=position.device)
-        hide = torch.arange(length, device=position.device) > position[:, None]  # (n, L)
-        bias = self.cache.new_zeros(n, 1, 1, length).masked_fill_(hide[:, None, None], -math.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for cache, x in zip(self.cache[layer], (k, v), strict=True):
-                cache[row, :, :, position] = x[:, :, 0]
-            keys, values = self.cache[layer, :, :n, ..., :length]  # (n, K, d, L)
-            q = q.view(*keys.shape[:2], -1, q.shape[-1]) / math.sqrt(q.shape[-1])  # (n, K, G, d)
-            weights = wide(q @ keys + bias).softmax(-1).to(q.dtype)  # (n, K, G, L)
-            y = values @ weights.transpose(2, 3)  # (n, K, d, G)
-            return y.transpose(2, 3).reshape(n, -1, 1, q.shape[-1])  # (n, H, 1, d)
+                cache[row, :, position] = x[:, :, 0]
+            keys, values = self.cache[layer, :, :n, :, :length]  # (n, K, L, d)
+            return decode_attention(q[:, :, 0], keys, values, position)[:, :, None]
 
         rope = tuple(x[position][:, None, None] for x in self.rope)  # (n, 1, 1, d)
         x = self.model.hidden(self.token[:n, None], rope, attend)  # (n, 1, D)
         return F.linear(self.model.model.norm(x[:, 0]), self.model.head())
 
-    def decode(self, steps: int, temperature: float, generator: torch.Generator | None):
-        """Draws `steps` tokens for each row: ids (n, steps) and log-probs (n, steps)."""
+    def decode(self, steps: int, draw: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        """`draw`s `steps` tokens for each row: ids (n, steps) and log-probs (n, steps)."""
         length = int(self.position[: self.n].max()) + 1
         drawn = []
         for i in range(steps):
-            drawn.append(sample(self.step(length + i), temperature, generator))
+            drawn.append(draw(self.step(length + i)))
             self.token[: self.n] = drawn[-1][0]
             self.position[: self.n] += 1
         return tuple(torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
@@ -514,8 +876,10 @@ class Rows:
         return order
 
 
-def check_request(model, prompts, max_new_tokens: int, samples: int, temperature: float) -> None:
+def check_request(model, prompts, max_new_tokens: int, samples: int, temperature: float, top_k: int, top_p: float):
     """Raises ValueError for a request that `generate` cannot serve."""
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"{top_k=}, {top_p=}: give a top_k of 0 (all) or more, a top_p above 0 and up to 1 (all)")
     limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
     if not prompts or samples < 1 or temperature < 0 or not 0 < max_new_tokens < limit:
         raise ValueError(
@@ -556,6 +920,8 @@ def generate(
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
     rows: int = 512,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> list[Completion]:
     """Samples `samples` completions of each prompt: prompt 0's first, then prompt 1's, ...
 
@@ -563,10 +929,15 @@ def generate(
     progress(n) hears of n newly finished completions (a tqdm bar's `update`). At most `rows` rows
     are sampled at a time, a finished one making place for the next; the cache is allocated for
     them at the longest prompt + max_new_tokens (512 rows of 1024 tokens: 64 GiB for Llama-3.1-8B in
-    bfloat16). The model computes the same in train and eval mode, so its mode is left alone.
-    ValueError for a request it cannot serve.
+    bfloat16). The model computes the same in train and eval mode, so its mode is left alone. top_k and
+    top_p as in `truncate`; not for RL, whose trainer scores all tokens. ValueError for a request it cannot
+    serve.
     """
-    check_request(model, prompts, max_new_tokens, samples, temperature)
+    check_request(model, prompts, max_new_tokens, samples, temperature, top_k, top_p)
+
+    def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return sample(truncate(logits, temperature, top_k, top_p), temperature, generator)
+
     done = [Completion([], [], False) for _ in range(len(prompts) * samples)]
     batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=batch.token.device)
@@ -578,7 +949,7 @@ def generate(
             batch.admit([prompts[i] for i in copies], list(copies.values()))
             live += new
         steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
-        collect(batch.decode(steps, temperature, generator), stops, [done[i] for i in live])
+        collect(batch.decode(steps, draw), stops, [done[i] for i in live])
         going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
         if progress and len(going) < len(live):
             progress(len(live) - len(going))

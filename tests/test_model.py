@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
 import model as model_py
@@ -328,6 +328,27 @@ def test_samples_follow_the_softmax(temperature):
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # about one false alarm in 10,000
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (8, 0.9), (1000, 1.0), (0, 1e-6)])
+def test_top_k_and_top_p_leave_what_transformers_leaves(top_k, top_p):
+    logits, temperature = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)), 0.7
+    theirs = logits / temperature
+    theirs = TopKLogitsWarper(top_k)(None, theirs) if top_k else theirs
+    theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
+    ours = model_py.truncate(logits, temperature, top_k, top_p)
+    assert torch.equal(ours.isinf(), theirs.isinf()) and torch.equal(ours[~ours.isinf()], logits[~ours.isinf()])
+
+
+def test_generate_draws_from_what_top_k_leaves():
+    ours, prompts = tiny(scale=4.0), prompts_of(4, 9)
+    greedy = generate(ours, prompts, 12, [], temperature=0)
+    for limits in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert [c.tokens for c in generate(ours, prompts, 12, [], **limits)] == [c.tokens for c in greedy]
+    done = generate(ours, prompts, 1, [], samples=200, top_k=3, generator=torch.Generator().manual_seed(0))
+    assert all(len({c.tokens[0] for c in done[i : i + 200]}) == 3 for i in (0, 200))
+    chances = {c.tokens[0]: math.exp(c.logprobs[0]) for c in done[:200]}
+    assert sum(chances.values()) == pytest.approx(1, abs=1e-5)  # of the distribution that was drawn from
+
+
 def test_sampling_repeats_with_a_seed_and_leaves_the_mode_and_gradients_usable():
     ours, prompts = tiny(scale=4.0).train(), prompts_of(4, 9)
 
@@ -368,6 +389,8 @@ def test_a_stop_token_counts_wherever_the_block_ends():
         ([[1]], {"samples": 0}, "samples=0"),
         ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
         ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[1]], {"top_k": -1}, "top_k=-1"),
     ],
 )
 def test_requests_that_cannot_be_served(prompts, options, message):

@@ -1,0 +1,289 @@
+"""The Triton kernels of model.py against torch in float64.
+
+TRITON_INTERPRET=1 pytest tests/test_kernels.py     on a CPU, through Triton's interpreter
+pytest tests/test_kernels.py                        on a GPU; without one, only whether they compile
+"""
+
+import math
+import re
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import model as model_py
+from model import IGNORE, Config, Llama, generate
+
+if model_py.INTERPRET:
+    DEVICE = "cpu"
+elif torch.cuda.is_available():
+    DEVICE = "cuda"
+else:
+    DEVICE = ""
+runs = pytest.mark.skipif(not DEVICE, reason="no GPU; TRITON_INTERPRET=1 runs the kernels on a CPU")
+compiles = pytest.mark.skipif(model_py.INTERPRET, reason="the interpreter compiles nothing")
+# What an output may be off by, of its largest entry or of 1: the rounding of p and ds to the inputs' type.
+PRECISION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that torch hands out is full of nan, so that an entry that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE or "cpu").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (x * scale).to(DEVICE, dtype)
+
+
+def close(ours, exact, tolerance):
+    """Equal to within `tolerance` of the largest entry, or of 1 if all are small."""
+    error, size = (ours.double() - exact).abs().max().item(), exact.abs().max().item()
+    assert error <= tolerance * max(1.0, size), (error, size)  # false for nan
+
+
+def starts(*documents):
+    """`start` of a row of documents of these lengths, (1, T)."""
+    lengths = torch.tensor(documents, device=DEVICE)
+    return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)[None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+
+SHAPES = {  # B, H, K, d, and the documents of each row
+    "one token": (1, 2, 1, 64, [[1]]),
+    "whole row": (2, 2, 2, 64, None),
+    "ragged": (2, 4, 2, 64, [[1, 30, 2, 17], [49, 1]]),
+    "8 queries a key": (1, 8, 1, 128, [[5, 28]]),
+    "all but one padding": (1, 2, 1, 64, [[1, *[1] * 36]]),
+    "block edges": (1, 2, 1, 64, [[16, 16, 15, 17]]),
+    "narrow head": (1, 2, 1, 24, [[20, 3]]),
+}
+
+
+@runs
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_forward_and_backward(shape, dtype):
+    B, H, K, d, documents = SHAPES[shape]
+    start = torch.cat([starts(*row) for row in documents]) if documents else None
+    T = start.shape[1] if documents else 37
+    q, k, v = (random(B, heads, T, d, dtype=dtype, seed=i) for i, heads in enumerate((H, K, K)))
+    weight = random(B, H, T, d, dtype=dtype, seed=3)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    ours = [x.requires_grad_() for x in (q, k, v)]
+    outputs = []
+    for attention, inputs in ((model_py.reference_attention, exact), (model_py.triton_attention, ours)):
+        outputs.append(attention(*inputs, start))
+        (outputs[-1] * weight).sum().backward()
+    assert outputs[1].dtype == dtype
+    close(outputs[1], outputs[0], PRECISION[dtype])
+    for x, y in zip(ours, exact, strict=True):
+        close(x.grad, y.grad, PRECISION[dtype])
+
+
+@runs
+def test_large_scores_do_not_overflow():
+    q, k, v = (random(1, 2, 20, 64, seed=i, scale=30.0) for i in range(3))
+    exact = model_py.reference_attention(q.double(), k.double(), v.double())
+    close(model_py.triton_attention(q, k, v), exact, 1e-4)
+
+
+@runs
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "d"), [(4, 2, 64), (8, 1, 128), (3, 3, 24)])
+def test_decode_attention_over_a_slice_of_a_cache(heads, groups, d, dtype):
+    R, L, position = 4, 45, torch.tensor([0, 44, 15, 16], device=DEVICE)
+    q, cache = random(R, heads, d, dtype=dtype), random(2, R + 2, groups, L + 9, d, dtype=dtype, seed=1)
+    for row, end in enumerate(position.tolist()):
+        cache[:, row, :, end + 1 :] = math.nan  # what an earlier row left there is never read
+    k, v = cache[:, :R, :, :L]
+    ours = model_py.triton_decode(q, k, v, position)
+    exact = model_py.reference_decode(*(x.nan_to_num().double() for x in (q, k, v)), position)
+    close(ours, exact, PRECISION[dtype])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+def generator(seed=0):
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+@runs
+def test_greedy_rows_and_log_probs():
+    logits = random(6, 77, scale=4.0)
+    temperature = torch.tensor([0, 0.5, 1, 1.7, 0, 3], device=DEVICE)
+    token, logprob = model_py.triton_sample(logits, temperature, generator())
+    greedy = temperature == 0
+    assert torch.equal(token[greedy], logits.argmax(1)[greedy])
+    scaled = logits.double() / torch.where(greedy, 1, temperature)[:, None]
+    close(logprob, scaled.log_softmax(1).gather(1, token[:, None])[:, 0], 1e-5)
+
+
+@runs
+def test_a_seed_gives_the_same_tokens_and_another_others():
+    logits = random(20, 77)
+    first, again, other = (model_py.triton_sample(logits, 1.0, generator(seed))[0].tolist() for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(set(first)) > 8
+
+
+@runs
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("sampler", [model_py.triton_sample, model_py.reference_sample])
+def test_tokens_follow_the_softmax_as_multinomials_do(sampler, temperature):
+    """Chi-square of two samples: ours, and as many by torch.multinomial. The interpreter needs 25 ms a draw."""
+    n, logits = 300 if model_py.INTERPRET else 100_000, random(1, 40, scale=0.8)
+    token, _ = sampler(logits.expand(n, -1).contiguous(), temperature, generator())
+    theirs = torch.multinomial((logits[0] / temperature).softmax(0), n, replacement=True, generator=generator(1))
+    counts = torch.stack([x.bincount(minlength=40).double() for x in (token, theirs)])
+    counts = counts[:, counts.sum(0) >= 10]
+    expected = counts.sum(0, keepdim=True) * counts.sum(1, keepdim=True) / counts.sum()
+    statistic, freedom = ((counts - expected) ** 2 / expected).sum().item(), counts.shape[1] - 1
+    assert freedom > 10
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)  # about one false alarm in 10,000
+
+
+@runs
+def test_minus_infinity_is_never_drawn():
+    """As top-k and top-p leave it."""
+    logits = torch.full((20, 70), -math.inf, device=DEVICE)
+    logits[:, [3, 40]] = 0.0
+    token, logprob = model_py.triton_sample(logits, 1.0, generator())
+    assert set(token.tolist()) == {3, 40}
+    close(logprob, torch.full_like(logprob, math.log(0.5)).double(), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-probs
+
+
+@runs
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_log_probs_entropy_and_gradients(rows, dtype, temperature):
+    hidden, weight = random(rows, 48, dtype=dtype), random(77, 48, dtype=dtype, seed=1, scale=0.3)
+    targets = torch.arange(rows, device=DEVICE) * 9 % 77
+    gradient = random(rows, seed=2)
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    ours = [x.requires_grad_() for x in (hidden, weight)]
+    results = []
+    for score, inputs in ((model_py.score_chunk, exact), (model_py.FusedScore.apply, ours)):
+        logprob, entropy = score(*inputs, targets, temperature)
+        (logprob * gradient).sum().backward()
+        results.append((logprob, entropy))
+    for a, b in zip(results[1], results[0], strict=True):
+        assert a.dtype == torch.float32
+        close(a, b, PRECISION[dtype])
+    for a, b in zip(ours, exact, strict=True):
+        close(a.grad, b.grad, PRECISION[dtype])
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole model
+
+
+@pytest.fixture
+def tiny():
+    config = Config(vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+    ours = Llama(config).init_weights(0).to(DEVICE)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            weight.mul_(1 if weight.ndim == 1 else 3)
+    return ours
+
+
+def spelled_out(ours, monkeypatch):
+    """The same weights by the plain functions."""
+    monkeypatch.setattr(model_py, "on_kernels", lambda x: False)
+    ours.attention = model_py.reference_attention
+
+
+@runs
+def test_a_training_step_goes_through_the_kernels_and_equals_the_plain_one(tiny, monkeypatch):
+    tokens = (torch.arange(40, device=DEVICE) * 29 % 70)[None]
+    targets = torch.where(tokens % 5 == 0, IGNORE, tokens.roll(-1, 1))
+    start, results = starts(7, 21, 12), []
+    for plain in (False, True):
+        if plain:
+            spelled_out(tiny, monkeypatch)
+        logprobs, entropy = tiny(tokens, targets, 0.8, start)
+        tiny.zero_grad()
+        logprobs.sum().backward()
+        results.append([logprobs.detach(), entropy, *(w.grad.clone() for w in tiny.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        close(ours, plain.double(), 1e-4)
+
+
+@runs
+def test_greedy_text_is_that_of_the_plain_loop(tiny, monkeypatch):
+    prompts = [[(7 * i + j) % 70 for j in range(n)] for i, n in enumerate((3, 18, 1))]
+    ours = generate(tiny, prompts, 6, [5], temperature=0, rows=2)
+    spelled_out(tiny, monkeypatch)
+    for prompt, completion in zip(prompts, ours, strict=True):
+        tokens, logprobs = list(prompt), []
+        while len(logprobs) < 6 and 5 not in tokens[len(prompt) :]:
+            last = tiny(torch.tensor([tokens], device=DEVICE))[0, -1].log_softmax(0)
+            tokens.append(last.argmax().item())
+            logprobs.append(last.max().item())
+        assert completion.tokens == tokens[len(prompt) :]
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled for GPUs that need not be there
+
+SIZES = {"H": 32, "G": 4, "d": 128, "D": 128}  # Llama-3.1-8B
+ROWS = {"V": "i32", "S": "i32", "T": "i32", "scale": "fp32"}
+KERNELS = {  # what each argument points to, and the sizes that are compiled in
+    "attention_forward": ({"start": "*i32", "lse": "*fp32"}, SIZES),
+    "attention_backward_q": ({"start": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
+    "attention_backward_kv": ({"start": "*i32", "end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
+    "decode_split": (
+        {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
+        | {name: "i32" for name in ("of_row", "of_head", "of_column", "of_width")},
+        {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 256, "BN": 64},
+    ),
+    "decode_join": ({"part": "*fp32", "top": "*fp32", "total": "*fp32"}, {"d": 128, "D": 128, "SB": 16}),
+    "sample_split": (
+        {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "best", "value", "top", "total"), "*fp32"),
+        {"SPAN": 8192, "BN": 2048},
+    ),
+    "score_forward": ({"targets": "*i64"} | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32"), {"BN": 4096}),
+    "score_backward": ({"targets": "*i64"} | dict.fromkeys(("lse", "gradient"), "*fp32"), {"BN": 4096}),
+}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have: A100, H100 and H200
+
+
+def compile_for(capability, kernel, types, constants, warps, stages):
+    """The kernel with its pointers aligned, as torch's are; bfloat16 where `types` says nothing."""
+    types = dict.fromkeys(kernel.arg_names, "*bf16") | ROWS | types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constants, attrs)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@compiles
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_and_fit_the_shared_memory(name, capability):
+    kernel, (types, constants) = getattr(model_py, name), KERNELS[name]
+    tuned = [(c.kwargs, c.num_warps, c.num_stages) for c in getattr(kernel, "configs", [])]
+    for sizes, warps, stages in tuned or [({}, 4, 3)]:
+        compiled = compile_for(capability, kernel.fn if tuned else kernel, types, constants | sizes, warps, stages)
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability], (sizes, warps, stages)
+        products = re.findall(r"wgmma|mma\.sync", compiled.asm["ptx"])
+        assert bool(products) == ("attention" in name or name == "decode_split")  # on the tensor cores
