@@ -67,15 +67,17 @@ class Rollout:
 def sample(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[tuple[dict, str]], max_new_tokens: int,
     temperature: float, samples: int = 1, seed: int = 0, rows: int = 512, progress: Callable[[int], object] | None = None,
+    **truncation,
 ) -> list[Rollout]:  # fmt: skip
     """`samples` ungraded rollouts for each task (record, PL), those of one task side by side.
 
-    `rows` responses are written at a time, which bounds the memory of the key/value cache.
+    `rows` responses are written at a time, which bounds the memory of the key/value cache. truncation:
+    top_k and top_p of `generate`.
     """
     prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
-        model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows
+        model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows, **truncation
     )
     rollouts = []
     for i, c in enumerate(completions):
@@ -157,15 +159,20 @@ def group_of(record: dict, by: str) -> str:
 def evaluate(
     model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, world: World, *,
     max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0, rows: int = 512,
-    known: dict | None = None, name: str | None = None,
+    known: dict | None = None, name: str | None = None, **truncation,
 ) -> list[Outcome]:  # fmt: skip
-    """The outcome of every record in every PL, shared out over the ranks; `name` heads a progress bar."""
+    """The outcome of every record in every PL, shared out over the ranks; `name` heads a progress bar.
+
+    truncation: top_k and top_p of `generate`.
+    """
     tasks = [(record, language) for language in languages for record in records]
     mine = world.deal(tasks)
     quiet = None if name and world.rank == 0 else True
     with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:
         seed = seed * world.size + world.rank
-        rollouts = sample(model, tokenizer, mine, max_new_tokens, temperature, samples, seed, rows, bar.update)
+        rollouts = sample(
+            model, tokenizer, mine, max_new_tokens, temperature, samples, seed, rows, bar.update, **truncation
+        )
     grade(rollouts, tokenizer, box, known, None if quiet else f"{name} running")
     verdicts = [tuple(r.verdict for r in rollouts[i : i + samples]) for i in range(0, len(rollouts), samples)]
     places = world.deal(range(len(tasks)))
@@ -276,6 +283,8 @@ class Settings:
     samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples")
+    top_k: int = flag(0, "draw the samples from the TOP_K likeliest tokens; 0 means all", least=0)
+    top_p: float = flag(1.0, "draw the samples from the likeliest tokens of TOP_P probability together; 1 means all")
     max_new_tokens: int = flag(320, "token budget of a response", least=1)
     rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
     workers: int = flag(0, "programs to run at once; 0 means one a core")
@@ -351,7 +360,8 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
             job = (model, tokenizer, records, languages, box, world)
             measures["greedy pass@1"][1][name] = evaluate(*job, name=name, **shared)
             if s.samples:
-                drawn = evaluate(*job, name=name, samples=s.samples, temperature=s.temperature, **shared)
+                limits = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+                drawn = evaluate(*job, name=name, samples=s.samples, **limits, **shared)
                 for title in list(measures)[1:]:
                     measures[title][1][name] = drawn
     return measures

@@ -74,6 +74,8 @@ def test_sample_keeps_tasks_in_order_and_is_reproducible(tokenizer, tiny):
     assert [r.tokens for r in rows] == [r.tokens for r in again]
     other = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=4)
     assert [r.tokens for r in rows] != [r.tokens for r in other]
+    greedy, likeliest = (evaluation.sample(tiny, tokenizer, tasks, 5, t, top_k=k) for t, k in ((0.0, 0), (1.0, 1)))
+    assert [r.tokens for r in greedy] == [r.tokens for r in likeliest] != [r.tokens for r in rows[::2]]
 
 
 def test_pass_at_k_equals_counting_all_draws():

@@ -256,6 +256,13 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, start, tokenizer, t
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 1
 
 
+@pytest.mark.parametrize("flag", ["--top-k", "--top-p"])
+def test_a_sampler_that_the_trainer_could_not_score_is_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        data.parse_flags(rl.Settings, rl.__doc__, [flag, "1"])
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
 def test_it_says_what_to_run_first(corpus, tmp_path):
     with pytest.raises(SystemExit, match=r"run `python sft\.py` first"):
         rl.main(run_settings(corpus, tmp_path / "nothing", tmp_path / "run"))
