@@ -2,20 +2,42 @@
 
 python tests/bench.py sandbox            runs per second and time added, against subprocess.run
 python tests/bench.py soak --runs 10000  many runs over mixed languages, and what they leave
+python tests/bench.py attention | decode | sample | logprob    the kernels, against torch's
+python tests/bench.py generate | sft                           against transformers
+python tests/bench.py rl --model runs/source --data runs/data  a GRPO step, against TRL's
+
+The last three lines run on the GPU if there is one, with the shapes of Llama 3, else on the CPU with the
+tiny default's. Each prints a table: our time; the floor, which is the time of the bytes that must move at the
+rate of a copy, or of the multiplications at the rate of a large product, as a share of our time; and
+each peer's time with its ratio to ours (above 1: ours is faster).
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import eval as evaluation
+import model
+import rl
 import sandbox
+import sft
 
 # ---------------------------------------------------------------------------------------------
 # sandbox
@@ -177,6 +199,314 @@ def bench_soak(options: argparse.Namespace) -> None:
         print(f"{name:16} {outside[name]:8} {before[name]:19} {after[name]:8} {closed[name]:8}")
 
 
+# ---------------------------------------------------------------------------------------------
+# Side by side
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def side_by_side(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, after a warm-up, taken in turns so that what disturbs one disturbs all.
+
+    One that raises RuntimeError cannot do it (a backend of torch's for another device): left out.
+    """
+    able, times = {}, defaultdict(list)
+    for name, work in works.items():
+        with contextlib.suppress(RuntimeError):
+            work()
+            able[name] = work
+    for _ in range(repeats):
+        for name, work in able.items():
+            synchronize()
+            times[name].append(seconds(lambda work=work: (work(), synchronize())))
+    return {name: statistics.median(column) for name, column in times.items()}
+
+
+def row(what: str, times: dict[str, float], floor: float | None = None) -> None:
+    """A row of the table: ours, the floor as a share of it, and each peer with its ratio to ours."""
+    ours, *peers = times
+    share = f"{floor / times[ours]:6.2f}" if floor else "     –"
+    others = "; ".join(f"{name} {times[name] * 1e3:.2f} ms = {times[name] / times[ours]:.2f} x" for name in peers)
+    print(f"| {what} | {times[ours] * 1e3:.2f} ms | {share} | {others} |")
+
+
+def head(title: str) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{title}: {device}, torch {torch.__version__}\n\n| what | ours | floor / ours | peers |\n|---|---|---|---|"
+    )
+
+
+def copy_rate() -> float:
+    """Bytes per second, read and written together, of copying what no cache holds."""
+    x = torch.empty(1 << (30 if CUDA else 27), dtype=torch.uint8, device=DEVICE)
+    return 2 * x.numel() / side_by_side({"copy": x.clone}, 7)["copy"]
+
+
+def matmul_rate() -> float:
+    """Operations per second of a large product in the dtype that is used here."""
+    n = 8192 if CUDA else 1024
+    x = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    return 2 * n**3 / side_by_side({"product": lambda: x @ x}, 7)["product"]
+
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+# Shapes of Llama-3.1-8B on a GPU, of the tiny default on a CPU.
+H, K, D_HEAD, WIDTH, VOCABULARY = (32, 8, 128, 4096, 128256) if CUDA else (4, 2, 32, 128, 1024)
+
+
+def randn(*shape: int, **options) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels
+
+
+def sdpa(backend, *qkv: torch.Tensor, **options) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*qkv, enable_gqa=True, **options)
+
+
+def backends(*qkv: torch.Tensor, after: Callable = lambda y: y, **options) -> dict[str, Callable]:
+    """torch's attention by each of its backends."""
+    kinds = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    return {
+        f"SDPA {kind.split('_')[0].lower()}": lambda kind=kind: after(sdpa(getattr(SDPBackend, kind), *qkv, **options))
+        for kind in kinds
+    }
+
+
+def attention_rows(T: int, rate: float, repeats: int) -> None:
+    q, k, v = (randn(1, heads, T, D_HEAD, requires_grad=True) for heads in (H, K, K))
+    gradient, floor = torch.randn_like(q), 2 * H * D_HEAD * T * T / rate
+    start = (torch.arange(T, device=DEVICE) // (T // 8) * (T // 8))[None]
+
+    def back(y: torch.Tensor) -> None:
+        y.backward(gradient)
+
+    with torch.no_grad():
+        works = {"ours": lambda: model.attention(q, k, v), **backends(q, k, v, is_causal=True)}
+        row(f"{T} tokens, forward", side_by_side(works, repeats), floor)
+    peers = backends(q, k, v, is_causal=True, after=back)
+    works = {"ours": lambda: back(model.attention(q, k, v)), **peers}
+    row(f"{T} tokens, forward and backward", side_by_side(works, repeats), 3.5 * floor)
+    works = {"ours": lambda: back(model.attention(q, k, v, start))}
+    works |= {"SDPA, document by document": lambda: back(model.sdpa_attention(q, k, v, start)), **peers}
+    row(f"{T} tokens in 8 packed documents (the other peers: in one)", side_by_side(works, repeats), 3.5 * floor / 8)
+
+
+def bench_attention(options: argparse.Namespace) -> None:
+    rate = matmul_rate()
+    head("Causal attention, one row")
+    for T in (4096, 8192, 16384) if CUDA else (256, 1024):
+        attention_rows(T, rate, options.repeats)
+
+
+def decode_row(R: int, L: int, rate: float, repeats: int) -> None:
+    cache, q = randn(2, R, K, L, D_HEAD), randn(R, H, D_HEAD)
+    position = torch.randint(L // 2, L, (R,), device=DEVICE)
+    seen = (torch.arange(L, device=DEVICE) <= position[:, None])[:, None, None]
+    works = {"ours": lambda: model.decode_attention(q, *cache, position)}
+    works |= backends(q[:, :, None], *cache, attn_mask=seen)
+    used = 2 * int(position.sum() + R) * K * D_HEAD * cache.element_size()
+    row(f"{R} rows of {L // 2} to {L}", side_by_side(works, repeats), used / rate)
+
+
+@torch.inference_mode()
+def bench_decode(options: argparse.Namespace) -> None:
+    rate = copy_rate()
+    head("Attention of one query a row over a cache of mixed lengths")
+    for R, L in ((64, 2048), (256, 2048), (16, 16384)) if CUDA else ((64, 176), (256, 176)):
+        decode_row(R, L, rate, options.repeats)
+
+
+def softmax_multinomial(logits: torch.Tensor) -> torch.Tensor:
+    p = logits.float().softmax(-1)
+    return p.gather(1, torch.multinomial(p, 1)).log()
+
+
+@torch.inference_mode()
+def bench_sample(options: argparse.Namespace) -> None:
+    rate = copy_rate()
+    head("Drawing a token, and its log-prob")
+    for R in (64, 256):
+        logits = randn(R, VOCABULARY)
+        works = {
+            "ours": partial(model.sample, logits, 1.0, None),
+            "softmax + multinomial": partial(softmax_multinomial, logits),
+        }
+        row(f"{R} rows of {VOCABULARY} logits", side_by_side(works, options.repeats), logits.nbytes / rate)
+
+
+def bench_logprob(options: argparse.Namespace) -> None:
+    rate, N = matmul_rate(), 8192 if CUDA else 2048
+    hidden, weight = randn(N, WIDTH, requires_grad=True), randn(VOCABULARY, WIDTH, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (N,), device=DEVICE)
+
+    def whole():
+        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+    head("Log-probs of given tokens, forward and backward; the floor holds three products")
+    works = {"ours": lambda: model.score(hidden, weight, targets, 1.0)[0].sum().backward()}
+    works["linear + cross_entropy"] = lambda: whole().sum().backward()
+    times = side_by_side(works, options.repeats)
+    row(f"{N} tokens of {VOCABULARY}", times, 6 * N * WIDTH * VOCABULARY / rate)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole steps
+
+
+def both_models(config: model.Config) -> tuple[model.Llama, "transformers.LlamaForCausalLM"]:
+    """Random weights, the same in ours and in transformers' model."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    ours = model.Llama(config).init_weights(0).to(DEVICE, DTYPE)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(ours, folder)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
+    return ours, theirs
+
+
+def padded(rows: list[list[int]], left: bool, value: int = 0) -> torch.Tensor:
+    longest = max(map(len, rows))
+    blanks = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([b + r if left else r + b for r, b in zip(rows, blanks, strict=True)], device=DEVICE)
+
+
+def random_rows(count: int, low: int, high: int, vocabulary: int) -> list[list[int]]:
+    """Of `low` to `high` tokens each, evenly spread."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(64, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+SHAPES = {  # published shapes, with random weights
+    "1B": model.Config(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=5e5),
+    "8B": model.Config(128256, 4096, 14336, 32, 32, 8, 128, 131072, rope_theta=5e5, tie_word_embeddings=False),
+    "tiny": model.Config(),
+}
+
+
+@torch.inference_mode()
+def bench_generate(options: argparse.Namespace) -> None:
+    config, tokens = SHAPES["8B" if CUDA else "tiny"], 128
+    ours, theirs = both_models(config)
+    prompts = random_rows(64, 8, 128, config.vocab_size)
+    ids, mask = padded(prompts, left=True), padded([[1] * len(p) for p in prompts], left=True)
+    # A random model draws evenly: with every 32nd token a stop an answer has 32 tokens in the mean.
+    some = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(0))
+    stops = {"all to the end": [], "ended by a stop token, 32 in the mean": some[: config.vocab_size // 32].tolist()}
+
+    def transformers_(stop: list[int]):
+        free = {"min_new_tokens": tokens} if not stop else {"eos_token_id": stop}
+        torchs = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "max_new_tokens": tokens}
+        return theirs.generate(ids, attention_mask=mask, **torchs, **free)
+
+    weights = sum(w.nbytes for w in ours.parameters())
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * ours.head().element_size()
+    read = tokens * (weights + a_token * (sum(map(len, prompts)) + 64 * tokens / 2))
+    head(f"64 prompts of 8 to 128 tokens, at most {tokens} new ones; the floor is reading weights and cache")
+    for what, stop in stops.items():
+        works = {"ours": lambda stop=stop: model.generate(ours, prompts, tokens, stop)}
+        works["transformers' generate"] = lambda stop=stop: transformers_(stop)
+        row(what, side_by_side(works, options.repeats), None if stop else read / copy_rate())
+
+
+def bench_sft(options: argparse.Namespace) -> None:
+    config, count, high, micro = (SHAPES["1B"], 16, 4096, 8192) if CUDA else (SHAPES["tiny"], 16, 240, 4096)
+    ours, theirs = both_models(config)
+    rows = [(ids, len(ids) // 3) for ids in random_rows(count, high // 4, high, config.vocab_size)]
+    learner = sft.Learner(ours, sft.World(DEVICE), sft.Hardware(device=DEVICE, micro_tokens=micro), 0.1, 0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, foreach=True)
+    ids, mask = padded([r for r, _ in rows], left=False), padded([[1] * len(r) for r, _ in rows], left=False)
+    labels = padded([[model.IGNORE] * first + r[first:] for r, first in rows], left=False, value=model.IGNORE)
+
+    def step():
+        loss = sft.accumulate(learner, rows)
+        learner.step(1e-4)
+        return loss
+
+    def theirs_step():
+        loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    assert abs(step() - theirs_step()) < 1e-3  # the same loss
+    head(f"A supervised step on {count} sequences of {high // 4} to {high} tokens; the floor is its multiplications")
+    times = side_by_side({"ours, packed": step, "transformers, padded": theirs_step}, options.repeats)
+    row("step", times, sft.flops(config, [len(r) - 1 for r, _ in rows]) / matmul_rate())
+
+
+PROMPTS, SAMPLES = 8, 8
+
+
+def trl_steps(folder: Path, records: list[dict], language: str, box: sandbox.Sandbox, count: int) -> list[float]:
+    """Seconds of each of TRL's GRPO steps on the same model, prompts, reward and budget."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, ends = transformers.AutoTokenizer.from_pretrained(folder), []
+    by_prompt = {data.ask(r["prompt"], [language]): r for r in records}
+
+    def reward(prompts, completions, **_):
+        texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+        jobs = [(data.extract(text, language) or "", language, by_prompt[p]["tests"]) for p, text in texts]
+        return [float(r.passed) for r in box.map(jobs, stop_at_failure=True)]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            out, max_steps=count + 2, num_generations=SAMPLES, per_device_train_batch_size=PROMPTS * SAMPLES,
+            max_completion_length=rl.Settings.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, learning_rate=1e-5,
+            gradient_checkpointing=False, bf16=CUDA, use_cpu=not CUDA, report_to=[], save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in by_prompt])
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+        GRPOTrainer(theirs, reward, config, rows, processing_class=tokenizer, callbacks=[Clock()]).train()
+    return [b - a for a, b in itertools.pairwise(ends)][1:]
+
+
+def bench_rl(options: argparse.Namespace) -> None:
+    """The peers can't take turns step by step here: ours runs before TRL and after it, and both count."""
+    s = rl.Settings(
+        data=options.data, model=options.model, out=tempfile.mkdtemp(), prompts=PROMPTS, samples=SAMPLES, lr=1e-5
+    )
+    folder, roles = sft.newest_checkpoint(s.model), data.read_roles(s.data)
+    records, ours = data.read_split(s.data, "rl")[: 40 * PROMPTS], []
+    with sft.World(DEVICE) as world, evaluation.open_sandbox(s, world) as box, sft.Run(s.out, s, world) as run:
+        tokenizer = data.Tokenizer(folder)
+        learner = sft.Learner(model.load(folder, DEVICE, torch.float32), world, s, 0.0, tokenizer.pad)
+        sampler = rl.Sampler(learner)
+
+        def step(number: int) -> None:
+            tasks = [(r, roles.source) for r in records[number * PROMPTS : (number + 1) * PROMPTS]]
+            ours.append(seconds(lambda: rl.step_once(number, learner, sampler, tokenizer, tasks, box, run, s)))
+
+        for number in range(options.repeats + 1):
+            step(number)
+        theirs = trl_steps(folder, records, roles.source, box, options.repeats)
+        for number in range(options.repeats + 1, 2 * options.repeats + 1):
+            step(number)
+    head(
+        f"A GRPO step, {PROMPTS} problems x {SAMPLES} responses of at most {s.max_new_tokens} tokens, the sandbox's time included"
+    )
+    row("step", {"ours": statistics.median(ours[1:]), "TRL's GRPOTrainer": statistics.median(theirs)})
+    totals = ", ".join(f"{name} {spent / len(ours) * 1e3:.0f} ms" for name, spent in run.seconds.items())
+    print(f"\nours, by phase: {totals}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -190,6 +520,17 @@ def main() -> None:
     add.add_argument("--workers", type=int, help="programs at a time (one per processor)")
     add.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
     add.set_defaults(call=bench_soak)
+    kinds = {"attention": "causal attention", "decode": "attention over a cache", "sample": "drawing tokens"}
+    kinds |= {"logprob": "log-probs of given tokens", "generate": "sampling", "sft": "a supervised step"}
+    for name, what in kinds.items():
+        add = commands.add_parser(name, help=what)
+        add.add_argument("--repeats", type=int, default=9, help="measurements per figure (%(default)s)")
+        add.set_defaults(call=globals()[f"bench_{name}"])
+    add = commands.add_parser("rl", help="a GRPO step")
+    add.add_argument("--repeats", type=int, default=9, help="steps of TRL's, and twice as many of ours (%(default)s)")
+    add.add_argument("--model", default="runs/demo/source", help="checkpoint or run folder (%(default)s)")
+    add.add_argument("--data", default="runs/demo/data", help="folder of the corpus (%(default)s)")
+    add.set_defaults(call=bench_rl)
     options = parser.parse_args()
     options.call(options)
 
