@@ -1057,12 +1057,19 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
-# The prompt formats, as templates that other engines read too: Llama 3's chat, and plain text for a base
-# model, which never saw the chat's special tokens. `Tokenizer.prompt` writes the same ids (tested).
-FORMATS = {
-    "chat": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+# What the template of Llama 3.1's Instruct models puts before every conversation.
+SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+TURNS = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# The prompt formats, as templates that other engines read too: Llama 3's chat, the same with 3.1's system
+# turn, and plain text for a base model, which never saw the chat's special tokens. `Tokenizer.prompt`
+# writes the same ids (tested).
+FORMATS = {
+    "chat": "{{ bos_token }}" + TURNS,
+    "llama3.1": f"{{{{ bos_token }}}}<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>" + TURNS,
     "plain": "{{ bos_token }}### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
     "{% for m in messages[1:] %}{{ m['content'] | trim }}<|end_of_text|>{% endfor %}",
 }
@@ -1073,14 +1080,15 @@ class Tokenizer:
 
     `format` "" takes the one that the folder was saved with, else chat. Attributes: `bos`, `eos` (end
     of a document), `eot` (end of a turn), `stop` (ends an answer: eot in a chat, eos in plain text),
-    `pad` (differs from each of them and is never trained), `stops` = (eot, eos).
+    `pad` (differs from each of them and is never trained), `stops` (eot, eos and, where there is one, eom:
+    Llama 3.1's end of a message that calls a tool).
     """
 
     def __init__(self, folder: str | Path, format: str = ""):
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(
-                f"{self.path}: no such file; `python data.py make` writes one for the embedded corpus"
+                f"{self.path}: no such file; copy the model's own (`python data.py make` writes the embedded corpus's)"
             )
         self.text = self.path.read_text(encoding="utf-8")
         self.core = tokenizers.Tokenizer.from_str(self.text)
@@ -1091,12 +1099,13 @@ class Tokenizer:
         )
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         config = self.path.with_name("tokenizer_config.json")
-        saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        self.format = format or saved.get("prompt_format", "chat")
+        self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.format = format or self.config.get("prompt_format", "chat")
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
-        self.stop = self.eot if self.format == "chat" else self.eos
-        self.stops = (self.eot, self.eos)
+        self.stop = self.eos if self.format == "plain" else self.eot
+        eom = self.core.token_to_id("<|eom_id|>")
+        self.stops = (self.eot, self.eos, *([] if eom is None else [eom]))
         self.size = self.core.get_vocab_size()
 
     def _special(self, *names: str) -> int:
@@ -1119,13 +1128,18 @@ class Tokenizer:
         """Everything up to where the answer in `languages` begins."""
         if self.format == "plain":
             return [self.bos, *self.encode(f"### Problem\n{ask(statement, languages)}\n\n### Solution\n")]
+        system = [*self._turn("system", SYSTEM), self.eot] if self.format == "llama3.1" else []
         user = self._turn("user", ask(statement, languages))
-        return [self.bos, *user, self.eot, *self._turn("assistant", "")]
+        return [self.bos, *system, *user, self.eot, *self._turn("assistant", "")]
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole."""
+        """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
+
+        The latter keeps what the model's own says, but for special tokens, template and class.
+        """
         tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
-        config = {name: self.core.id_to_token(token) for name, token in tokens.items()}
+        config = {"model_input_names": ["input_ids", "attention_mask"]} | self.config
+        config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"prompt_format": self.format, "chat_template": FORMATS[self.format]}
         for name, text in {self.path.name: self.text, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
@@ -1143,7 +1157,12 @@ def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
 
 
 def extract(response: str, language: str) -> str | None:
-    """The program in the last closed fenced block of `language` or of an alias of it, else None."""
+    """The program in the last closed fenced block of `language`, else None.
+
+    Its opening line is ``` and the PL's name or an alias, in any case, and no more; its closing line ```
+    alone. A block without a name, of another PL, or that is not closed does not count, nor does text
+    outside of blocks.
+    """
     names = {language, *sandbox.LANGUAGES[language].aliases}
     blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response, re.MULTILINE | re.DOTALL)
     return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 import data
 import sandbox
-from data import Roles, Tokenizer, flag
-from model import Llama, generate, load
-from sft import World, newest_checkpoint, starting_point
+from data import FORMATS, Roles, Tokenizer, flag
+from model import Llama, generate
+from sft import World, newest_checkpoint, open_checkpoint, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -71,9 +71,11 @@ def sample(
 ) -> list[Rollout]:  # fmt: skip
     """`samples` ungraded rollouts for each task (record, PL), those of one task side by side.
 
-    `rows` responses are written at a time, which bounds the memory of the key/value cache. truncation:
-    top_k and top_p of `generate`.
+    `rows` responses are written at a time, which bounds the memory of the key/value cache. No tasks, as
+    on a rank for which none are left, give no rollouts. truncation: top_k and top_p of `generate`.
     """
+    if not tasks:
+        return []
     prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
@@ -291,8 +293,10 @@ class Settings:
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag("", "bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
-    format: str = flag("", "prompt format, chat or plain (default: the checkpoint's)")
+    precision: str = flag(
+        "", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=("float32", "bfloat16")
+    )
+    format: str = flag("", "prompt format (default: the checkpoint's)", choices=tuple(FORMATS))
 
 
 def check_lengths(
@@ -354,8 +358,7 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     shared = {"max_new_tokens": s.max_new_tokens, "by": s.by, "seed": s.seed, "rows": s.rows, "known": {}}
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
-            model = load(checkpoint, world.device, world.dtype(s.precision))
-            tokenizer = Tokenizer(checkpoint, s.format)
+            model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
             check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
             measures["greedy pass@1"][1][name] = evaluate(*job, name=name, **shared)

@@ -979,6 +979,8 @@ def read_weights(path: Path, shapes: dict, device, dtype) -> tuple[dict, dict[st
     state, wrong = {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # older files hold the rotary frequencies, which follow from config.json
             found, wanted = tuple(file.get_slice(name).get_shape()), shapes.get(name)
             if found == wanted:
                 # A copy of its own: a view would keep the file mapped, at its odd alignment.

@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 import data
 import sandbox
-from data import Tokenizer, flag
+from data import FORMATS, Tokenizer, flag
 from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
 from eval import Settings as EvalSettings
-from model import IGNORE, Llama, load
-from sft import Hardware, Learner, Row, Run, World, flops, pack, starting_point, trained_tokens, whole
+from model import IGNORE, Llama
+from sft import Hardware, Learner, Row, Run, World, flops, open_checkpoint, pack, starting_point, trained_tokens, whole
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings(Hardware):
     data: str = flag("runs/data", "folder of the corpus")
     model: str = flag("runs/parallel", "SFT checkpoint or run folder to start from")
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
-    format: str = flag("", "prompt format, chat or plain (default: the starting model's)")
+    format: str = flag("", "prompt format (default: the starting model's)", choices=tuple(FORMATS))
     steps: int = flag(50, "rollout phases, each followed by its updates", least=1)
     prompts: int = flag(24, "problems per step, over all ranks, which must divide them", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
@@ -303,10 +303,9 @@ def train(s: Settings, world: World) -> None:
             return
         checkpoint, state = run.start()
         source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
-        model, tokenizer = load(source, world.device, torch.float32), Tokenizer(source, s.format)
+        model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)
-        if state:
-            learner.restore(state["optimizer"])
+        learner.restore(state.get("optimizer"))
         loop(s, run, learner, tokenizer, state.get("step", 0), state.get("tokens", 0))
 
 

@@ -57,7 +57,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
-from data import Mixture, Tokenizer, flag
+from data import FORMATS, Mixture, Tokenizer, flag
 from model import IGNORE, Config, Llama, load, save
 
 Row = tuple[list[int], int]  # token ids, and the index of the first that is trained
@@ -159,12 +159,10 @@ class World:
             dist.destroy_process_group()
 
     def dtype(self, precision: str) -> torch.dtype | None:
-        """Of `precision`; "" is bfloat16 on a GPU and None, the weights' own, elsewhere. Else ValueError."""
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        kinds[""] = torch.bfloat16 if self.device.type == "cuda" else None
-        if precision not in kinds:
-            raise ValueError(f"--precision {precision}: there are float32 and bfloat16")
-        return kinds[precision]
+        """Of `precision`; "" is bfloat16 on a GPU and None, the weights' own, elsewhere."""
+        if not precision:
+            return torch.bfloat16 if self.device.type == "cuda" else None
+        return getattr(torch, precision)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks, in float64."""
@@ -207,12 +205,11 @@ def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> L
     process that computes in that needs none of it and gets `model` as it is. shard 0 means all ranks.
     ValueError if it does not divide them.
     """
-    master = model.head().dtype
+    master, shard = model.head().dtype, shard or world.size
+    if world.size % shard:
+        raise ValueError(f"--shard {shard}: does not divide the number of ranks, {world.size}")
     if world.size == 1 and dtype == master:
         return model
-    shard = shard or world.size
-    if world.size % shard:
-        raise ValueError(f"--shard {shard}: does not divide the {world.size} ranks")
     mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicas", "shards"))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master))
@@ -232,7 +229,7 @@ class CompactAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state, zeros = self.state[p], torch.zeros_like
@@ -243,6 +240,11 @@ class CompactAdamW(torch.optim.AdamW):
                 options = {n: group[n] for n in names} | {"beta1": beta1, "beta2": beta2}
                 adamw([p], [p.grad], [m], [v], [], [count], foreach=False, **options)
                 state["exp_avg"], state["exp_avg_sq"] = m.bfloat16(), v.bfloat16()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # which widens them to the parameters' type
+        for state in self.state.values():
+            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].bfloat16(), state["exp_avg_sq"].bfloat16()
 
 
 def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool = False) -> torch.optim.AdamW:
@@ -271,12 +273,16 @@ class Hardware:
 
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     precision: str = flag(
-        "", "bfloat16 (with float32 master weights) or float32 (default: bfloat16 on a GPU, float32 on a CPU)"
+        "",
+        "what to compute in; master weights are float32 (default: bfloat16 on a GPU, float32 on a CPU)",
+        choices=("float32", "bfloat16"),
     )
     shard: int = flag(
         0, "ranks that share one copy of the weights: 1 is data parallelism, 0 means all of them", least=0
     )
-    micro_tokens: int = flag(1024, "tokens packed into one forward pass, on each rank", least=1)
+    micro_tokens: int = flag(
+        1024, "tokens packed into one forward pass, on each rank; a longer sequence goes alone", least=1
+    )
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
     optimizer_state: str = flag(
         "float32", "type of AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=("float32", "bfloat16")
@@ -328,7 +334,9 @@ class Learner:
     def state(self) -> tuple[Llama, dict]:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
         gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
+        optimizer = {}
+        if self.optimizer.state:  # else the getter would make one, by a step that counts
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
         if not isinstance(self.model, FSDPModule):
             return self.model, optimizer
         with torch.device("meta"):
@@ -337,10 +345,11 @@ class Learner:
             model.load_state_dict(weights, assign=True)
         return model, optimizer
 
-    def restore(self, optimizer: dict) -> None:
-        """Takes up an optimizer state from `state`, of any number of ranks."""
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+    def restore(self, optimizer: dict | None) -> None:
+        """Takes up an optimizer state from `state`, of any number of ranks, if there is one."""
+        if optimizer:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -366,10 +375,25 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 
     A run that is not finished serves too, but not unnoticed.
     """
-    checkpoint = newest_checkpoint(folder) or data.fail(f"{folder}: holds no checkpoint; {advice}")
+    checkpoint = newest_checkpoint(folder) or data.fail(
+        f"{folder}: holds no checkpoint, neither config.json nor step-N; {advice}"
+    )
     if (Path(folder) / "settings.json").exists() and not (Path(folder) / "summary.json").exists():
         print(f"note: the run in {folder} is not finished; going on from its {checkpoint.name}")
     return checkpoint
+
+
+def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, format: str) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer in `folder`; ValueError if they do not belong together.
+
+    The model's config gets the tokenizer's stop tokens: that of a base model names no end of a turn, and
+    other engines would not stop where the checkpoints that are saved from it do.
+    """
+    tokenizer, model = Tokenizer(folder, format), load(folder, world.device, dtype)
+    if tokenizer.size > (rows := model.config.vocab_size):
+        raise ValueError(f"{tokenizer.path}: has {tokenizer.size} tokens, the model {rows}; take the model's own")
+    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos, sorted(tokenizer.stops)
+    return model, tokenizer
 
 
 # Settings that may differ when a run is taken up again.
@@ -492,6 +516,9 @@ class Run:
         tokenizer.save(temporary)
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         torch.save(state, temporary / "trainer.pt")
+        for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
+            with open(path) as file:
+                os.fsync(file.fileno())
         older = list(self.out.glob("step-*"))
         os.replace(temporary, final)
         for old in older:
@@ -530,8 +557,10 @@ class Settings(Hardware):
         "checkpoint or run folder to start from (default: runs/base, trained first if missing; base starts from scratch)",
     )
     out: str = flag("", "run folder (default: runs/MIXTURE)")
-    format: str = flag("", "prompt format, chat or plain (default: the starting model's; chat if it has none)")
-    tokens: int = flag(0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise")
+    format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
+    tokens: int = flag(
+        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise", least=0
+    )
     batch: int = flag(16, "sequences per update, over all ranks", least=1)
     lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
@@ -561,14 +590,15 @@ def resolve(s: Settings) -> Settings:
     )
 
 
-def fresh_model(s: Settings, tokenizer: Tokenizer) -> Llama:
-    """A Llama of the size the flags ask for; the feed-forward is 3 widths wide."""
+def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
+    """A Llama of the size the flags ask for, the feed-forward 3 widths wide; and the corpus's tokenizer."""
+    tokenizer = Tokenizer(s.data, s.format)
     config = Config(
         vocab_size=tokenizer.size, hidden_size=s.width, intermediate_size=3 * s.width, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=max(1, s.heads // 2), head_dim=s.width // s.heads,
         bos_token_id=tokenizer.bos, eos_token_id=list(tokenizer.stops),
     )  # fmt: skip
-    return Llama(config).init_weights(s.seed)
+    return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
 def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -> dict[str, list[Row]]:
@@ -678,14 +708,12 @@ def train(s: Settings, world: World) -> None:
         source = checkpoint or (
             starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
         )
-        tokenizer = Tokenizer(source or s.data, s.format)
-        model = load(source, world.device, torch.float32) if source else fresh_model(s, tokenizer).to(world.device)
+        model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
         mixture = Mixture(
             s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
         )
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
-        if state:
-            learner.restore(state["optimizer"])
+        learner.restore(state.get("optimizer"))
         loop(s, run, learner, mixture, state.get("step", 0), state.get("tokens", 0))
 
 

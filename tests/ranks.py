@@ -20,11 +20,11 @@ import sft
 from model import load
 from sft import Hardware, Learner, World
 
-PAD, LR = 0, 1e-3
-CASES = [
-    (stage, shard, micro, dtype)
-    for stage, shard, micro, dtype in itertools.product(("sft", "rl"), (1, 2), (20, 64, 1000), ("float64", "float32"))
-]
+PAD, LR, CLIP = 0, 1e-3, 0.01
+CASES = {  # of two ranks, and of four that are two replicas of two shards: stage, shard, micro_tokens, dtype
+    2: list(itertools.product(("sft", "rl"), (1, 2), (20, 64, 1000), ("float64", "float32"))),
+    4: list(itertools.product(("sft", "rl"), (2,), (20, 1000), ("float64",))),
+}
 
 
 def by_length(rollouts, tokenizer, box, known=None, progress=None):
@@ -52,28 +52,34 @@ def rollouts():
 
 
 def updated(folder, world, stage, shard, micro, dtype):
-    """The learner after one update from the weights in `folder`."""
-    s = (rl.Settings if stage == "rl" else Hardware)(device="cpu", shard=shard, micro_tokens=micro)
+    """The learner after one update from the weights in `folder`, and the norm of its gradient, which is clipped."""
+    s = (rl.Settings if stage == "rl" else Hardware)(device="cpu", shard=shard, micro_tokens=micro, clip=CLIP)
     model = load(folder, dtype=getattr(torch, dtype))
     learner = Learner(model, world, s, 0.1, PAD)
     if stage == "sft":
         sft.accumulate(learner, rows())
-        learner.step(LR)
-        return learner
+        return learner, learner.step(LR)
     made, advantages = rollouts()
     share = len(made) // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)  # whole groups of three
-    rl.update(learner, made[mine], advantages[mine], s)
-    return learner
+    return learner, rl.update(learner, made[mine], advantages[mine], s)["grad_norm"]
+
+
+def outcome(learner, norm):
+    """What an update leaves, as tensors by name; on rank 0 alone.
+
+    The moments are the clipped gradient's, whose scale AdamW's first step would hide.
+    """
+    model, optimizer = learner.state()
+    moments = {f"{kind} {name}": m for name, state in optimizer.get("state", {}).items() for kind, m in state.items()}
+    return model.state_dict() | moments | {"norm": torch.tensor(norm)}
 
 
 def replicas_are_equal(learner):
     """Whether the parts of the weights that ranks hold in common are the same to the bit."""
-    if learner.s.shard != 1:
-        return True
     local = torch.cat([p.to_local().flatten() for p in learner.model.parameters()])
     parts = learner.world.gather([local])
-    return all(torch.equal(parts[0], part) for part in parts)
+    return all(torch.equal(part, parts[i % learner.s.shard]) for i, part in enumerate(parts))
 
 
 def gradient_of_ddp(folder, world):
@@ -100,13 +106,22 @@ def ours_against_ddp(folder, world):
 def updates(folder):
     torch.set_num_threads(1)
     with World("cpu") as world:
-        ours_against_ddp(folder, world)
-        for case in CASES:
-            learner = updated(folder, world, *case)
+        if world.size == 2:
+            ours_against_ddp(folder, world)
+        for case in CASES[world.size]:
+            learner, norm = updated(folder, world, *case)
             assert replicas_are_equal(learner), case
-            model, _ = learner.state()
+            got = outcome(learner, norm)
             if world.rank == 0:
-                torch.save(model.state_dict(), Path(folder) / f"{'-'.join(map(str, case))}.pt")
+                torch.save(got, Path(folder) / f"{'-'.join(map(str, case))}.pt")
+
+
+def fails(*_, **__):
+    raise ValueError("this rank's own trouble")
+
+
+# Where one rank can fail alone: in the optimizer step, in the sandbox, and when rank 0 writes a checkpoint.
+PLACES = {"step": (sft.Learner, "step"), "grade": (rl, "grade"), "write": (sft.Run, "write")}
 
 
 def main(what, *flags):
@@ -114,14 +129,8 @@ def main(what, *flags):
         return updates(*flags)
     if what != "sft":
         rl.grade = evaluation.grade = by_length
-    real, fails = sft.Learner.step, os.environ.get("FAIL_ON_RANK")
-
-    def step(learner, lr):
-        if fails and learner.world.rank == int(fails):
-            raise ValueError("this rank's own trouble")
-        return real(learner, lr)
-
-    sft.Learner.step = step
+    if os.environ.get("FAIL_ON_RANK") == os.environ.get("RANK", ""):
+        setattr(*PLACES[os.environ["FAIL_IN"]], fails)
     stage = {"rl": rl, "sft": sft, "eval": evaluation}[what]
     data.command(stage.main, stage.Settings, stage.__doc__, flags)
 

@@ -268,6 +268,12 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
         ("```python\nx\n", None),  # not closed
         ("```ruby\nx\n```", None),  # another PL
         ("```\nx\n```", None),  # no PL
+        ("```python title=a\nx\n```", None),  # more than the PL
+        ("```\nsay:\n```python\nx\n```", None),  # inside another block, which its end closes
+        (" ```python\nx\n ```", None),  # not at the beginning of a line
+        ("```python\nprint('```')\n```", "print('```')\n"),  # a fence is a line of its own
+        ("```python\nx\n```\n```ruby\ny\n```", "x\n"),
+        ("```python\nx\n```\n```python\ny\n", "x\n"),  # the last that is closed
         ("print(1)", None),
     ],
 )

@@ -183,6 +183,7 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
     with pytest.raises(ValueError, match="--k 2: needs at least as many --samples, not 1"):
         evaluation.main(replace(s, samples=1))
+    assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
     with pytest.raises(ValueError, match="two of one name among m, m"):
         evaluation.main(replace(s, models=(str(tmp_path / "m"),) * 2))
     with pytest.raises(ValueError, match=r"--languages: rust: not in .*languages\.json"):

@@ -578,6 +578,13 @@ def test_a_second_copy_of_tied_embeddings_must_be_equal(tmp_path):
         load(tmp_path)
 
 
+def test_rotary_frequencies_of_older_files_are_passed_over(tmp_path):
+    save(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    assert same(load(tmp_path), tiny())
+
+
 def test_a_file_that_is_cut_short_is_named(tmp_path):
     save(tiny(), tmp_path)
     path = tmp_path / "model.safetensors"

@@ -60,19 +60,25 @@ def kill(process):
     process.wait()
 
 
-def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_path):
+@pytest.mark.parametrize("count", ranks.CASES)
+def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_path, count):
     config = Config(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     save(Llama(config).init_weights(0), tmp_path)
-    finish(start("updates", tmp_path))  # it compares with DistributedDataParallel, and the replicas with each other
+    # It compares with DistributedDataParallel, and the replicas with each other.
+    finish(start("updates", tmp_path, ranks=count))
     torch.set_num_threads(1)
-    for case in ranks.CASES:
+    for case in ranks.CASES[count]:
         stage, _, _, dtype = case
-        whole = ranks.updated(tmp_path, sft.World("cpu"), stage, 1, 10**9, dtype).model.state_dict()
+        with sft.World("cpu") as world:
+            whole = ranks.outcome(*ranks.updated(tmp_path, world, stage, 1, 10**9, dtype))
         got = torch.load(tmp_path / f"{'-'.join(map(str, case))}.pt")
         tolerance = 1e-10 if dtype == "float64" else 1e-5
+        assert got.keys() == whole.keys() and whole["norm"] > 10 * ranks.CLIP
+        for name, tensor in whole.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance, msg=f"{case} {name}")
         for name, weight in load(tmp_path, dtype=getattr(torch, dtype)).state_dict().items():
-            torch.testing.assert_close(got[name], whole[name], rtol=0, atol=tolerance, msg=f"{case} {name}")
             assert not torch.equal(got[name], weight), (case, name)
+            assert got[f"exp_avg {name}"].abs().max() > 1e-6  # what is compared is not lost in the tolerance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,22 +176,30 @@ def test_evaluation_is_shared_out_and_put_together_in_order(flags, corpus, tmp_p
     assert {v for o in outcomes[0]["greedy pass@1"]["start"] for v in o["verdicts"]} == {"ok", "wrong_answer"}
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_own_message(flags, tmp_path):
-    began = time.monotonic()
-    text = finish(start("sft", *flags["sft"], "--out", tmp_path / "run", FAIL_ON_RANK="1"), code=1)
-    assert "error on rank 1: this rank's own trouble" in text and time.monotonic() - began < 60
+@pytest.mark.parametrize(("stage", "place", "rank"), [("sft", "step", 1), ("rl", "grade", 1), ("rl", "write", 0)])
+def test_a_rank_that_fails_ends_the_run_with_its_own_message(flags, tmp_path, stage, place, rank):
+    began, trouble = time.monotonic(), {"FAIL_IN": place, "FAIL_ON_RANK": str(rank)}
+    text = finish(start(stage, *flags[stage], "--out", tmp_path / "run", **trouble), code=1)
+    assert f"error on rank {rank}: this rank's own trouble" in text and time.monotonic() - began < 60
 
 
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(flags, tmp_path):
-    flags = [*flags["sft"], "--out", tmp_path / "run", "--save-every", 1000]
-    process = start("sft", *flags)
+def rank_1(process):
+    """The process that torchrun started as rank 1."""
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(process.pid)}
+    return next(pid for pid, variables in environments.items() if b"RANK=1" in variables)
+
+
+@pytest.mark.parametrize(("stage", "one"), [("sft", False), ("rl", True)], ids=["all ranks", "one rank"])
+def test_a_signal_saves_and_the_same_command_goes_on(flags, tmp_path, stage, one):
+    flags = [*flags[stage], "--out", tmp_path / "run", "--save-every", 1000]
+    process = start(stage, *flags)
     while process.poll() is None and len(steps(tmp_path / "run")) < 2:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    os.kill(rank_1(process) if one else process.pid, signal.SIGTERM if one else signal.SIGINT)
     finish(process, code=1)
     saved = sft.newest_checkpoint(tmp_path / "run")
-    assert int(saved.name[5:]) == len(steps(tmp_path / "run")) >= 2
-    finish(start("sft", *flags))
+    assert int(saved.name[5:]) == steps(tmp_path / "run")[-1]["step"] >= (1 if stage == "rl" else 2)
+    finish(start(stage, *flags))
     assert (tmp_path / "run/summary.json").exists()
 
 

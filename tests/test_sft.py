@@ -28,6 +28,10 @@ def run(s):
         sft.train(s, world)
 
 
+def same_tensor(a, b):
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def weights(folder):
     return load(sft.newest_checkpoint(folder)).state_dict()
 
@@ -140,6 +144,10 @@ def test_compact_adamw_follows_torchs_and_keeps_half_its_state(corpus, tokenizer
         trajectories.append(torch.tensor(losses))
         moments = [v.dtype for state in ours.optimizer.state.values() for k, v in state.items() if k != "step"]
         assert set(moments) == {getattr(torch, kind)}
+        again = learner(tiny, tokenizer, optimizer_state=kind)
+        again.restore(ours.state()[1])
+        for p in tiny.parameters():  # also in type: resumed, it needs no more memory
+            assert all(same_tensor(again.optimizer.state[p][k], v) for k, v in ours.optimizer.state[p].items())
     torch.testing.assert_close(*trajectories, rtol=5e-3, atol=0)
     assert trajectories[0][-1] < trajectories[0][0] - 0.5 and not torch.equal(*trajectories)
 
@@ -228,6 +236,40 @@ def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch)
     monkeypatch.undo()
     run(settings(corpus, tmp_path / "run"))
     assert not list((tmp_path / "run").glob(".step-*"))
+
+
+def test_a_run_goes_on_from_the_newer_of_two_checkpoints(corpus, tmp_path, monkeypatch):
+    """As after a kill while the older one was being removed. step-10 is newer than step-8."""
+    run(settings(corpus, tmp_path / "whole", tokens=4000))
+    remove = shutil.rmtree
+
+    def dies(path, **options):
+        if path.name == "step-8":
+            (path / "config.json").unlink()
+            raise MemoryError("as if killed")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(MemoryError):
+        run(settings(corpus, tmp_path / "cut", tokens=4000))
+    monkeypatch.undo()
+    assert {p.name for p in (tmp_path / "cut").glob("step-*")} == {"step-8", "step-10"}
+    assert sft.newest_checkpoint(tmp_path / "cut").name == "step-10"
+    run(settings(corpus, tmp_path / "cut", tokens=4000))
+    assert len(list((tmp_path / "cut").glob("step-*"))) == 1
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_saving_changes_nothing_even_before_the_first_update(corpus, tokenizer, tiny):
+    """In rl.py the first steps may find nothing to learn from."""
+    results = []
+    for saved in (False, True):
+        ours = learner(tiny.init_weights(0), tokenizer)
+        assert not saved or ours.state()[1] == {}
+        sft.accumulate(ours, examples(corpus, tokenizer, 4))
+        ours.step(1e-3)
+        results.append({n: p.detach().clone() for n, p in tiny.named_parameters()})
+    assert same(*results)
 
 
 def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
