@@ -3,7 +3,8 @@
     python tests/memory.py [--micro-tokens 8192] [--rows 32] [--length 2048]
 
 Nothing is allocated: parameters are counted on the meta device, and so is what a forward pass keeps
-for the backward pass. tests/test_memory.py holds the parts against real allocations of a small model.
+for the backward pass. tests/test_memory.py holds the parts, and the sum, against real allocations of a
+small model.
 What is left out: the CUDA context, fragmentation and buffers of the libraries, for which RESERVE is
 set aside. GB are 10^9 bytes, as in the names of the GPUs.
 """
@@ -108,6 +109,16 @@ def gathered(config: Config) -> float:
     return (outside + 2 * block) * (2 + 2 + 4)
 
 
+def stepping(config: Config, ranks: int, compact: bool) -> float:
+    """Bytes a rank of the optimizer step's own tensors, when activations are gone.
+
+    torch's AdamW makes the roots of all second moments at once; ours widens one matrix's moments after
+    the other, and makes its root.
+    """
+    sizes = [p.numel() for p in meta_model(config).parameters()]
+    return (12.0 * max(sizes) if compact else 4.0 * sum(sizes)) / ranks
+
+
 def logits(config: Config) -> float:
     """Bytes of a chunk's logits, their log-softmax, its gradient and theirs, in float32."""
     return 4.0 * 4 * CHUNK * config.vocab_size
@@ -124,6 +135,7 @@ def total(config: Config, stage: str, ranks: int, flags: tuple[str, ...], s: Set
     """Bytes on each rank at the worst moment; sampling and training take turns, the cache stays for neither."""
     compact, recompute = "--optimizer-state bfloat16" in flags, "--recompute" in flags
     training = gathered(config) + activations(config, s.micro_tokens, recompute) + logits(config)
+    training = max(training, stepping(config, ranks, compact))
     held = states(config, ranks, compact) + RESERVE
     if stage == "sft":
         return held + training
