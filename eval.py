@@ -374,11 +374,12 @@ def main(s: Settings) -> None:
     """Evaluates every model, prints the tables and writes them with all outcomes."""
     if s.join:
         return print(tables(join([json.loads(Path(path).read_text())["cells"] for path in s.join])))
-    roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
-    languages, began = present_languages(s, roles), time.perf_counter()
-    if s.samples and max(s.k) > s.samples:
-        raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
-    with World(s.device) as world:
+    began = time.perf_counter()
+    with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
+        if s.samples and max(s.k) > s.samples:
+            raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
+        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
+        languages = present_languages(s, roles)
         measures = measure(s, world, models, records, languages)
         if world.rank:
             return

@@ -312,10 +312,11 @@ def train(s: Settings, world: World) -> None:
 def main(s: Settings) -> None:
     """Runs GRPO from `s.model`, or goes on with the run in `s.out`."""
     s = replace(s, out=s.out or f"runs/rl-{Path(s.model).name}")
-    wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
-    if absent := wanted - set(sandbox.installed()):
-        data.fail(f"no toolchain here for {', '.join(sorted(absent))}; `python sandbox.py languages` names the package")
-    with World(s.device) as world:
+    with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
+        wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
+        if absent := wanted - set(sandbox.installed()):
+            absent = ", ".join(sorted(absent))
+            data.fail(f"no toolchain here for {absent}; `python sandbox.py languages` names the package")
         train(s, world)
 
 

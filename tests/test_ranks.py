@@ -149,20 +149,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
 
-def test_two_hosts_meet_and_train_as_two_ranks_of_one(flags, tmp_path):
-    """Two agents of torchrun with one rank each, which meet at an address; each shares the other's folder."""
-    finish(start("sft", *flags["sft"], "--shard", 1, "--out", tmp_path / "one"))
+def two_hosts(*commands):
+    """Two agents of torchrun with one rank each, which meet at an address: the two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     meeting = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test")
-    hosts = [
-        start("sft", *flags["sft"], "--shard", 1, "--out", tmp_path / "two", ranks=1, torchrun=meeting, HOST=str(i))
-        for i in range(2)
-    ]
-    texts = [finish(host) for host in hosts]
+    return [start(*command, ranks=1, torchrun=meeting, HOST=str(i)) for i, command in enumerate(commands)]
+
+
+def test_two_hosts_meet_and_train_as_two_ranks_of_one(flags, tmp_path):
+    flags = ["sft", *flags["sft"], "--shard", 1, "--out"]
+    finish(start(*flags, tmp_path / "one"))
+    texts = [finish(host) for host in two_hosts(*[[*flags, tmp_path / "two"]] * 2)]  # each shares the other's folder
     assert sum("tokens per s" in text for text in texts) == 1  # rank 0 alone speaks
     assert all(map(same, state(tmp_path / "one"), state(tmp_path / "two")))
+
+
+@pytest.mark.parametrize("stage", ["rl", "eval"])
+def test_what_only_one_host_lacks_ends_the_other_too(flags, corpus, tmp_path, stage):
+    """No agent tells the other's: the connection that breaks does."""
+    evaluation = ["--data", corpus, "--models", tmp_path / "start", "--device", "cpu", "--max-new-tokens", 8]
+    good = [stage, *(flags["rl"] if stage == "rl" else evaluation), "--out", tmp_path / "run"]
+    began = time.monotonic()
+    texts = [finish(host, code=1) for host in two_hosts(good, [*good, "--data", tmp_path / "gone"])]
+    assert "gone/languages.json" in texts[1] and time.monotonic() - began < 60
 
 
 def test_evaluation_is_shared_out_and_put_together_in_order(flags, corpus, tmp_path):
