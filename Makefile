@@ -72,4 +72,4 @@ toolchains:
 	apt-get install -y --no-install-recommends $$($(PYTHON) sandbox.py toolchains)
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo runs/demo-*

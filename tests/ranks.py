@@ -120,8 +120,8 @@ def fails(*_, **__):
     raise ValueError("this rank's own trouble")
 
 
-# Where one rank can fail alone: in the optimizer step, in the sandbox, and when rank 0 writes a checkpoint.
-PLACES = {"step": (sft.Learner, "step"), "grade": (rl, "grade"), "write": (sft.Run, "write")}
+# Where one rank can fail alone: in the optimizer step, and when rank 0 writes a checkpoint.
+PLACES = {"step": (sft.Learner, "step"), "write": (sft.Run, "write")}
 
 
 def main(what, *flags):
