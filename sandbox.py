@@ -694,8 +694,13 @@ def _landlock_allow(rules: int, path: str, allowed: int) -> None:
 # Control groups, where they may be written
 
 
-# Names of the limit on memory and of the count of kills, by version.
-_GROUP_FILES = {1: ("memory.limit_in_bytes", "memory.oom_control"), 2: ("memory.max", "memory.events")}
+# Names of the limit on memory, of the count of kills and of the file to join by, by version. In
+# version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
+# processors to pass through it (5 to 15 ms).
+_GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.oom_control", "tasks"),
+    2: ("memory.max", "memory.events", "cgroup.procs"),
+}
 
 
 class _Group:
@@ -704,11 +709,11 @@ class _Group:
 
     def __init__(self, version: int, memory: Path, pids: Path):
         self.version, self.places = version, {memory, pids}
-        limit, events = _GROUP_FILES[version]
+        limit, events, members = _GROUP_FILES[version]
         self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
         self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
         self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
-        self.members = [os.open(place / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
+        self.members = [os.open(place / members, os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
         self.limits: tuple = ()
         swap = memory / "memory.swap.max"
         if swap.exists():
@@ -723,7 +728,7 @@ class _Group:
         self.kills_before = self.kills()
 
     def join(self) -> None:
-        """Moves the calling process in."""
+        """Moves the calling process, which has one thread, in."""
         for member in self.members:
             os.write(member, b"0")
 
