@@ -674,7 +674,7 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, size, 0)
     for paths, allowed in ((readable, _READ), (writable, everything)):
-        for path in filter(os.path.exists, paths):
+        for path in paths:
             _landlock_allow(rules, path, allowed)
     for device in ("null", "zero", "full"):
         _landlock_allow(rules, f"/dev/{device}", _READ_FILE | _WRITE_FILE)
@@ -1017,8 +1017,6 @@ class _Warden:
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
             fill = {"box": self.box, "tmp": self.tmp}
             os.chdir(fill[step["cwd"]])
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
             argv = [word.format_map(fill) for word in step["argv"]] + step["args"]
             env = {key: value.format_map(fill) for key, value in step["env"].items()}
             self.confine(step)
@@ -1359,6 +1357,8 @@ class _LandlockWarden(_Warden):
         self.home = settings["home"]
         self.box, self.tmp = f"{self.home}/box", f"{self.home}/tmp"
         self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
+        readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
+        self.readable = [*filter(os.path.exists, readable), self.box]
         os.chmod(self.home, 0o711)
         for path in (self.box, self.tmp):
             os.mkdir(path)
@@ -1386,11 +1386,9 @@ class _LandlockWarden(_Warden):
 
     def confine(self, step: dict) -> None:
         _set_limits({**step, "processes": step["processes"] + self.taken})
+        _landlock(self.readable, [self.tmp] + [self.box] * (step["cwd"] == "box"))
         if self.uid:
             _drop_to(self.uid)
-        writable = [self.tmp] + [self.box] * (step["cwd"] == "box")
-        system = [*_SYSTEM, *_etc(), *_VISIBLE]
-        _landlock([*system, *self.settings["paths"], self.box], writable)
         _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid()))
 
     def members(self) -> list[int]:
@@ -1439,7 +1437,8 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
 def _helper(fd: int) -> None:
     """The helper process, from its start to its end."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
+        signal.signal(number, signal.SIG_DFL)
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
     settings, _ = _receive(sock)

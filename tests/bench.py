@@ -94,18 +94,23 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def run_times(box: sandbox.Sandbox, name: str, count: int) -> list[float]:
+    """Seconds from the end of one test to that of the next, of one program with many tests."""
+    ends = []
+    checker = lambda *_: ends.append(time.perf_counter()) or True  # noqa: E731
+    box.run(PROGRAMS[name], name, tests_of(count + 1), checker=checker)
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
 def added_per_run(box: sandbox.Sandbox, name: str, repeats: int) -> tuple[float, float, float]:
-    """Milliseconds of one more run in the sandbox, of a bare run, and of their difference: each
-    pair measured one after the other, medians of the pairs."""
-    bare, many = bare_run(name), 11
-    rows = []
+    """Milliseconds of one more run in the sandbox, of a bare run, and of their difference: medians
+    of ten runs of each, one after the other, and then of the repeats."""
+    bare, rows = bare_run(name), []
     for _ in range(repeats):
-        short = seconds(lambda: box.run(PROGRAMS[name], name, tests_of(1)))
-        plain = statistics.median(seconds(bare) for _ in range(many - 1))
-        long = seconds(lambda: box.run(PROGRAMS[name], name, tests_of(many)))
-        rows.append(((long - short) / (many - 1) * 1e3, plain * 1e3))
-    inside, outside = (statistics.median(column) for column in zip(*rows, strict=True))
-    return inside, outside, statistics.median(a - b for a, b in rows)
+        inside = statistics.median(run_times(box, name, 10)) * 1e3
+        outside = statistics.median(seconds(bare) for _ in range(10)) * 1e3
+        rows.append((inside, outside, inside - outside))
+    return tuple(map(statistics.median, zip(*rows, strict=True)))
 
 
 def throughput(box: sandbox.Sandbox, name: str, count: int, repeats: int) -> tuple[float, float]:
