@@ -4,7 +4,8 @@ sum    reads two numbers, prints their sum
 fail   prints the sum's right answer and exits with code 3, or ends by an error
 spin   never ends
 hoard  takes memory without end
-flood  prints without end
+flood  prints without end, waiting for the reader: node's console.log would not, but keeps what the
+       pipe did not take for its event loop, which a loop never comes back to, and runs out of memory
 """
 
 # fmt: off
@@ -21,14 +22,14 @@ PROGRAMS = {
         "fail": "console.log(7); process.exit(3)",
         "spin": "for (;;);",
         "hoard": "const a = []; for (;;) a.push(new Array(100000).fill(a.length + 0.5))",
-        "flood": "for (;;) console.log('xxxxxxxxxxxxxxxxxxxx')",
+        "flood": "const fs = require('fs'); for (;;) fs.writeSync(1, 'xxxxxxxxxxxxxxxxxxxx\\n')",
     },
     "typescript": {
         "sum": "const parts: number[] = require('fs').readFileSync(0, 'utf8').split(' ').map(Number); console.log(parts[0] + parts[1])",
         "fail": "const code: number = 3; console.log(7); process.exit(code)",
         "spin": "for (;;);",
         "hoard": "const a: number[][] = []; for (;;) a.push(new Array(100000).fill(a.length + 0.5))",
-        "flood": "for (;;) console.log('xxxxxxxxxxxxxxxxxxxx' as string)",
+        "flood": "const fs = require('fs'); for (;;) fs.writeSync(1, 'xxxxxxxxxxxxxxxxxxxx\\n' as string)",
     },
     "c": {
         "sum": '#include <stdio.h>\nint main() { int a, b; scanf("%d%d", &a, &b); printf("%d\\n", a + b); }',
@@ -287,7 +288,7 @@ PROGRAMS = {
         "fail": "console.log 7\nprocess.exit 3",
         "spin": "loop 1",
         "hoard": "a = []\nloop a.push new Array(100000).fill(a.length + 0.5)",
-        "flood": "loop console.log 'xxxxxxxxxxxxxxxxxxxx'",
+        "flood": "fs = require 'fs'\nloop fs.writeSync 1, 'xxxxxxxxxxxxxxxxxxxx\\n'",
     },
     "julia": {
         "sum": "println(sum(parse.(Int, split(readline()))))",
