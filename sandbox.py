@@ -1530,18 +1530,32 @@ def _source_name(language: Language, program: str) -> tuple[str, str]:
     return name + Path(language.file).suffix, name
 
 
+# What the runners of unit tests end with if all is well. A program that leaves before, lacks it.
+_REPORTS = {
+    "go": re.compile(r"^PASS\n\Z", re.M),
+    "rust": re.compile(r"^\nrunning \d+ tests?\n[\s\S]*^test result: ok\. [1-9]\d* passed; .*\n\n\Z", re.M),
+}
+_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"\bfn\s+main\s*\((?!\s*\)\s*{\s*})"}
+_UNIT_TEST = {"go": r"^func\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"^\s*#\[(test)\]"}
+
+
+def _unit_tests(language: Language, program: str) -> list[str]:
+    """The unit tests to be run in place of a program that has no main function, or an empty one."""
+    if language.name not in _MAIN or re.search(_MAIN[language.name], program, re.M):
+        return []
+    return re.findall(_UNIT_TEST[language.name], program, re.M)
+
+
 def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
-    """The program, and flags for its compiler: one that has unit tests and no main function, in
-    a language where tests are not programs, is made to run its tests."""
-    if language.name == "rust" and "#[test]" in program and not re.search(r"\bfn\s+main\b", program):
+    """The program, and flags for its compiler, which make its unit tests run if it has such."""
+    tests = _unit_tests(language, program)
+    if tests and language.name == "rust":
         return program, " --test"
-    if language.name == "go" and not re.search(r"^func\s+main\b", program, re.M):
-        tests = re.findall(r"^func\s+(Test\w*)\s*\(\w+\s+\*testing\.T\)", program, re.M)
+    if tests:
         listed = ",".join(f'{{"{name}", {name}}}' for name in tests)
-        if tests:
-            match_all = "func(_, _ string) (bool, error) { return true, nil }"
-            call = f"testing.Main({match_all}, []testing.InternalTest{{{listed}}}, nil, nil)"
-            program += f"\nfunc main() {{ {call} }}\n"
+        match_all = "func(_, _ string) (bool, error) { return true, nil }"
+        call = f"testing.Main({match_all}, []testing.InternalTest{{{listed}}}, nil, nil)"
+        program += f"\nfunc main() {{ {call} }}\n"
     return program, ""
 
 
@@ -1690,9 +1704,19 @@ class _Job:
         )
         request = {"op": "test", "step": step}
         result, stdout = self.ask(worker, request, test.get("stdin", ""), limits.wall)
-        if result.verdict == "ok" and not self.checker(test, stdout):
+        if result.verdict == "ok" and not self.right(test, stdout):
             result = replace(result, verdict="wrong_answer")
         return result
+
+    def right(self, test: dict, stdout: str) -> bool:
+        """Asks the checker. Unit tests that pass say so, in words that differ by language and even
+        by run: the checker sees what was printed before."""
+        if _unit_tests(self.language, self.program):
+            report = _REPORTS[self.language.name].search(stdout)
+            if report is None:
+                return False
+            stdout = stdout[: report.start()]
+        return self.checker(test, stdout)
 
     def ask(self, worker: _Worker, request: dict, text: str, wall: float) -> tuple[TestResult, str]:
         """The helper's answer, and the whole of stdout for the checker."""
@@ -1873,33 +1897,48 @@ def _open_sandbox(options) -> Sandbox:
     return Sandbox(getattr(options, "workers", 1), limits, options.level)
 
 
-def _json_lines(path: str, parse: Callable[[dict], object]) -> list:
+def _json_lines(path: str, parse: Callable[[object], object]) -> list:
     """Raises ValueError naming file and line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             rows.append(parse(json.loads(line))) if line.strip() else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: {error!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return rows
+
+
+def _field(row: object, name: str, kind: type, *default) -> object:
+    """row[name]. Raises ValueError if row is no object, or lacks that or has it of another kind."""
+    value = row.get(name, *default) if isinstance(row, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f'"{name}" must be {"text" if kind is str else "a list"} in {json.dumps(row)[:80]}')
+    return value
+
+
+def _parse_test(row: object) -> dict:
+    texts = {"stdout": _field(row, "stdout", str), "stdin": _field(row, "stdin", str, "")}
+    return {**row, **texts, "args": _field(row, "args", list, [])}
+
+
+def _parse_program(row: object) -> tuple:
+    program, language = _field(row, "program", str), canonical(_field(row, "language", str))
+    return row.get("id"), (program, language, [*map(_parse_test, _field(row, "tests", list))])
 
 
 def _cmd_run(options) -> int:
     path = Path(options.file)
     by_suffix = {Path(language.file).suffix: language.name for language in _TABLE}
     language = options.language or by_suffix.get(path.suffix, path.suffix.lstrip("."))
-    tests = _json_lines(options.tests, lambda row: {"stdin": "", **row, "stdout": row["stdout"]})
+    program, tests = path.read_text("utf-8", "surrogateescape"), _json_lines(options.tests, _parse_test)
     with _open_sandbox(options) as sandbox:
-        result = sandbox.run(path.read_text(), language, tests)
+        result = sandbox.run(program, language, tests)
     print(json.dumps(asdict(result), indent=1))
     return 0 if result.passed else 1
 
 
 def _cmd_check(options) -> int:
-    def parse(row: dict) -> tuple:
-        return row.get("id"), (row["program"], canonical(row["language"]), list(row["tests"]))
-
-    rows = _json_lines(options.file, parse)
+    rows = _json_lines(options.file, _parse_program)
     with _open_sandbox(options) as sandbox:
         results = sandbox.map([job for _, job in rows], progress="programs")
     counts: dict[str, dict[str, int]] = {}
@@ -1913,12 +1952,21 @@ def _cmd_check(options) -> int:
     return 0 if all(result.passed for result in results) else 1
 
 
+def _positive(kind: type) -> Callable[[str], float]:
+    def positive(text: str) -> float:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise ValueError
+        return value
+
+    return positive
+
+
 def _add_limits(parser) -> None:
     default = Limits()
     add = parser.add_argument
-    add("--wall", type=float, default=default.wall, help="seconds per test (%(default)s)")
-    add("--cpu", type=float, default=default.cpu, help="seconds of processor time (%(default)s)")
-    add("--memory", type=int, default=default.memory, help="MB per test (%(default)s)")
+    add("--wall", type=_positive(float), default=default.wall, help="seconds per test (%(default)s)")
+    add("--cpu", type=_positive(float), default=default.cpu, help="seconds of processor time (%(default)s)")
+    add("--memory", type=_positive(int), default=default.memory, help="MB per test (%(default)s)")
     add("--level", choices=LEVELS, help="confinement; by default the strongest that works")
 
 
@@ -1939,7 +1987,7 @@ def _parser() -> "argparse.ArgumentParser":
     add.set_defaults(call=_cmd_run)
     add = commands.add_parser("check", help="grade a file of programs")
     add.add_argument("file", help='JSON lines of {"program", "language", "tests"} and perhaps "id"')
-    add.add_argument("--workers", type=int, help="programs at a time (one per processor)")
+    add.add_argument("--workers", type=_positive(int), help="programs at a time (one per processor)")
     _add_limits(add)
     add.set_defaults(call=_cmd_check)
     return parser

@@ -469,3 +469,43 @@ def test_cli_toolchains():
     packages = _cli("toolchains", "--all").stdout.split()
     assert "nodejs" in packages and "g++" in packages
     assert "g++" not in _cli("toolchains").stdout.split() or "cpp" not in sandbox.installed()
+
+
+PROGRAM = '{"program": "print(1)", "language": "python", "tests": %s}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "complaint"),
+    [
+        ("check FILE", "not json", ":1: Expecting value"),
+        ("check FILE", "\n[1, 2]", ':2: "program" must be text in [1, 2]'),
+        ("check FILE", b"\xff", ":1: 'utf-8' codec can't decode"),
+        ("check FILE", '{"program": 5, "language": "c", "tests": []}', ':1: "program" must be text'),
+        ("check FILE", '{"program": "", "language": 7, "tests": []}', ':1: "language" must be text'),
+        ("check FILE", '{"program": "", "language": "c"}', ':1: "tests" must be a list'),
+        ("check FILE", PROGRAM % '["x"]', '"stdout" must be text in "x"'),
+        ("check FILE", PROGRAM % "[{}]", '"stdout" must be text in {}'),
+        ("check FILE", PROGRAM % '[{"stdout": "1", "stdin": null}]', '"stdin" must be text'),
+        ("check FILE --workers 0", "", "invalid positive value: '0'"),
+        ("run FILE --tests FILE --language python", '{"stdout": 1}', '"stdout" must be text'),
+        ("run FILE --tests FILE --language klingon", "", "unknown language 'klingon'"),
+        ("run FILE --tests /none", "", "'/none'"),
+        ("run FILE --tests FILE --wall nan", "", "invalid positive value: 'nan'"),
+        ("toolchains klingon", "", "unknown language 'klingon'"),
+    ],
+)
+def test_cli_says_what_is_wrong(tmp_path, arguments, content, complaint):
+    file = tmp_path / "file"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = _cli(*arguments.replace("FILE", str(file)).split())
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("sandbox.py") and complaint in last and "Traceback" not in done.stderr
+
+
+def test_cli_reads_text_as_it_is(tmp_path):
+    """Bytes that are no UTF-8 in a program, and in JSON a separator of lines that is none."""
+    (tmp_path / "a.pl").write_bytes(b"print length('\xff\xfe')")
+    (tmp_path / "tests.jsonl").write_text(json.dumps({"stdout": "2", "why": "a\u2028b"}, ensure_ascii=False))
+    done = _cli("run", tmp_path / "a.pl", "--tests", tmp_path / "tests.jsonl")
+    assert done.returncode == 0 or "no_toolchain" in done.stdout, done
