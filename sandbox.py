@@ -1515,7 +1515,8 @@ def _java_names(program: str) -> tuple[str, str]:
         elif token[2] is None:
             main = main or current
     main = main or public or current
-    return public or main, main
+    package = re.search(r"^\s*package\s+([\w.]+)\s*;", code, re.M)
+    return public or main, f"{package[1]}.{main}" if package else main
 
 
 def _source_name(language: Language, program: str) -> tuple[str, str]:
@@ -1535,8 +1536,8 @@ _REPORTS = {
     "go": re.compile(r"^PASS\n\Z", re.M),
     "rust": re.compile(r"^\nrunning \d+ tests?\n[\s\S]*^test result: ok\. [1-9]\d* passed; .*\n\n\Z", re.M),
 }
-_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"\bfn\s+main\s*\((?!\s*\)\s*{\s*})"}
-_UNIT_TEST = {"go": r"^func\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"^\s*#\[(test)\]"}
+_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"^\s*(?:pub\s+)?fn\s+main\s*\((?!\s*\)\s*{\s*})"}
+_UNIT_TEST = {"go": r"^func\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"#\[(test)\]"}
 
 
 def _unit_tests(language: Language, program: str) -> list[str]:

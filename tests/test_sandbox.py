@@ -146,6 +146,7 @@ def test_ordinary_python_works(box, program):
         ("class N {}\nclass P { class Q { } static void main(", ("P", "P")),
         ('class A { String s = "} class Z {"; } // class Y\n', ("A", "A")),
         ("public final class F { } class G { void main(", ("F", "G")),
+        ("package a.b;\npublic class C { void main(", ("C", "a.b.C")),
         ("", ("Main", "Main")),
     ],
 )
