@@ -34,6 +34,7 @@ What a program is kept from (each claim is a case in tests/sandbox_cases.py):
 
 What it does not protect against: faults of the kernel, for programs talk to the same one; side
 channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
+unit tests inside a program, in any language: it can leave them out, or print their report itself;
 use of up to the limits by every worker at once (workers x memory should fit the machine); with
 neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks.
 """
