@@ -251,7 +251,7 @@ KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "attention_backward_kv": ({"start": "*i32", "end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
     "decode_split": (
         {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
-        | {name: "i32" for name in ("of_row", "of_head", "of_column", "of_width")},
+        | {name: "i32" for name in ("of_row", "of_head", "of_column")},
         {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 256, "BN": 64},
     ),
     "decode_join": ({"part": "*fp32", "top": "*fp32", "total": "*fp32"}, {"d": 128, "D": 128, "SB": 16}),
@@ -266,10 +266,11 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have: A100, 
 
 
 def compile_for(capability, kernel, types, constants, warps, stages):
-    """The kernel with its pointers aligned, as torch's are; bfloat16 where `types` says nothing."""
+    """The kernel with pointers and strides aligned, as at a launch; bfloat16 where `types` says nothing."""
     types = dict.fromkeys(kernel.arg_names, "*bf16") | ROWS | types | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    names = enumerate(kernel.arg_names)
+    aligned = [i for i, name in names if signature[name].startswith("*") or name.startswith("of_")]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attrs)
     options = {"num_warps": warps, "num_stages": stages}
