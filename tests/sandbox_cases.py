@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sandbox
 
 ONE = [{"stdin": "", "stdout": "yes"}]
-LIMITS = sandbox.Limits(wall=0.6, cpu=0.6, memory=128, output=2 << 20, files=16, compile_wall=8, compile_memory=512)
+LIMITS = sandbox.Limits(wall=0.6, cpu=0.6, memory=128, output=2 << 20, files=16, compile_wall=5, compile_memory=512)
 
 
 @dataclass(frozen=True)
