@@ -18,6 +18,7 @@ Our choices:
    problems.
 3. Intervals are Wilson's 95% score intervals with the number of problems as sample size. For means
    over several samples or PLs of one problem that is conservative: those share the problem.
+4. Samples are drawn from the whole softmax unless --top-k or --top-p cut it; rl.py has neither.
 """
 
 import json
