@@ -331,6 +331,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, start):
+        """The output, (B, T, H, d)."""
         B, T, H, d = q.shape
         o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
         ctx.shape = {"H": H, "G": H // k.shape[2], "d": d, "D": max(16, triton.next_power_of_2(d))}
@@ -342,6 +343,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
+        """The gradients by q, k and v from that by the output."""
         q, k, v, start, o, lse = ctx.saved_tensors
         (B, T, H, _), do = q.shape, do.contiguous()
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -704,7 +706,7 @@ class Llama(nn.Module):
         IGNORE: (logprobs, entropy), both (B, T) float32, of targets[b, t] under
         softmax(logits / temperature), and of that distribution, in nats; zeros where ignored. No
         gradient flows through the entropy. ValueError unless temperature > 0.
-        (A float64 model gives float64 throughout.)
+        (On a CPU a float64 model gives float64 throughout; the kernels sum in float32.)
         """
         rope = rope_table(self.config, tokens.shape[1], self.head())  # (T, d) each
         if start is not None:

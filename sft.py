@@ -230,6 +230,7 @@ class CompactAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """One update; `closure` is there because torch passes it, and is not called."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state, zeros = self.state[p], torch.zeros_like
