@@ -40,6 +40,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -155,7 +156,7 @@ def read_rope(raw: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Norm and rotary positions
+# Float32 sums and rotary positions
 
 
 def wide(x: Tensor) -> Tensor:
@@ -185,11 +186,6 @@ def rope_table(config: Config, length: int, like: Tensor) -> tuple[Tensor, Tenso
     angle = torch.arange(length, device=like.device).float()[:, None] * frequency  # (L, d / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1).to(like.dtype), torch.cat([-sin, sin], dim=-1).to(like.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of coordinates (i, i + d / 2) of x (..., d) by its angle; a copy of x."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,6 +229,15 @@ def put(x, y, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
+    """A descriptor of a matrix of T rows: load([i, j]) is BN rows and d columns from there, zeros beyond row T.
+
+    On Hopper and later the tensor memory accelerator does that, without a register for an address.
+    """
+    return tl.make_tensor_descriptor(x, [T, stride], [stride, 1], [BN, d])
+
+
+@triton.jit
 def product(a, b):
     """a @ b in float32; float32 factors are not rounded to tf32."""
     if EMULATED:  # the interpreter would multiply the bits of bfloat16 as integers
@@ -240,103 +245,118 @@ def product(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@tuned((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3))
+@tuned((64, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2))
 @triton.jit
 def attention_forward(q, k, v, start, o, lse, scale, T, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
-                      D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                      BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One block of BM queries of one head: softmax over its keys, block by block (arXiv 2307.08691, alg. 1).
 
     `peak` and `mass` are the running maximum and sum, in units of log 2; a new maximum rescales what is there.
+    Only blocks of keys at an edge, of the documents or of the past, are masked. The longest rows go first.
     """
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    b, h, K = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, H // G
+    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
+    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
     q, o = q + (b * T * H + h) * d, o + (b * T * H + h) * d
-    k, v = k + (b * T * K + h // G) * d, v + (b * T * K + h // G) * d
+    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
     first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-    x = tile(q, rows, H * d, T, d, D)
-    y, mass, peak = tl.zeros([BM, D], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], MASKED, tl.float32)
-    for j in range(tl.min(first) // BN * BN, tl.minimum((tl.program_id(0) + 1) * BM, T), BN):
+    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
+    x = tile(q, rows, H * d, T, d, d)
+    y, mass, peak = tl.zeros([BM, d], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], MASKED, tl.float32)
+    for j in range(begin, end, BN):
         columns = j + tl.arange(0, BN)
-        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None])
-        s = product(x, tl.trans(tile(k, columns, K * d, T, d, D))) * scale
-        s = tl.where(seen, s, MASKED)
-        top = tl.maximum(peak, tl.max(s, 1))
-        p, shrink = tl.exp2(s - top[:, None]), tl.exp2(peak - top)
-        values = tile(v, columns, K * d, T, d, D)
+        s = product(x, tl.trans(k.load([j, 0])))
+        if (j < whole) | (j + BN > block * BM):
+            s = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), s, MASKED)
+        top = tl.maximum(peak, tl.max(s, 1) * scale)
+        p, shrink = tl.exp2(s * scale - top[:, None]), tl.exp2(peak - top)
+        values = v.load([j, 0])
         y = y * shrink[:, None] + product(p.to(values.dtype), values)
         mass, peak = mass * shrink + tl.sum(p, 1), top
-    put(o, y / mass[:, None], rows, H * d, T, d, D)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * T + rows, peak + tl.log2(mass), mask=rows < T)
+    put(o, y / mass[:, None], rows, H * d, T, d, d)
+    tl.store(lse + bh.to(tl.int64) * T + rows, peak + tl.log2(mass), mask=rows < T)
 
 
-@tuned((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3))
+@tuned((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
 @triton.jit
-def attention_backward_q(q, k, v, start, do, lse, delta, dq, scale, T, H: tl.constexpr, G: tl.constexpr,
-                         d: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d)."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    b, h, K = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, H // G
-    at, place = (b * T * H + h) * d, tl.program_id(1).to(tl.int64) * T + rows
-    k, v = k + (b * T * K + h // G) * d, v + (b * T * K + h // G) * d
+def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, H: tl.constexpr, G: tl.constexpr,
+                         d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d).
+
+    delta = do . o, which is sum_j p_j dp_j, is left for the keys' gradients.
+    """
+    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
+    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
+    at, place = (b * T * H + h) * d, bh.to(tl.int64) * T + rows
+    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
     first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-    x, dy = tile(q + at, rows, H * d, T, d, D), tile(do + at, rows, H * d, T, d, D)
-    norm, shift = tl.load(lse + place, mask=rows < T, other=0.0), tl.load(delta + place, mask=rows < T, other=0.0)
-    dx = tl.zeros([BM, D], tl.float32)
-    for j in range(tl.min(first) // BN * BN, tl.minimum((tl.program_id(0) + 1) * BM, T), BN):
+    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
+    x, dy = tile(q + at, rows, H * d, T, d, d), tile(do + at, rows, H * d, T, d, d)
+    shift = tl.sum(tile(o + at, rows, H * d, T, d, d).to(tl.float32) * dy.to(tl.float32), 1)
+    tl.store(delta + place, shift, mask=rows < T)
+    norm, dx = tl.load(lse + place, mask=rows < T, other=0.0), tl.zeros([BM, d], tl.float32)
+    for j in range(begin, end, BN):
         columns = j + tl.arange(0, BN)
-        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None])
-        keys = tile(k, columns, K * d, T, d, D)
-        s = product(x, tl.trans(keys)) * scale
-        p = tl.where(seen, tl.exp2(s - norm[:, None]), 0.0)
-        ds = p * (product(dy, tl.trans(tile(v, columns, K * d, T, d, D))) - shift[:, None])
+        keys = k.load([j, 0])
+        p = tl.exp2(product(x, tl.trans(keys)) * scale - norm[:, None])
+        if (j < whole) | (j + BN > block * BM):
+            p = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), p, 0.0)
+        ds = p * (product(dy, tl.trans(v.load([j, 0]))) - shift[:, None])
         dx += product(ds.to(keys.dtype), keys)
-    put(dq + at, dx * (scale / 1.4426950408889634), rows, H * d, T, d, D)
+    put(dq + at, dx * (scale / 1.4426950408889634), rows, H * d, T, d, d)
 
 
-@tuned((64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2))
+@tuned((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 2))
 @triton.jit
 def attention_backward_kv(q, k, v, start, end, do, lse, delta, dk, dv, scale, T, H: tl.constexpr, G: tl.constexpr,
-                          d: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                          d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """dk and dv of one block of keys: the sums over the queries, of all heads of the group, that see them."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    K = H // G
-    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    block, K = tl.program_id(1), H // G
+    b, kv, columns = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, block * BN + tl.arange(0, BN)
     at = (b * T * K + kv) * d
-    keys, values = tile(k + at, columns, K * d, T, d, D), tile(v + at, columns, K * d, T, d, D)
+    keys, values = tile(k + at, columns, K * d, T, d, d), tile(v + at, columns, K * d, T, d, d)
+    q, do = blocks(q + b * T * H * d, T, H * d, d, BM), blocks(do + b * T * H * d, T, H * d, d, BM)
     last = tl.max(tl.load(end + b * T + columns, mask=columns < T, other=0))
-    dkeys, dvalues = tl.zeros([BN, D], tl.float32), tl.zeros([BN, D], tl.float32)
+    dkeys, dvalues = tl.zeros([BN, d], tl.float32), tl.zeros([BN, d], tl.float32)
     for h in range(kv * G, (kv + 1) * G):
-        of_head, norms = (b * T * H + h) * d, (b * H + h) * T
-        for i in range(tl.program_id(0) * BN // BM * BM, last, BM):
+        norms = (b * H + h) * T
+        for i in range(block * BN // BM * BM, last, BM):
             rows = i + tl.arange(0, BM)
-            first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-            seen = (columns[:, None] >= first[None, :]) & (columns[:, None] <= rows[None, :])
-            x, dy = tile(q + of_head, rows, H * d, T, d, D), tile(do + of_head, rows, H * d, T, d, D)
+            x, dy = q.load([i, h * d]), do.load([i, h * d])
             norm = tl.load(lse + norms + rows, mask=rows < T, other=0.0)
             shift = tl.load(delta + norms + rows, mask=rows < T, other=0.0)
-            p = tl.where(seen, tl.exp2(product(keys, tl.trans(x)) * scale - norm[None, :]), 0.0)  # (BN, BM)
+            p = tl.exp2(product(keys, tl.trans(x)) * scale - norm[None, :])  # (BN, BM)
+            newest = tl.load(start + b * T + tl.minimum(i + BM, T) - 1)
+            if (i < (block + 1) * BN) | (newest > block * BN):
+                first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+                p = tl.where((columns[:, None] >= first[None, :]) & (columns[:, None] <= rows[None, :]), p, 0.0)
             dvalues += product(p.to(dy.dtype), dy)
             ds = p * (product(values, tl.trans(dy)) - shift[None, :])
             dkeys += product(ds.to(x.dtype), x)
-    put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, D)
-    put(dv + at, dvalues, columns, K * d, T, d, D)
+    put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, d)
+    put(dv + at, dvalues, columns, K * d, T, d, d)
+
+
+def set_workspace() -> None:
+    """Lets kernels make descriptors of their blocks. In every call, since Triton keeps it for each thread apart."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
 class FusedAttention(torch.autograd.Function):
     """FlashAttention-2 (arXiv 2307.08691) over packed documents: q (B, T, H, d), k and v (B, T, K, d), contiguous.
 
-    `start` is as in `reference_attention`, int32. Scores never leave the chip; kept for the backward
-    pass are the inputs, the output and each query's log-sum-exp, from which p comes back.
+    d is a power of two from 16 up, and `start` as in `reference_attention`, int32. Scores never leave the
+    chip; kept for the backward pass are the inputs, the output and each query's log-sum-exp, from which p
+    comes back.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, start):
         """The output, (B, T, H, d)."""
+        set_workspace()
         B, T, H, d = q.shape
         o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-        ctx.shape = {"H": H, "G": H // k.shape[2], "d": d, "D": max(16, triton.next_power_of_2(d))}
-        ctx.scale = LOG2E / math.sqrt(d)
-        grid = lambda size: (triton.cdiv(T, size["BM"]), B * H)  # noqa: E731
+        ctx.shape, ctx.scale = {"H": H, "G": H // k.shape[2], "d": d}, LOG2E / math.sqrt(d)
+        grid = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
         attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, **ctx.shape)
         ctx.save_for_backward(q, k, v, start, o, lse)
         return o
@@ -344,47 +364,74 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         """The gradients by q, k and v from that by the output."""
+        set_workspace()
         q, k, v, start, o, lse = ctx.saved_tensors
         (B, T, H, _), do = q.shape, do.contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        delta = (wide(o) * do).sum(-1).transpose(1, 2).contiguous()  # (B, H, T): sum_j p_j dp_j
+        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         end = torch.searchsorted(start, start, right=True).int()  # where each position's document ends
-        of_queries = lambda size: (triton.cdiv(T, size["BM"]), B * H)  # noqa: E731
-        of_keys = lambda size: (triton.cdiv(T, size["BN"]), B * k.shape[2])  # noqa: E731
-        attention_backward_q[of_queries](q, k, v, start, do, lse, delta, dq, ctx.scale, T, **ctx.shape)
+        of_queries = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
+        of_keys = lambda size: (B * k.shape[2], triton.cdiv(T, size["BN"]))  # noqa: E731
+        attention_backward_q[of_queries](q, k, v, start, o, do, lse, delta, dq, ctx.scale, T, **ctx.shape)
         attention_backward_kv[of_keys](q, k, v, start, end, do, lse, delta, dk, dv, ctx.scale, T, **ctx.shape)
         return dq, dk, dv, None
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
-    """`reference_attention` by the kernels above."""
+    """`reference_attention` by the kernels above; a head width that is no power of two is filled up with zeros."""
+    d = q.shape[-1]
     if start is None:
         start = torch.zeros(q.shape[0], q.shape[2], device=q.device)
+    if (more := max(16, triton.next_power_of_2(d)) - d) > 0:
+        q, k, v = (F.pad(x, (0, more)) for x in (q * math.sqrt((d + more) / d), k, v))
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H or K, d)
-    return FusedAttention.apply(q, k, v, start.int().contiguous()).transpose(1, 2)
+    return FusedAttention.apply(q, k, v, start.int().contiguous()).transpose(1, 2)[..., :d]
 
 
 @triton.jit
-def decode_split(q, k, v, position, part, top, total, scale, of_row, of_head, of_column, K: tl.constexpr,
-                 G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, SPAN: tl.constexpr,
-                 BN: tl.constexpr):  # fmt: skip
+def turned(x, rows, cos, sin, count, d: tl.constexpr, D: tl.constexpr):
+    """`rotate` of rows `rows` of x, (len(rows), D) float32; cos and sin (D,)."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < count) & (columns[None, :] < d)
+    there, back = x + rows[:, None] * d + columns[None, :], x + rows[:, None] * d + (columns[None, :] + d // 2) % d
+    other = tl.load(back, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(there, mask=inside, other=0.0).to(tl.float32) * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def decode_split(x, cos, sin, keys, values, position, part, top, total, scale, of_row, of_head, of_column,
+                 K: tl.constexpr, G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+                 SPAN: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The group of queries of one key/value head of one row over SPAN columns of its cache (flash-decoding).
 
-    One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p.
+    One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p. The newest
+    key and value are not in the cache yet: the program with their column starts from them, and writes them.
     """
     r, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length, heads = tl.load(position + r) + 1, tl.arange(0, GP)
-    x = tile(q + (r * K + kv) * G * d, heads, d, G, d, D)  # (GP, D)
-    k, v = k + r * of_row + kv * of_head, v + r * of_row + kv * of_head
+    newest, heads, width = tl.load(position + r).to(tl.int32), tl.arange(0, GP), tl.arange(0, D)
+    if split * SPAN > newest:
+        return
+    kind, x = keys.dtype.element_ty, x + r * K * (G + 2) * d
+    c = tl.load(cos + r * d + width, mask=width < d, other=0.0).to(tl.float32)
+    s = tl.load(sin + r * d + width, mask=width < d, other=0.0).to(tl.float32)
+    queries = turned(x + kv * G * d, heads, c, s, G, d, D).to(kind)  # (GP, D)
+    keys, values = keys + r * of_row + kv * of_head, values + r * of_row + kv * of_head
     y, mass, peak = tl.zeros([GP, D], tl.float32), tl.zeros([GP], tl.float32), tl.full([GP], MASKED, tl.float32)
-    for j in range(split * SPAN, tl.minimum(length, (split + 1) * SPAN), BN):
+    if newest < (split + 1) * SPAN:
+        one = tl.arange(0, 1)
+        key = turned(x + (K * G + kv) * d, one, c, s, 1, d, D).to(kind)  # (1, D)
+        value = tile(x + (K * (G + 1) + kv) * d, one, d, 1, d, D)
+        put(keys, key, one + newest, of_column, newest + 1, d, D)
+        put(values, value, one + newest, of_column, newest + 1, d, D)
+        peak = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale
+        y, mass = y + value.to(tl.float32), mass + 1.0
+    for j in range(split * SPAN, tl.minimum(newest, (split + 1) * SPAN), BN):
         columns = j + tl.arange(0, BN)
-        s = product(x, tl.trans(tile(k, columns, of_column, length, d, D))) * scale
-        s = tl.where(columns[None, :] < length, s, MASKED)
-        new = tl.maximum(peak, tl.max(s, 1))
-        p, shrink = tl.exp2(s - new[:, None]), tl.exp2(peak - new)
-        values = tile(v, columns, of_column, length, d, D)
-        y = y * shrink[:, None] + product(p.to(values.dtype), values)
+        w = product(queries, tl.trans(tile(keys, columns, of_column, newest, d, D))) * scale
+        w = tl.where(columns[None, :] < newest, w, MASKED)
+        new = tl.maximum(peak, tl.max(w, 1))
+        p, shrink = tl.exp2(w - new[:, None]), tl.exp2(peak - new)
+        seen = tile(values, columns, of_column, newest, d, D)
+        y = y * shrink[:, None] + product(p.to(seen.dtype), seen)
         mass, peak = mass * shrink + tl.sum(p, 1), new
     place = ((r * K + kv) * G + heads) * S + split
     put(part + ((r * K + kv) * G * S + split) * d, y, heads, S * d, G, d, D)
@@ -393,85 +440,100 @@ def decode_split(q, k, v, position, part, top, total, scale, of_row, of_head, of
 
 
 @triton.jit
-def decode_join(part, top, total, o, S, d: tl.constexpr, D: tl.constexpr, SB: tl.constexpr):
-    """One query's output from its S partial ones."""
+def decode_join(part, top, total, position, o, S, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+                SPAN: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+    """One query's output from its partial ones."""
     at = tl.program_id(0).to(tl.int64)
+    count = tl.load(position + at // H).to(tl.int32) // SPAN + 1
     y, mass, peak = tl.zeros([D], tl.float32), 0.0, tl.full([], MASKED, tl.float32)
-    for j in range(0, S, SB):
+    for j in range(0, count, SB):
         splits = j + tl.arange(0, SB)
-        tops = tl.load(top + at * S + splits, mask=splits < S, other=MASKED)
+        tops = tl.load(top + at * S + splits, mask=splits < count, other=MASKED)
         new = tl.maximum(peak, tl.max(tops, 0))
         weight, shrink = tl.exp2(tops - new), tl.exp2(peak - new)
-        mass = mass * shrink + tl.sum(weight * tl.load(total + at * S + splits, mask=splits < S, other=0.0), 0)
-        y = y * shrink + tl.sum(weight[:, None] * tile(part + at * S * d, splits, d, S, d, D), 0)
+        mass = mass * shrink + tl.sum(weight * tl.load(total + at * S + splits, mask=splits < count, other=0.0), 0)
+        y = y * shrink + tl.sum(weight[:, None] * tile(part + at * S * d, splits, d, count, d, D), 0)
         peak = new
     width = tl.arange(0, D)
     tl.store(o + at * d + width, (y / mass).to(o.dtype.element_ty), mask=width < d)
 
 
-def triton_decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU.
-
-    k and v may be slices of a cache, the same of both, whose last axis is contiguous.
-    """
-    (R, K, L, d), span = k.shape, 16 if INTERPRET else 256
-    G, S = q.shape[1] // K, triton.cdiv(L, span)
-    part = q.new_empty(R, K * G, S, d, dtype=torch.float32)
-    top, total = part.new_empty(2, R, K * G, S)
-    o, D = torch.empty_like(q, memory_format=torch.contiguous_format), max(16, triton.next_power_of_2(d))
-    sizes = {"d": d, "D": D, "GP": max(16, triton.next_power_of_2(G)), "SPAN": span, "BN": min(span, 64)}
-    scale = LOG2E / math.sqrt(d)
-    decode_split[R, K, S](q.contiguous(), k, v, position, part, top, total, scale, *k.stride()[:3], K, G, S, **sizes)
-    decode_join[(R * K * G,)](part, top, total, o, S, d, D, SB=16)
+def triton_decode(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
+    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU."""
+    (R, K, L, d), H, span = cache[0].shape, x.shape[1] - 2 * cache.shape[2], 16 if INTERPRET else 512
+    S = triton.cdiv(L, span)
+    part = x.new_empty(R, H, S, d, dtype=torch.float32)
+    top, total = part.new_empty(2, R, H, S)
+    o, scale = x.new_empty(R, H, d), LOG2E / math.sqrt(d)
+    sizes = {"d": d, "D": max(16, triton.next_power_of_2(d)), "SPAN": span}
+    x, cos, sin = (y.contiguous() for y in (x, *rope))
+    decode_split[R, K, S](x, cos, sin, *cache, position, part, top, total, scale, *cache.stride()[1:4], K, H // K, S,
+                          GP=max(16, triton.next_power_of_2(H // K)), BN=min(span, 64), num_warps=2, **sizes)  # fmt: skip
+    decode_join[(R * H,)](part, top, total, position, o, S, H, SB=16, num_warps=1, **sizes)
     return o
 
 
 @triton.jit
-def sample_split(logits, temperature, seed, best, token, value, top, total, V, S, SPAN: tl.constexpr, BN: tl.constexpr):
-    """SPAN of a row's logits in one pass: the winner of the race for them, and their log-sum-exp.
+def race(x, seed, at):
+    """x plus Gumbel noise, numbers `at` of the stream of `seed`: the argmax is a draw from softmax(x).
 
-    argmax of x - log E, with x = logits / temperature and E exponential noise, is a draw from
-    softmax(x) (Gumbel-max). E = -log(1 - u), by its series where u is small: that is where winners
-    come from, and 1 - u would round. Temperature 0 has no noise.
+    The noise is -log E with E = -log(1 - u) exponential, by its series where u is small: that is where
+    winners come from, and 1 - u would round.
     """
+    u = tl.rand(seed, at) + 2.33e-10  # the middle of its step of 2^-31: never 0
+    return x - tl.log(tl.where(u < 0.01, u * (1 + u * (0.5 + u * (0.33333333 + u * 0.25))), -tl.log(1 - u)))
+
+
+@triton.jit
+def sample_split(logits, temperature, top, total, V, S, SPAN: tl.constexpr, BN: tl.constexpr):
+    """The maximum of SPAN of a row's logits / temperature, and the sum of exp beyond it."""
     r, split = tl.program_id(0), tl.program_id(1)
     t = tl.load(temperature + r)
     scale, logits = 1.0 / tl.where(t == 0, 1.0, t), logits + r.to(tl.int64) * V
-    peak, mass, winner = tl.full([], MASKED, tl.float32), 0.0, tl.full([], 2 * MASKED, tl.float32)
-    chosen, worth = 0, 0.0
+    peak, mass = tl.full([], MASKED, tl.float32), 0.0
     for j in range(split * SPAN, tl.minimum(V, (split + 1) * SPAN), BN):
         columns = j + tl.arange(0, BN)
         x = tl.load(logits + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
         new = tl.maximum(peak, tl.max(x, 0))
         mass, peak = mass * tl.exp(peak - new) + tl.sum(tl.exp(x - new), 0), new
-        u = tl.rand(tl.load(seed), r * V + columns) + 2.33e-10  # the middle of its step of 2^-31: never 0
-        noise = tl.where(u < 0.01, u * (1 + u * (0.5 + u * (0.33333333 + u * 0.25))), -tl.log(1 - u))
-        race = tl.where(columns < V, tl.where(t == 0, x, x - tl.log(noise)), 2 * MASKED)
-        first, i = tl.max(race, 0, return_indices=True)
-        if first > winner:
-            winner, chosen, worth = first, j + i, tl.sum(tl.where(columns == j + i, x, 0.0), 0)
-    at = r * S + split
-    tl.store(best + at, winner)
-    tl.store(token + at, chosen)
-    tl.store(value + at, worth)
-    tl.store(top + at, peak)
-    tl.store(total + at, mass)
+    tl.store(top + r * S + split, peak)
+    tl.store(total + r * S + split, mass)
+
+
+@triton.jit
+def sample_join(logits, temperature, seed, top, total, token, logprob, V, S, SPAN: tl.constexpr, SB: tl.constexpr):
+    """A race of the S splits of one row, by their log-sum-exp, and one of the tokens in the split that won.
+
+    The probability of the split times that of the token in it is the token's, so the noise is drawn
+    for S + SPAN numbers, not for all V. Temperature 0 has no noise.
+    """
+    r, splits, columns = tl.program_id(0), tl.arange(0, SB), tl.arange(0, SPAN)
+    t, noise = tl.load(temperature + r), tl.load(seed)
+    tops = tl.load(top + r * S + splits, mask=splits < S, other=-float("inf"))
+    sums = tops + tl.log(tl.load(total + r * S + splits, mask=splits < S, other=0.0))
+    z = tl.max(sums, 0)
+    z += tl.log(tl.sum(tl.exp(sums - z), 0))
+    at = r * (SB + SPAN)
+    split = tl.argmax(tl.where(t == 0, tops, race(sums, noise, at + splits)), 0)
+    columns += split * SPAN
+    x = tl.load(logits + r.to(tl.int64) * V + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    x = x / tl.where(t == 0, 1.0, t)
+    i = tl.argmax(tl.where(t == 0, x, race(x, noise, at + SB + tl.arange(0, SPAN))), 0)
+    tl.store(token + r, split * SPAN + i)
+    tl.store(logprob + r, tl.sum(tl.where(tl.arange(0, SPAN) == i, x, 0.0), 0) - z)
 
 
 def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
-    """`reference_sample` by the kernel above, on noise of its own from a seed that `generator` draws."""
-    (R, V), span = logits.shape, 32 if INTERPRET else 8192
-    S, device = triton.cdiv(V, span), logits.device
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(R).contiguous()
+    """`reference_sample` by the kernels above: one read of the logits, and of one split of each row again."""
+    (R, V), span = logits.shape, 32 if INTERPRET else 4096
+    S, device, logits = triton.cdiv(V, span), logits.device, logits.contiguous()
+    temperature = torch.zeros(R, device=device) + temperature
     seed = torch.randint(2**31, (1,), generator=generator, device=device)
-    best, value, top, total = torch.empty(4, R, S, device=device)
-    token = torch.empty(R, S, dtype=torch.int64, device=device)
-    sample_split[R, S](
-        logits.contiguous(), temperature, seed, best, token, value, top, total, V, S, span, BN=min(span, 2048)
-    )
-    winner = best.argmax(1, keepdim=True)
-    logprob = value.gather(1, winner) - (top + total.log()).logsumexp(1, keepdim=True)
-    return token.gather(1, winner).squeeze(1), logprob.squeeze(1)
+    top, total = torch.empty(2, R, S, device=device)
+    token, logprob = torch.empty(R, dtype=torch.int64, device=device), torch.empty(R, device=device)
+    sample_split[R, S](logits, temperature, top, total, V, S, span, BN=min(span, 2048))
+    sample_join[(R,)](logits, temperature, seed, top, total, token, logprob, V, S, span, triton.next_power_of_2(S))
+    return token, logprob
 
 
 @triton.jit
@@ -524,8 +586,114 @@ class FusedScore(torch.autograd.Function):
         return logits @ weight, logits.t() @ hidden, None, None
 
 
+@triton.jit
+def turn_heads(q, k, v, q_, k_, v_, cos, sin, period, sign, of_q, of_k, of_q_, of_k_, H: tl.constexpr, K: tl.constexpr,
+               HP: tl.constexpr, KP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """One token's heads from q, k, v to q_, k_, v_: q and k turned by `sign` times their angle, v as it is."""
+    n, queries, keys, width = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, KP), tl.arange(0, D)
+    place = (n % period) * d + width
+    c = tl.load(cos + place, mask=width < d, other=0.0).to(tl.float32)
+    s = tl.load(sin + place, mask=width < d, other=0.0).to(tl.float32) * sign
+    put(q_ + n * of_q_, turned(q + n * of_q, queries, c, s, H, d, D), queries, d, H, d, D)
+    put(k_ + n * of_k_, turned(k + n * of_k, keys, c, s, K, d, D), keys, d, K, d, D)
+    put(v_ + n * of_k_, tile(v + n * of_k, keys, d, K, d, D), keys, d, K, d, D)
+
+
+def launch_turn(source: list[Tensor], target: list[Tensor], cos: Tensor, sin: Tensor, sign: float) -> None:
+    """The kernel above for all tokens: q, k and v of (B, T, heads, d) each, which may be slices along the heads."""
+    (B, T, H, d), K = source[0].shape, source[1].shape[2]
+    strides = [x.stride(1) for x in (*source[:2], *target[:2])]
+    powers = [triton.next_power_of_2(n) for n in (H, K)] + [d, max(16, triton.next_power_of_2(d))]
+    turn_heads[(B * T,)](*source, *target, cos, sin, len(cos), sign, *strides, H, K, *powers)
+
+
+class FusedHeads(torch.autograd.Function):
+    """`reference_heads` by the kernel above: x (B, T, H + 2 K, d) contiguous, cos and sin (T, d) or (B T, d)."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, K):
+        B, T, heads, d = x.shape
+        ctx.sizes = (heads - 2 * K, K, K)
+        parts = [x.new_empty(B, T, size, d) for size in ctx.sizes]
+        launch_turn(x.split(ctx.sizes, dim=2), parts, cos, sin, 1.0)
+        ctx.save_for_backward(cos, sin)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """The gradients by q and k turned back, and that by v, side by side."""
+        gradients = [g.contiguous() for g in gradients]
+        B, T, _, d = gradients[0].shape
+        whole = gradients[0].new_empty(B, T, sum(ctx.sizes), d)
+        launch_turn(gradients, whole.split(ctx.sizes, dim=2), *ctx.saved_tensors, -1.0)
+        return whole, None, None, None
+
+
+@triton.jit
+def swiglu_forward(gate, up, y, N, BN: tl.constexpr):
+    """silu(gate) up, one pass over numbers in any order."""
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    g = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(y + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def swiglu_backward(gate, up, dy, dgate, dup, N, BN: tl.constexpr):
+    """With s = sigmoid(g): d gate = dy u s (1 + g (1 - s)) and d up = dy g s."""
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    g = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
+    e = tl.load(dy + at, mask=at < N, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(dgate + at, (e * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=at < N)
+    tl.store(dup + at, (e * g * s).to(dup.dtype.element_ty), mask=at < N)
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """silu(gate) up by the kernels above, each in one pass; kept for the backward pass are the arguments."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up, ctx.N = gate.contiguous(), up.contiguous(), gate.numel()
+        y, block = torch.empty_like(gate), 32 if INTERPRET else 2048
+        swiglu_forward[(triton.cdiv(ctx.N, block),)](gate, up, y, ctx.N, block)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (gate, up), block = ctx.saved_tensors, 32 if INTERPRET else 2048
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        swiglu_backward[(triton.cdiv(ctx.N, block),)](gate, up, dy.contiguous(), dgate, dup, ctx.N, block)
+        return dgate, dup
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention: q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d); query head h reads head h // G
+
+
+def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of coordinates (i, i + d / 2) of x (..., d) by its angle; a copy of x."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def reference_heads(x: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, T, d), k and v (B, K, T, d) of a projection x (B, T, H + 2 K, d): q and k turned by their positions.
+
+    cos and sin are (T, d), or (B, T, d).
+    """
+    both, v = x.transpose(1, 2).split((x.shape[2] - K, K), dim=1)
+    both = reference_rotate(both, cos.unsqueeze(-3), sin.unsqueeze(-3))
+    return *both.split((x.shape[2] - 2 * K, K), dim=1), v
+
+
+def heads(x: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference_heads` by what is fastest for the device."""
+    if not on_kernels(x):
+        return reference_heads(x, cos, sin, K)
+    turns = (angle.reshape(-1, x.shape[-1]) for angle in (cos, sin))
+    return tuple(part.transpose(1, 2) for part in FusedHeads.apply(x.contiguous(), *turns, K))
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
@@ -574,14 +742,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, keys, bias=False)
         self.o_proj = nn.Linear(queries, width, bias=False)
+        self.joined = None  # the three weights in one, while generate holds them
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
-        """x (B, T, D), rope's cos and sin broadcast to (B, H, T, d) -> (B, T, D)."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H or K, T, d)
-        y = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (B, H, T, d)
+    def join(self) -> Tensor:
+        """The weights of the queries, keys and values below each other: one product instead of three."""
+        return torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])  # ((H + 2 K) d, D)
+
+    def forward(self, x: Tensor, attend: Callable) -> Tensor:
+        """x (B, T, D) -> (B, T, D); `attend` takes the layer and a projection (B, T, H + 2 K, d) to (B, H, T, d)."""
+        weight = self.join() if self.joined is None else self.joined
+        y = attend(self.layer, F.linear(x, weight).unflatten(-1, (-1, self.head_dim)))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -590,6 +760,11 @@ class Attention(nn.Module):
 
 # A call of which only the arguments are kept; the backward pass makes it once more.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, of one shape."""
+    return FusedSwiGLU.apply(gate, up) if on_kernels(gate) else F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -603,7 +778,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -621,13 +796,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = False
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return again(self.compute, x, rope, attend)
-        return self.compute(x, rope, attend)
+            return again(self.compute, x, attend)
+        return self.compute(x, attend)
 
-    def compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+    def compute(self, x: Tensor, attend: Callable) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -689,11 +864,11 @@ class Llama(nn.Module):
         """The output matrix, (V, D)."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def hidden(self, tokens: Tensor, rope: tuple[Tensor, Tensor], attend: Callable) -> Tensor:
+    def hidden(self, tokens: Tensor, attend: Callable) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block, before its norm, (B, T, D)."""
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
-            x = block(x, rope, attend)
+            x = block(x, attend)
         return x
 
     def forward(
@@ -711,8 +886,9 @@ class Llama(nn.Module):
         rope = rope_table(self.config, tokens.shape[1], self.head())  # (T, d) each
         if start is not None:
             position = torch.arange(tokens.shape[1], device=tokens.device) - start
-            rope = tuple(x[position][:, None] for x in rope)  # (B, 1, T, d)
-        x = self.hidden(tokens, rope, lambda layer, q, k, v: self.attention(q, k, v, start))
+            rope = tuple(x[position] for x in rope)  # (B, T, d)
+        groups = self.config.num_key_value_heads
+        x = self.hidden(tokens, lambda layer, x: self.attention(*heads(x, *rope, groups), start))
         if targets is None:
             return wide(F.linear(self.model.norm(x), self.head()))
         if temperature <= 0:
@@ -778,11 +954,17 @@ def sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generat
     return (triton_sample if on_kernels(logits) else reference_sample)(logits, temperature, generator)
 
 
-def reference_decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    """One query a row over its cache: q (R, H, d), k and v (R, K, L, d), position (R,) -> (R, H, d).
+def reference_decode(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
+    """Attention of one token a row: its projection x (R, H + 2 K, d), rope's cos and sin (R, d) -> (R, H, d).
 
-    Row r sees columns 0 .. position[r]. What is right of that must be finite, but does not count.
+    Writes its key and value to column position[r] (R,) of row r of the cache (2, R, K, L, d), and attends to
+    columns 0 .. position[r]. What is right of that must be finite, but does not count.
     """
+    q, *new = (part[:, :, 0] for part in reference_heads(x[:, None], *(y[:, None] for y in rope), cache.shape[2]))
+    row = torch.arange(len(x), device=x.device)
+    for stored, part in zip(cache, new, strict=True):
+        stored[row, :, position] = part
+    k, v = cache
     queries = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (R, K, G, d)
     hidden = torch.arange(k.shape[2], device=q.device) > position[:, None]  # (R, L)
     scores = wide(queries @ k.transpose(2, 3)).masked_fill_(hidden[:, None, None], -math.inf)  # (R, K, G, L)
@@ -790,9 +972,9 @@ def reference_decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tenso
     return (weights @ v).flatten(1, 2)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+def decode_attention(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
     """`reference_decode` by what is fastest for the device."""
-    return (triton_decode if on_kernels(q) else reference_decode)(q, k, v, position)
+    return (triton_decode if on_kernels(x) else reference_decode)(x, rope, cache, position)
 
 
 class Rows:
@@ -800,9 +982,13 @@ class Rows:
 
     Each row has its own length: it sees columns 0 .. position[r] of the cache, where position[r] is
     the place of its newest token, and what another row left further right is never read.
+
+    `draw` takes logits (R, V) to a token and its log-prob for each row, with numbers from `generator`.
+    On a GPU a decoding step, its draw included, is recorded once for each power of two of rows and replayed from
+    then on (a CUDA graph), since a few hundred launches would take longer than their work.
     """
 
-    def __init__(self, model: Llama, rows: int, length: int):
+    def __init__(self, model: Llama, rows: int, length: int, draw: Callable, generator: torch.Generator | None):
         config, weight = model.config, model.head()
         sizes = (config.num_hidden_layers, 2, rows, config.num_key_value_heads)
         # Zeros, because a masked column still enters the sum as 0 x its value: it must be finite.
@@ -810,7 +996,8 @@ class Rows:
         self.token = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.position = torch.zeros_like(self.token)
         self.rope = rope_table(config, length, weight)
-        self.model, self.n = model, 0
+        self.model, self.draw, self.generator, self.n = model, draw, generator, 0
+        self.graphs = {}  # rows -> the recorded step, and where it leaves tokens and log-probs
 
     def admit(self, prompts: list[list[int]], copies: list[int]) -> None:
         """Appends copies[i] rows for prompt i, which is computed once."""
@@ -829,40 +1016,65 @@ class Rows:
         rows, longest = slice(self.n, self.n + len(source)), int(lengths.max())
         # Where a row's columns stand in the pack; those right of its prompt are not read.
         places = (first[source, None] + torch.arange(longest)).clamp(max=len(tokens) - 1).to(device)
+        rope = tuple(x[position] for x in self.rope)  # (T, d)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, x: Tensor) -> Tensor:
+            q, k, v = heads(x, *rope, self.cache.shape[3])
             for cache, x in zip(self.cache[layer], (k, v), strict=True):
                 cache[rows, :, :longest] = x[0][:, places].transpose(0, 1)
             return self.model.attention(q, k, v, start[None])
 
-        self.model.hidden(tokens[None], tuple(x[position] for x in self.rope), attend)
+        self.model.hidden(tokens[None], attend)
         self.position[rows] = (lengths[source] - 1).to(device)
         self.token[rows] = tokens[(first + lengths - 1)[source].to(device)]
         self.n += len(source)
 
-    def step(self, length: int) -> Tensor:
-        """Feeds each row its newest token; logits (n, V) of the next. length > every position."""
-        n, position = self.n, self.position[: self.n]
-        row = torch.arange(n, device=position.device)
+    def step(self, n: int, length: int) -> tuple[Tensor, Tensor]:
+        """Feeds the first n rows their newest tokens and draws the next, (n,), and log-probs, (n,).
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for cache, x in zip(self.cache[layer], (k, v), strict=True):
-                cache[row, :, position] = x[:, :, 0]
-            keys, values = self.cache[layer, :, :n, :, :length]  # (n, K, L, d)
-            return decode_attention(q[:, :, 0], keys, values, position)[:, :, None]
+        length > every position: the columns of the cache that a CPU computes with.
+        """
+        token, position = self.token[:n], self.position[:n]
+        rope = tuple(x[position] for x in self.rope)  # (n, d)
 
-        rope = tuple(x[position][:, None, None] for x in self.rope)  # (n, 1, 1, d)
-        x = self.model.hidden(self.token[:n, None], rope, attend)  # (n, 1, D)
-        return F.linear(self.model.model.norm(x[:, 0]), self.model.head())
+        def attend(layer: int, x: Tensor) -> Tensor:
+            return decode_attention(x[:, 0], rope, self.cache[layer, :, :n, :, :length], position)[:, :, None]
 
-    def decode(self, steps: int, draw: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        """`draw`s `steps` tokens for each row: ids (n, steps) and log-probs (n, steps)."""
-        length = int(self.position[: self.n].max()) + 1
-        drawn = []
-        for i in range(steps):
-            drawn.append(draw(self.step(length + i)))
-            self.token[: self.n] = drawn[-1][0]
-            self.position[: self.n] += 1
+        x = self.model.hidden(token[:, None], attend)  # (n, 1, D)
+        drawn = self.draw(F.linear(self.model.model.norm(x[:, 0]), self.model.head()))
+        token.copy_(drawn[0])
+        position += 1
+        return drawn
+
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """`step` of all rows and of some idle ones, recorded the second time that it is made."""
+        n = min(len(self.token), 1 << (self.n - 1).bit_length())
+        self.position[self.n : n] = 0  # idle rows
+        if n not in self.graphs:
+            self.graphs[n] = None  # the first time compiles kernels, which cannot be recorded
+            drawn = self.step(n, self.cache.shape[4])
+        else:
+            if self.graphs[n] is None:
+                self.graphs[n] = self.record(n)
+            graph, drawn = self.graphs[n]
+            graph.replay()
+        return tuple(x[: self.n].clone() for x in drawn)
+
+    def record(self, n: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+        """The step of n rows as a graph, and its results, which each replay overwrites."""
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            return graph, self.step(n, self.cache.shape[4])
+
+    def decode(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Draws `steps` tokens for each row: ids (n, steps) and log-probs (n, steps)."""
+        if self.token.is_cuda:
+            drawn = [self.replay() for _ in range(steps)]
+        else:
+            length = int(self.position[: self.n].max()) + 1
+            drawn = [self.step(self.n, length + i) for i in range(steps)]
         return tuple(torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
 
     def keep(self, live: list[int]) -> list[int]:
@@ -915,6 +1127,19 @@ def collect(drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion])
         completion.stopped = end
 
 
+@contextmanager
+def joined(model: Llama):
+    """Holds the weights of queries, keys and values once more, put together, for as long as they don't change."""
+    layers = [block.self_attn for block in model.model.layers]
+    try:
+        for attention in layers:
+            attention.joined = attention.join()
+        yield
+    finally:
+        for attention in layers:
+            attention.joined = None
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -945,21 +1170,22 @@ def generate(
         return sample(truncate(logits, temperature, top_k, top_p), temperature, generator)
 
     done = [Completion([], [], False) for _ in range(len(prompts) * samples)]
-    batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens)
+    batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens, draw, generator)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=batch.token.device)
     waiting, live = deque(range(len(done))), []  # live[r]: the completion that row r is writing
-    while waiting or live:
-        new = [waiting.popleft() for _ in range(min(rows - len(live), len(waiting)))]
-        if new:
-            copies = Counter(i // samples for i in new)
-            batch.admit([prompts[i] for i in copies], list(copies.values()))
-            live += new
-        steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
-        collect(batch.decode(steps, draw), stops, [done[i] for i in live])
-        going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
-        if progress and len(going) < len(live):
-            progress(len(live) - len(going))
-        live = [live[r] for r in batch.keep(going)]
+    with joined(model):
+        while waiting or live:
+            new = [waiting.popleft() for _ in range(min(rows - len(live), len(waiting)))]
+            if new:
+                copies = Counter(i // samples for i in new)
+                batch.admit([prompts[i] for i in copies], list(copies.values()))
+                live += new
+            steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
+            collect(batch.decode(steps), stops, [done[i] for i in live])
+            going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
+            if progress and len(going) < len(live):
+                progress(len(live) - len(going))
+            live = [live[r] for r in batch.keep(going)]
     return done
 
 

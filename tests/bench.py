@@ -208,9 +208,17 @@ def bench_soak(options: argparse.Namespace) -> None:
 # Side by side
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of `work`: on a GPU from event to event, while a fill that empties the cache lets the launches get ahead."""
+    if not CUDA:
+        return seconds(work)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).zero_()
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def side_by_side(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -225,8 +233,7 @@ def side_by_side(works: dict[str, Callable[[], object]], repeats: int) -> dict[s
             able[name] = work
     for _ in range(repeats):
         for name, work in able.items():
-            synchronize()
-            times[name].append(seconds(lambda work=work: (work(), synchronize())))
+            times[name].append(timed(work))
     return {name: statistics.median(column) for name, column in times.items()}
 
 
@@ -287,7 +294,8 @@ def backends(*qkv: torch.Tensor, after: Callable = lambda y: y, **options) -> di
 
 
 def attention_rows(T: int, rate: float, repeats: int) -> None:
-    q, k, v = (randn(1, heads, T, D_HEAD, requires_grad=True) for heads in (H, K, K))
+    # As the model lays them out: all heads of a token side by side.
+    q, k, v = (randn(1, T, heads, D_HEAD).transpose(1, 2).requires_grad_() for heads in (H, K, K))
     gradient, floor = torch.randn_like(q), 2 * H * D_HEAD * T * T / rate
     start = (torch.arange(T, device=DEVICE) // (T // 8) * (T // 8))[None]
 
@@ -313,11 +321,12 @@ def bench_attention(options: argparse.Namespace) -> None:
 
 
 def decode_row(R: int, L: int, rate: float, repeats: int) -> None:
-    cache, q = randn(2, R, K, L, D_HEAD), randn(R, H, D_HEAD)
+    cache, x = randn(2, R, K, L, D_HEAD), randn(R, H + 2 * K, D_HEAD)
+    rope = randn(2, R, D_HEAD)
     position = torch.randint(L // 2, L, (R,), device=DEVICE)
     seen = (torch.arange(L, device=DEVICE) <= position[:, None])[:, None, None]
-    works = {"ours": lambda: model.decode_attention(q, *cache, position)}
-    works |= backends(q[:, :, None], *cache, attn_mask=seen)
+    works = {"ours, rotary positions and append included": lambda: model.decode_attention(x, rope, cache, position)}
+    works |= backends(x[:, :H, None], *cache, attn_mask=seen)
     used = 2 * int(position.sum() + R) * K * D_HEAD * cache.element_size()
     row(f"{R} rows of {L // 2} to {L}", side_by_side(works, repeats), used / rate)
 
@@ -371,10 +380,13 @@ def both_models(config: model.Config) -> tuple[model.Llama, "transformers.LlamaF
     """Random weights, the same in ours and in transformers' model."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    ours = model.Llama(config).init_weights(0).to(DEVICE, DTYPE)
     with tempfile.TemporaryDirectory() as folder:
-        model.save(ours, folder)
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
+        config.save(folder)
+        shape = transformers.AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        ours, theirs = model.Llama(config).to(DTYPE), transformers.AutoModelForCausalLM.from_config(shape, dtype=DTYPE)
+    ours.load_state_dict({name: weight for name, weight in theirs.state_dict().items() if name in ours.state_dict()})
     return ours, theirs
 
 
@@ -413,10 +425,17 @@ def bench_generate(options: argparse.Namespace) -> None:
         torchs = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "max_new_tokens": tokens}
         return theirs.generate(ids, attention_mask=mask, **torchs, **free)
 
+    batch = model.Rows(ours, 64, 1024, lambda logits: model.sample(logits, 1.0, None), None)
+    batch.admit([[1] * 512], [64])
     weights = sum(w.nbytes for w in ours.parameters())
+    if not config.tie_word_embeddings:
+        weights -= ours.model.embed_tokens.weight.nbytes  # of which a step reads a row for each token
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * ours.head().element_size()
     read = tokens * (weights + a_token * (sum(map(len, prompts)) + 64 * tokens / 2))
     head(f"64 prompts of 8 to 128 tokens, at most {tokens} new ones; the floor is reading weights and cache")
+    with model.joined(ours):
+        step = side_by_side({"ours": lambda: batch.decode(1)}, 3 * options.repeats)
+    row("a decoding step of 64 rows of 512 to 600 tokens", step, (weights + 64 * 550 * a_token) / copy_rate())
     for what, stop in stops.items():
         works = {"ours": lambda stop=stop: model.generate(ours, prompts, tokens, stop)}
         works["transformers' generate"] = lambda stop=stop: transformers_(stop)

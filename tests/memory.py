@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import command, flag
-from model import CHUNK, Config, Llama
+from model import CHUNK, Config, Llama, heads
 
 GB = 1e9
 RESERVE = 4 * GB
@@ -77,7 +77,8 @@ def kept(model: Llama, tokens: int) -> int:
     rope = tuple(torch.empty(tokens, model.config.head_dim, dtype=model.head().dtype, device="meta") for _ in "cs")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        model.hidden(ids, rope, lambda layer, *qkv: KeepsItsInputs.apply(*qkv))
+        groups = model.config.num_key_value_heads
+        model.hidden(ids, lambda layer, x: KeepsItsInputs.apply(*heads(x, *rope, groups)))
     return sum(s.nbytes() for key, s in storages.items() if key not in weights)
 
 

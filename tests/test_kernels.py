@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -101,13 +102,52 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize(("heads", "groups", "d"), [(4, 2, 64), (8, 1, 128), (3, 3, 24)])
 def test_decode_attention_over_a_slice_of_a_cache(heads, groups, d, dtype):
     R, L, position = 4, 45, torch.tensor([0, 44, 15, 16], device=DEVICE)
-    q, cache = random(R, heads, d, dtype=dtype), random(2, R + 2, groups, L + 9, d, dtype=dtype, seed=1)
+    x = random(R, heads + 2 * groups, d, dtype=dtype)
+    rope = [angle[position] for angle in model_py.rope_table(Config(head_dim=d), L, x)]
+    cache = random(2, R + 2, groups, L + 9, d, dtype=dtype, seed=3)
     for row, end in enumerate(position.tolist()):
-        cache[:, row, :, end + 1 :] = math.nan  # what an earlier row left there is never read
-    k, v = cache[:, :R, :, :L]
-    ours = model_py.triton_decode(q, k, v, position)
-    exact = model_py.reference_decode(*(x.nan_to_num().double() for x in (q, k, v)), position)
-    close(ours, exact, PRECISION[dtype])
+        cache[:, row, :, end:] = math.nan  # what an earlier row left there is never read
+    exact = cache.nan_to_num().double()
+    ours = model_py.triton_decode(x, rope, cache[:, :R, :, :L], position)
+    reference = model_py.reference_decode(x.double(), [y.double() for y in rope], exact[:, :R, :, :L], position)
+    close(ours, reference, PRECISION[dtype])
+    for row, end in enumerate(position.tolist()):
+        close(cache[:, row, :, : end + 1], exact[:, row, :, : end + 1], PRECISION[dtype])
+        assert cache[:, row, :, end + 1 :].isnan().all()
+    assert not cache[:, R:].isnan().any()
+
+
+@runs
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize(("B", "H", "K", "T", "d"), [(1, 1, 1, 1, 64), (2, 6, 3, 5, 24)])
+def test_heads_are_turned_and_their_gradients_turned_back(B, H, K, T, d, dtype):
+    x = random(B, T, H + 2 * K, d, dtype=dtype)
+    table = model_py.rope_table(Config(head_dim=d), T + 3, x)
+    position = torch.arange(B * T, device=DEVICE).view(B, T) % 3 + 1
+    for rope in ([y[:T] for y in table], [y[position] for y in table]):
+        results = []
+        for heads, kind in ((model_py.reference_heads, torch.float64), (model_py.heads, dtype)):
+            one = x.detach().to(kind).requires_grad_()
+            parts = heads(one, *(y.to(kind) for y in rope), K)
+            sum((part * random(*part.shape, seed=i)).sum() for i, part in enumerate(parts)).backward()
+            results.append([*parts, one.grad])
+        for ours, exact in zip(results[1], results[0], strict=True):
+            close(ours, exact, PRECISION[dtype])
+
+
+@runs
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 67)])
+def test_swiglu_and_its_gradients(shape, dtype):
+    gate, up, weight = (random(*shape, dtype=dtype, seed=i, scale=2.0) for i in range(3))
+    results = []
+    for product, type in ((lambda g, u: F.silu(g) * u, torch.float64), (model_py.swiglu, dtype)):
+        one = [x.detach().to(type).requires_grad_() for x in (gate, up)]
+        y = product(*one)
+        (y * weight).sum().backward()
+        results.append([y, *(x.grad for x in one)])
+    for ours, exact in zip(results[1], results[0], strict=True):
+        close(ours, exact, PRECISION[dtype])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,7 +283,7 @@ def test_greedy_text_is_that_of_the_plain_loop(tiny, monkeypatch):
 # ---------------------------------------------------------------------------------------------
 # Compiled for GPUs that need not be there
 
-SIZES = {"H": 32, "G": 4, "d": 128, "D": 128}  # Llama-3.1-8B
+SIZES = {"H": 32, "G": 4, "d": 128}  # Llama-3.1-8B
 ROWS = {"V": "i32", "S": "i32", "T": "i32", "scale": "fp32"}
 KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "attention_forward": ({"start": "*i32", "lse": "*fp32"}, SIZES),
@@ -252,13 +292,23 @@ KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "decode_split": (
         {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
         | {name: "i32" for name in ("of_row", "of_head", "of_column")},
-        {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 256, "BN": 64},
+        {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 512, "BN": 64},
     ),
-    "decode_join": ({"part": "*fp32", "top": "*fp32", "total": "*fp32"}, {"d": 128, "D": 128, "SB": 16}),
-    "sample_split": (
-        {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "best", "value", "top", "total"), "*fp32"),
-        {"SPAN": 8192, "BN": 2048},
+    "decode_join": (
+        {"part": "*fp32", "top": "*fp32", "total": "*fp32", "position": "*i64"},
+        {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16},
     ),
+    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 4096, "BN": 2048}),
+    "sample_join": (
+        {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "top", "total", "logprob"), "*fp32"),
+        {"SPAN": 4096, "SB": 32},
+    ),
+    "turn_heads": (
+        {"sign": "fp32", "period": "i32"} | {name: "i32" for name in ("of_q", "of_k", "of_q_", "of_k_")},
+        {"H": 32, "K": 8, "HP": 32, "KP": 8, "d": 128, "D": 128},
+    ),
+    "swiglu_forward": ({"N": "i32"}, {"BN": 2048}),
+    "swiglu_backward": ({"N": "i32"}, {"BN": 2048}),
     "score_forward": ({"targets": "*i64"} | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32"), {"BN": 4096}),
     "score_backward": ({"targets": "*i64"} | dict.fromkeys(("lse", "gradient"), "*fp32"), {"BN": 4096}),
 }

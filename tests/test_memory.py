@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import model
 import sft
-from model import Config, Llama, rope_table
+from model import Config, Llama, heads, rope_table
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
 
@@ -42,7 +42,8 @@ def test_kept_activations_are_what_a_real_forward_pass_keeps(dtype):
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         rope = rope_table(ours.config, tokens, ours.head())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        y = ours.hidden(ids, rope, lambda layer, *qkv: ours.attention(*qkv))
+        groups = ours.config.num_key_value_heads
+        y = ours.hidden(ids, lambda layer, x: ours.attention(*heads(x, *rope, groups)))
     real = sum(s.nbytes() for place, s in storages.items() if place not in weights)
     assert y.requires_grad
     assert memory.kept(memory.meta_model(ours.config, dtype), tokens) == pytest.approx(real, rel=0.03)

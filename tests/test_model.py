@@ -275,7 +275,7 @@ def test_batched_greedy_equals_one_by_one_with_early_retirement():
 def test_finished_rows_are_no_longer_computed(monkeypatch):
     ours, seen = tiny(), []
     step = model_py.Rows.step
-    monkeypatch.setattr(model_py.Rows, "step", lambda rows, n: seen.append(rows.n) or step(rows, n))
+    monkeypatch.setattr(model_py.Rows, "step", lambda rows, *sizes: seen.append(rows.n) or step(rows, *sizes))
     generate(ours, prompts_of(*range(2, 30)), 60, list(range(0, 96, 8)))
     assert seen[0] == 28 and seen[-1] < 14
 
