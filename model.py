@@ -40,7 +40,6 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +57,7 @@ from data import write_atomically
 
 IGNORE = -100  # a target that does not count
 CHUNK = 512  # positions per chunk of log-probs: 512 x 128,256 float32 logits are 263 MB
+GPU_CHUNK = 4096  # the same on a GPU, where larger products are faster: 1.05 GB in bfloat16
 STRIDE = 4  # decoding steps between two looks at which rows have finished
 PREFILL_TOKENS = 16384  # prompt tokens per prefill pass, which bounds its activations
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -398,9 +398,9 @@ def turned(x, rows, cos, sin, count, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def decode_split(x, cos, sin, keys, values, position, part, top, total, scale, of_row, of_head, of_column,
-                 K: tl.constexpr, G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
-                 SPAN: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def decode_split(q, k, v, cos, sin, keys, values, position, part, top, total, scale, of_q, of_k, of_row, of_head,
+                 of_column, K: tl.constexpr, G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr,
+                 GP: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The group of queries of one key/value head of one row over SPAN columns of its cache (flash-decoding).
 
     One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p. The newest
@@ -410,16 +410,16 @@ def decode_split(x, cos, sin, keys, values, position, part, top, total, scale, o
     newest, heads, width = tl.load(position + r).to(tl.int32), tl.arange(0, GP), tl.arange(0, D)
     if split * SPAN > newest:
         return
-    kind, x = keys.dtype.element_ty, x + r * K * (G + 2) * d
+    kind = keys.dtype.element_ty
     c = tl.load(cos + r * d + width, mask=width < d, other=0.0).to(tl.float32)
     s = tl.load(sin + r * d + width, mask=width < d, other=0.0).to(tl.float32)
-    queries = turned(x + kv * G * d, heads, c, s, G, d, D).to(kind)  # (GP, D)
+    queries = turned(q + r * of_q + kv * G * d, heads, c, s, G, d, D).to(kind)  # (GP, D)
     keys, values = keys + r * of_row + kv * of_head, values + r * of_row + kv * of_head
     y, mass, peak = tl.zeros([GP, D], tl.float32), tl.zeros([GP], tl.float32), tl.full([GP], MASKED, tl.float32)
     if newest < (split + 1) * SPAN:
         one = tl.arange(0, 1)
-        key = turned(x + (K * G + kv) * d, one, c, s, 1, d, D).to(kind)  # (1, D)
-        value = tile(x + (K * (G + 1) + kv) * d, one, d, 1, d, D)
+        key = turned(k + r * of_k + kv * d, one, c, s, 1, d, D).to(kind)  # (1, D)
+        value = tile(v + r * of_k + kv * d, one, d, 1, d, D)
         put(keys, key, one + newest, of_column, newest + 1, d, D)
         put(values, value, one + newest, of_column, newest + 1, d, D)
         peak = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale
@@ -458,16 +458,18 @@ def decode_join(part, top, total, position, o, S, H: tl.constexpr, d: tl.constex
     tl.store(o + at * d + width, (y / mass).to(o.dtype.element_ty), mask=width < d)
 
 
-def triton_decode(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
-    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU."""
-    (R, K, L, d), H, span = cache[0].shape, x.shape[1] - 2 * cache.shape[2], 16 if INTERPRET else 512
+def triton_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
+    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU.
+
+    q, k and v may be slices of one projection.
+    """
+    (R, K, L, d), H, span = cache[0].shape, q.shape[1], 16 if INTERPRET else 512
     S = triton.cdiv(L, span)
-    part = x.new_empty(R, H, S, d, dtype=torch.float32)
+    part = q.new_empty(R, H, S, d, dtype=torch.float32)
     top, total = part.new_empty(2, R, H, S)
-    o, scale = x.new_empty(R, H, d), LOG2E / math.sqrt(d)
+    o, scale, strides = q.new_empty(R, H, d), LOG2E / math.sqrt(d), (q.stride(0), k.stride(0), *cache.stride()[1:4])
     sizes = {"d": d, "D": max(16, triton.next_power_of_2(d)), "SPAN": span}
-    x, cos, sin = (y.contiguous() for y in (x, *rope))
-    decode_split[R, K, S](x, cos, sin, *cache, position, part, top, total, scale, *cache.stride()[1:4], K, H // K, S,
+    decode_split[R, K, S](q, k, v, *rope, *cache, position, part, top, total, scale, *strides, K, H // K, S,
                           GP=max(16, triton.next_power_of_2(H // K)), BN=min(span, 64), num_warps=2, **sizes)  # fmt: skip
     decode_join[(R * H,)](part, top, total, position, o, S, H, SB=16, num_warps=1, **sizes)
     return o
@@ -485,19 +487,16 @@ def race(x, seed, at):
 
 
 @triton.jit
-def sample_split(logits, temperature, top, total, V, S, SPAN: tl.constexpr, BN: tl.constexpr):
-    """The maximum of SPAN of a row's logits / temperature, and the sum of exp beyond it."""
-    r, split = tl.program_id(0), tl.program_id(1)
+def sample_split(logits, temperature, top, total, V, S, SPAN: tl.constexpr, SPLITS: tl.constexpr):
+    """Of SPLITS splits of a row, SPAN logits / temperature each, the maximum and the sum of exp beyond it."""
+    r, splits = tl.program_id(0), tl.program_id(1) * SPLITS + tl.arange(0, SPLITS)
     t = tl.load(temperature + r)
-    scale, logits = 1.0 / tl.where(t == 0, 1.0, t), logits + r.to(tl.int64) * V
-    peak, mass = tl.full([], MASKED, tl.float32), 0.0
-    for j in range(split * SPAN, tl.minimum(V, (split + 1) * SPAN), BN):
-        columns = j + tl.arange(0, BN)
-        x = tl.load(logits + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
-        new = tl.maximum(peak, tl.max(x, 0))
-        mass, peak = mass * tl.exp(peak - new) + tl.sum(tl.exp(x - new), 0), new
-    tl.store(top + r * S + split, peak)
-    tl.store(total + r * S + split, mass)
+    columns = splits[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    x = tl.load(logits + r.to(tl.int64) * V + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    x = x / tl.where(t == 0, 1.0, t)
+    peak = tl.maximum(tl.max(x, 1), MASKED)
+    tl.store(top + r * S + splits, peak, mask=splits < S)
+    tl.store(total + r * S + splits, tl.sum(tl.exp(x - peak[:, None]), 1), mask=splits < S)
 
 
 @triton.jit
@@ -525,13 +524,14 @@ def sample_join(logits, temperature, seed, top, total, token, logprob, V, S, SPA
 
 def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
     """`reference_sample` by the kernels above: one read of the logits, and of one split of each row again."""
-    (R, V), span = logits.shape, 32 if INTERPRET else 4096
+    (R, V), span = logits.shape, 32 if INTERPRET else 1024
     S, device, logits = triton.cdiv(V, span), logits.device, logits.contiguous()
-    temperature = torch.zeros(R, device=device) + temperature
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((R,), temperature, dtype=torch.float32, device=device)
     seed = torch.randint(2**31, (1,), generator=generator, device=device)
     top, total = torch.empty(2, R, S, device=device)
     token, logprob = torch.empty(R, dtype=torch.int64, device=device), torch.empty(R, device=device)
-    sample_split[R, S](logits, temperature, top, total, V, S, span, BN=min(span, 2048))
+    sample_split[R, triton.cdiv(S, 4)](logits, temperature, top, total, V, S, span, SPLITS=4)
     sample_join[(R,)](logits, temperature, seed, top, total, token, logprob, V, S, span, triton.next_power_of_2(S))
     return token, logprob
 
@@ -600,7 +600,7 @@ def turn_heads(q, k, v, q_, k_, v_, cos, sin, period, sign, of_q, of_k, of_q_, o
 
 
 def launch_turn(source: list[Tensor], target: list[Tensor], cos: Tensor, sin: Tensor, sign: float) -> None:
-    """The kernel above for all tokens: q, k and v of (B, T, heads, d) each, which may be slices along the heads."""
+    """The kernel above for all tokens: q, k and v of (B, T, heads, d) each, which may be slices of one projection."""
     (B, T, H, d), K = source[0].shape, source[1].shape[2]
     strides = [x.stride(1) for x in (*source[:2], *target[:2])]
     powers = [triton.next_power_of_2(n) for n in (H, K)] + [d, max(16, triton.next_power_of_2(d))]
@@ -608,65 +608,76 @@ def launch_turn(source: list[Tensor], target: list[Tensor], cos: Tensor, sin: Te
 
 
 class FusedHeads(torch.autograd.Function):
-    """`reference_heads` by the kernel above: x (B, T, H + 2 K, d) contiguous, cos and sin (T, d) or (B T, d)."""
+    """`reference_heads` by the kernel above: q (B, T, H, d), k and v (B, T, K, d), cos and sin (T, d) or (B T, d)."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, K):
-        B, T, heads, d = x.shape
-        ctx.sizes = (heads - 2 * K, K, K)
-        parts = [x.new_empty(B, T, size, d) for size in ctx.sizes]
-        launch_turn(x.split(ctx.sizes, dim=2), parts, cos, sin, 1.0)
+    def forward(ctx, q, k, v, cos, sin):
+        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        launch_turn((q, k, v), parts, cos, sin, 1.0)
         ctx.save_for_backward(cos, sin)
         return tuple(parts)
 
     @staticmethod
     def backward(ctx, *gradients):
-        """The gradients by q and k turned back, and that by v, side by side."""
+        """The gradients of q and k turned back."""
         gradients = [g.contiguous() for g in gradients]
-        B, T, _, d = gradients[0].shape
-        whole = gradients[0].new_empty(B, T, sum(ctx.sizes), d)
-        launch_turn(gradients, whole.split(ctx.sizes, dim=2), *ctx.saved_tensors, -1.0)
-        return whole, None, None, None
+        back = [torch.empty_like(g) for g in gradients]
+        launch_turn(gradients, back, *ctx.saved_tensors, -1.0)
+        return *back, None, None
 
 
 @triton.jit
-def swiglu_forward(gate, up, y, N, BN: tl.constexpr):
-    """silu(gate) up, one pass over numbers in any order."""
-    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    g = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
-    tl.store(y + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=at < N)
+def swiglu_forward(gate, up, y, of_gate, of_up, N, BN: tl.constexpr):
+    """silu(gate) up of BN of the N columns of a row."""
+    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
+    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y + n * N + columns, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit
-def swiglu_backward(gate, up, dy, dgate, dup, N, BN: tl.constexpr):
+def swiglu_backward(gate, up, dy, dgate, dup, of_gate, of_up, N, BN: tl.constexpr):
     """With s = sigmoid(g): d gate = dy u s (1 + g (1 - s)) and d up = dy g s."""
-    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    g = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
-    e = tl.load(dy + at, mask=at < N, other=0.0).to(tl.float32)
-    s = tl.sigmoid(g)
-    tl.store(dgate + at, (e * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=at < N)
-    tl.store(dup + at, (e * g * s).to(dup.dtype.element_ty), mask=at < N)
+    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    at = n * N + columns
+    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
+    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
+    e, s = tl.load(dy + at, mask=columns < N, other=0.0).to(tl.float32), tl.sigmoid(g)
+    tl.store(dgate + at, (e * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=columns < N)
+    tl.store(dup + at, (e * g * s).to(dup.dtype.element_ty), mask=columns < N)
 
 
 class FusedSwiGLU(torch.autograd.Function):
-    """silu(gate) up by the kernels above, each in one pass; kept for the backward pass are the arguments."""
+    """silu(gate) up of rows (R, N), which may be slices of one projection; kept for the backward pass are the arguments."""
 
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up, ctx.N = gate.contiguous(), up.contiguous(), gate.numel()
-        y, block = torch.empty_like(gate), 32 if INTERPRET else 2048
-        swiglu_forward[(triton.cdiv(ctx.N, block),)](gate, up, y, ctx.N, block)
+        (R, N), block = gate.shape, 32 if INTERPRET else 2048
+        y, ctx.sizes, ctx.grid = (
+            gate.new_empty(R, N),
+            (gate.stride(0), up.stride(0), N, block),
+            (R, triton.cdiv(N, block)),
+        )
+        swiglu_forward[ctx.grid](gate, up, y, *ctx.sizes)
         ctx.save_for_backward(gate, up)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        (gate, up), block = ctx.saved_tensors, 32 if INTERPRET else 2048
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        swiglu_backward[(triton.cdiv(ctx.N, block),)](gate, up, dy.contiguous(), dgate, dup, ctx.N, block)
+        gate, up = ctx.saved_tensors
+        dgate, dup = dy.new_empty(2, *dy.shape)
+        swiglu_backward[ctx.grid](gate, up, dy.contiguous(), dgate, dup, *ctx.sizes)
         return dgate, dup
+
+
+@triton.jit
+def norm_forward(x, weight, y, eps, N, NP: tl.constexpr):
+    """y = x / sqrt(mean(x^2) + eps) weight, one row."""
+    n, columns = tl.program_id(0).to(tl.int64), tl.arange(0, NP)
+    v = tl.load(x + n * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / N + eps)
+    w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y + n * N + columns, (v * w).to(y.dtype.element_ty), mask=columns < N)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -678,22 +689,21 @@ def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def reference_heads(x: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, T, d), k and v (B, K, T, d) of a projection x (B, T, H + 2 K, d): q and k turned by their positions.
+def reference_heads(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, d), k and v (B, T, K, d) -> (B, H or K, T, d), with q and k turned by their positions.
 
     cos and sin are (T, d), or (B, T, d).
     """
-    both, v = x.transpose(1, 2).split((x.shape[2] - K, K), dim=1)
-    both = reference_rotate(both, cos.unsqueeze(-3), sin.unsqueeze(-3))
-    return *both.split((x.shape[2] - 2 * K, K), dim=1), v
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return *(reference_rotate(x, cos.unsqueeze(-3), sin.unsqueeze(-3)) for x in (q, k)), v
 
 
-def heads(x: Tensor, cos: Tensor, sin: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def heads(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference_heads` by what is fastest for the device."""
-    if not on_kernels(x):
-        return reference_heads(x, cos, sin, K)
-    turns = (angle.reshape(-1, x.shape[-1]) for angle in (cos, sin))
-    return tuple(part.transpose(1, 2) for part in FusedHeads.apply(x.contiguous(), *turns, K))
+    if not on_kernels(q):
+        return reference_heads(q, k, v, cos, sin)
+    turns = (angle.reshape(-1, q.shape[-1]) for angle in (cos, sin))
+    return tuple(part.transpose(1, 2) for part in FusedHeads.apply(q, k, v, *turns))
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
@@ -730,6 +740,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> T
     return (triton_attention if on_kernels(q) else sdpa_attention)(q, k, v, start)
 
 
+def project(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """Each layer's output for x (..., D): of one product where `join` has put their weights below each other.
+
+    Only without gradients. In training the weights stay apart, for FSDP to gather and forget.
+    """
+    weights = [layer.weight for layer in layers]
+    places = list(itertools.accumulate((w.nbytes for w in weights), initial=weights[0].data_ptr()))
+    if torch.is_grad_enabled() or [w.data_ptr() for w in weights] != places[:-1]:
+        return [F.linear(x, w) for w in weights]
+    sizes = list(map(len, weights))
+    return F.linear(x, weights[0].as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
+
+
+def join(*layers: nn.Linear) -> None:
+    """Moves the layers' weights into one piece of memory, below each other; their values stay."""
+    weights = [layer.weight for layer in layers]
+    if len({w.untyped_storage().data_ptr() for w in weights}) > 1:
+        parts = torch.cat([w.detach() for w in weights]).split(list(map(len, weights)))
+        for weight, part in zip(weights, parts, strict=True):
+            weight.data = part
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions; no biases."""
 
@@ -742,29 +774,43 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, keys, bias=False)
         self.o_proj = nn.Linear(queries, width, bias=False)
-        self.joined = None  # the three weights in one, while generate holds them
-
-    def join(self) -> Tensor:
-        """The weights of the queries, keys and values below each other: one product instead of three."""
-        return torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])  # ((H + 2 K) d, D)
 
     def forward(self, x: Tensor, attend: Callable) -> Tensor:
-        """x (B, T, D) -> (B, T, D); `attend` takes the layer and a projection (B, T, H + 2 K, d) to (B, H, T, d)."""
-        weight = self.join() if self.joined is None else self.joined
-        y = attend(self.layer, F.linear(x, weight).unflatten(-1, (-1, self.head_dim)))
+        """x (B, T, D) -> (B, T, D).
+
+        `attend` takes the layer, q (B, T, H, d), and k and v (B, T, K, d), all still without positions, to
+        (B, H, T, d).
+        """
+        parts = project(x, self.q_proj, self.k_proj, self.v_proj)
+        y = attend(self.layer, *(part.unflatten(-1, (-1, self.head_dim)) for part in parts))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 # ---------------------------------------------------------------------------------------------
 # The network
 
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) weight (arXiv 1910.07467, eq. 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # With gradients torch's own kernel is as fast; for a few rows, while sampling, it takes twice as long.
+        if torch.is_grad_enabled() or not on_kernels(x):
+            return super().forward(x)
+        N, y = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
+        norm_forward[(x.numel() // N,)](x.contiguous(), self.weight, y, self.eps, N, triton.next_power_of_2(N))
+        return y
+
+
 # A call of which only the arguments are kept; the backward pass makes it once more.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, of one shape."""
-    return FusedSwiGLU.apply(gate, up) if on_kernels(gate) else F.silu(gate) * up
+    """silu(gate) up, of one shape (..., N)."""
+    if not on_kernels(gate):
+        return F.silu(gate) * up
+    return FusedSwiGLU.apply(*(x.reshape(-1, x.shape[-1]) for x in (gate, up))).view(gate.shape)
 
 
 class MLP(nn.Module):
@@ -778,7 +824,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
@@ -790,9 +836,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False
 
@@ -816,9 +862,9 @@ def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-    """`score_chunk`, CHUNK rows at a time; kept for the backward pass are the arguments alone, never (N, V) logits."""
-    one = FusedScore.apply if on_kernels(hidden) else partial(again, score_chunk)
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    """`score_chunk`, some rows at a time; kept for the backward pass are the arguments alone, never (N, V) logits."""
+    one, size = (FusedScore.apply, GPU_CHUNK) if on_kernels(hidden) else (partial(again, score_chunk), CHUNK)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
     parts = [one(h, weight, t, temperature) for h, t in chunks]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -835,7 +881,7 @@ class Llama(nn.Module):
         self.config, self.attention = config, attention
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -864,6 +910,15 @@ class Llama(nn.Module):
         """The output matrix, (V, D)."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def join(self) -> None:
+        """Lays weights that multiply the same numbers below each other, for `project`."""
+        for block in self.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            join(attention.q_proj, attention.k_proj, attention.v_proj)
+            join(mlp.gate_proj, mlp.up_proj)
+
     def hidden(self, tokens: Tensor, attend: Callable) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block, before its norm, (B, T, D)."""
         x = self.model.embed_tokens(tokens)
@@ -887,8 +942,7 @@ class Llama(nn.Module):
         if start is not None:
             position = torch.arange(tokens.shape[1], device=tokens.device) - start
             rope = tuple(x[position] for x in rope)  # (B, T, d)
-        groups = self.config.num_key_value_heads
-        x = self.hidden(tokens, lambda layer, x: self.attention(*heads(x, *rope, groups), start))
+        x = self.hidden(tokens, lambda layer, *qkv: self.attention(*heads(*qkv, *rope), start))
         if targets is None:
             return wide(F.linear(self.model.norm(x), self.head()))
         if temperature <= 0:
@@ -954,16 +1008,16 @@ def sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generat
     return (triton_sample if on_kernels(logits) else reference_sample)(logits, temperature, generator)
 
 
-def reference_decode(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
-    """Attention of one token a row: its projection x (R, H + 2 K, d), rope's cos and sin (R, d) -> (R, H, d).
+def reference_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
+    """One token a row: q (R, H, d), k and v (R, K, d), rope's cos and sin (R, d), position (R,) -> (R, H, d).
 
-    Writes its key and value to column position[r] (R,) of row r of the cache (2, R, K, L, d), and attends to
+    Writes the turned k, and v, to column position[r] of row r of the cache (2, R, K, L, d), and attends to
     columns 0 .. position[r]. What is right of that must be finite, but does not count.
     """
-    q, *new = (part[:, :, 0] for part in reference_heads(x[:, None], *(y[:, None] for y in rope), cache.shape[2]))
-    row = torch.arange(len(x), device=x.device)
-    for stored, part in zip(cache, new, strict=True):
-        stored[row, :, position] = part
+    q, *new = (x[:, :, 0] for x in reference_heads(*(x[:, None] for x in (q, k, v, *rope))))
+    row = torch.arange(len(q), device=q.device)
+    for stored, x in zip(cache, new, strict=True):
+        stored[row, :, position] = x
     k, v = cache
     queries = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (R, K, G, d)
     hidden = torch.arange(k.shape[2], device=q.device) > position[:, None]  # (R, L)
@@ -972,9 +1026,9 @@ def reference_decode(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, posi
     return (weights @ v).flatten(1, 2)
 
 
-def decode_attention(x: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
     """`reference_decode` by what is fastest for the device."""
-    return (triton_decode if on_kernels(x) else reference_decode)(x, rope, cache, position)
+    return (triton_decode if on_kernels(q) else reference_decode)(q, k, v, rope, cache, position)
 
 
 class Rows:
@@ -997,6 +1051,7 @@ class Rows:
         self.position = torch.zeros_like(self.token)
         self.rope = rope_table(config, length, weight)
         self.model, self.draw, self.generator, self.n = model, draw, generator, 0
+        model.join()
         self.graphs = {}  # rows -> the recorded step, and where it leaves tokens and log-probs
 
     def admit(self, prompts: list[list[int]], copies: list[int]) -> None:
@@ -1018,8 +1073,8 @@ class Rows:
         places = (first[source, None] + torch.arange(longest)).clamp(max=len(tokens) - 1).to(device)
         rope = tuple(x[position] for x in self.rope)  # (T, d)
 
-        def attend(layer: int, x: Tensor) -> Tensor:
-            q, k, v = heads(x, *rope, self.cache.shape[3])
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = heads(q, k, v, *rope)
             for cache, x in zip(self.cache[layer], (k, v), strict=True):
                 cache[rows, :, :longest] = x[0][:, places].transpose(0, 1)
             return self.model.attention(q, k, v, start[None])
@@ -1037,8 +1092,9 @@ class Rows:
         token, position = self.token[:n], self.position[:n]
         rope = tuple(x[position] for x in self.rope)  # (n, d)
 
-        def attend(layer: int, x: Tensor) -> Tensor:
-            return decode_attention(x[:, 0], rope, self.cache[layer, :, :n, :, :length], position)[:, :, None]
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            cache = self.cache[layer, :, :n, :, :length]
+            return decode_attention(*(x[:, 0] for x in qkv), rope, cache, position)[:, :, None]
 
         x = self.model.hidden(token[:, None], attend)  # (n, 1, D)
         drawn = self.draw(F.linear(self.model.model.norm(x[:, 0]), self.model.head()))
@@ -1127,19 +1183,6 @@ def collect(drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion])
         completion.stopped = end
 
 
-@contextmanager
-def joined(model: Llama):
-    """Holds the weights of queries, keys and values once more, put together, for as long as they don't change."""
-    layers = [block.self_attn for block in model.model.layers]
-    try:
-        for attention in layers:
-            attention.joined = attention.join()
-        yield
-    finally:
-        for attention in layers:
-            attention.joined = None
-
-
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -1173,19 +1216,18 @@ def generate(
     batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens, draw, generator)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=batch.token.device)
     waiting, live = deque(range(len(done))), []  # live[r]: the completion that row r is writing
-    with joined(model):
-        while waiting or live:
-            new = [waiting.popleft() for _ in range(min(rows - len(live), len(waiting)))]
-            if new:
-                copies = Counter(i // samples for i in new)
-                batch.admit([prompts[i] for i in copies], list(copies.values()))
-                live += new
-            steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
-            collect(batch.decode(steps), stops, [done[i] for i in live])
-            going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
-            if progress and len(going) < len(live):
-                progress(len(live) - len(going))
-            live = [live[r] for r in batch.keep(going)]
+    while waiting or live:
+        new = [waiting.popleft() for _ in range(min(rows - len(live), len(waiting)))]
+        if new:
+            copies = Counter(i // samples for i in new)
+            batch.admit([prompts[i] for i in copies], list(copies.values()))
+            live += new
+        steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
+        collect(batch.decode(steps), stops, [done[i] for i in live])
+        going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
+        if progress and len(going) < len(live):
+            progress(len(live) - len(going))
+        live = [live[r] for r in batch.keep(going)]
     return done
 
 

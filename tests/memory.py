@@ -77,8 +77,7 @@ def kept(model: Llama, tokens: int) -> int:
     rope = tuple(torch.empty(tokens, model.config.head_dim, dtype=model.head().dtype, device="meta") for _ in "cs")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        groups = model.config.num_key_value_heads
-        model.hidden(ids, lambda layer, x: KeepsItsInputs.apply(*heads(x, *rope, groups)))
+        model.hidden(ids, lambda layer, *qkv: KeepsItsInputs.apply(*heads(*qkv, *rope)))
     return sum(s.nbytes() for key, s in storages.items() if key not in weights)
 
 

@@ -103,13 +103,15 @@ def test_large_scores_do_not_overflow():
 def test_decode_attention_over_a_slice_of_a_cache(heads, groups, d, dtype):
     R, L, position = 4, 45, torch.tensor([0, 44, 15, 16], device=DEVICE)
     x = random(R, heads + 2 * groups, d, dtype=dtype)
+    qkv = x.split((heads, groups, groups), dim=1)
     rope = [angle[position] for angle in model_py.rope_table(Config(head_dim=d), L, x)]
     cache = random(2, R + 2, groups, L + 9, d, dtype=dtype, seed=3)
     for row, end in enumerate(position.tolist()):
         cache[:, row, :, end:] = math.nan  # what an earlier row left there is never read
     exact = cache.nan_to_num().double()
-    ours = model_py.triton_decode(x, rope, cache[:, :R, :, :L], position)
-    reference = model_py.reference_decode(x.double(), [y.double() for y in rope], exact[:, :R, :, :L], position)
+    ours = model_py.triton_decode(*qkv, rope, cache[:, :R, :, :L], position)
+    wide = (y.double() for y in qkv)
+    reference = model_py.reference_decode(*wide, [y.double() for y in rope], exact[:, :R, :, :L], position)
     close(ours, reference, PRECISION[dtype])
     for row, end in enumerate(position.tolist()):
         close(cache[:, row, :, : end + 1], exact[:, row, :, : end + 1], PRECISION[dtype])
@@ -128,7 +130,7 @@ def test_heads_are_turned_and_their_gradients_turned_back(B, H, K, T, d, dtype):
         results = []
         for heads, kind in ((model_py.reference_heads, torch.float64), (model_py.heads, dtype)):
             one = x.detach().to(kind).requires_grad_()
-            parts = heads(one, *(y.to(kind) for y in rope), K)
+            parts = heads(*one.split((H, K, K), dim=2), *(y.to(kind) for y in rope))
             sum((part * random(*part.shape, seed=i)).sum() for i, part in enumerate(parts)).backward()
             results.append([*parts, one.grad])
         for ours, exact in zip(results[1], results[0], strict=True):
@@ -137,17 +139,30 @@ def test_heads_are_turned_and_their_gradients_turned_back(B, H, K, T, d, dtype):
 
 @runs
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3, 67)])
+@pytest.mark.parametrize("shape", [(1,), (2, 3, 67)])
 def test_swiglu_and_its_gradients(shape, dtype):
-    gate, up, weight = (random(*shape, dtype=dtype, seed=i, scale=2.0) for i in range(3))
+    both, weight = random(2 * shape[-1], *shape[:-1], dtype=dtype, scale=2.0).movedim(0, -1), random(*shape, seed=1)
     results = []
-    for product, type in ((lambda g, u: F.silu(g) * u, torch.float64), (model_py.swiglu, dtype)):
-        one = [x.detach().to(type).requires_grad_() for x in (gate, up)]
-        y = product(*one)
+    for product, kind in ((lambda g, u: F.silu(g) * u, torch.float64), (model_py.swiglu, dtype)):
+        one = both.detach().to(kind).contiguous().requires_grad_()
+        y = product(*one.chunk(2, dim=-1))
         (y * weight).sum().backward()
-        results.append([y, *(x.grad for x in one)])
+        results.append([y, one.grad])
     for ours, exact in zip(results[1], results[0], strict=True):
         close(ours, exact, PRECISION[dtype])
+
+
+@runs
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 67)])
+def test_norm_without_gradients(shape, dtype):
+    x, norm = random(*shape, dtype=dtype, scale=3.0), model_py.RMSNorm(shape[-1], 1e-5, device=DEVICE)
+    with torch.no_grad():
+        norm.weight.copy_(random(shape[-1], seed=1))
+        ours = norm.to(dtype)(x)
+    exact = F.rms_norm(x.double(), shape[-1:], norm.weight.double(), 1e-5)
+    assert ours.dtype == dtype
+    close(ours, exact, PRECISION[dtype])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,6 +295,20 @@ def test_greedy_text_is_that_of_the_plain_loop(tiny, monkeypatch):
         assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_recorded_steps_are_reproducible_and_score_as_the_trainer_does(tiny):
+    prompts = [[(7 * i + j) % 70 for j in range(n)] for i, n in enumerate((3, 18, 1))]
+    runs = [generate(tiny, prompts, 40, [5], samples=4, generator=generator(seed), rows=7) for seed in (1, 1, 2)]
+    first, again, other = ([c.tokens for c in completions] for completions in runs)
+    assert first == again != other
+    for i, completion in enumerate(runs[0]):
+        text, n = prompts[i // 4] + completion.tokens, len(completion.tokens)
+        tokens = torch.tensor([text], device=DEVICE)
+        scored = tiny(tokens[:, :-1], tokens[:, 1:])[0][0, -n:]
+        assert completion.logprobs == pytest.approx(scored.tolist(), abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------
 # Compiled for GPUs that need not be there
 
@@ -291,24 +320,25 @@ KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "attention_backward_kv": ({"start": "*i32", "end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
     "decode_split": (
         {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
-        | {name: "i32" for name in ("of_row", "of_head", "of_column")},
+        | {name: "i32" for name in ("of_q", "of_k", "of_row", "of_head", "of_column")},
         {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 512, "BN": 64},
     ),
     "decode_join": (
         {"part": "*fp32", "top": "*fp32", "total": "*fp32", "position": "*i64"},
         {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16},
     ),
-    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 4096, "BN": 2048}),
+    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 1024, "SPLITS": 4}),
     "sample_join": (
         {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "top", "total", "logprob"), "*fp32"),
-        {"SPAN": 4096, "SB": 32},
+        {"SPAN": 1024, "SB": 128},
     ),
     "turn_heads": (
         {"sign": "fp32", "period": "i32"} | {name: "i32" for name in ("of_q", "of_k", "of_q_", "of_k_")},
         {"H": 32, "K": 8, "HP": 32, "KP": 8, "d": 128, "D": 128},
     ),
-    "swiglu_forward": ({"N": "i32"}, {"BN": 2048}),
-    "swiglu_backward": ({"N": "i32"}, {"BN": 2048}),
+    "swiglu_forward": ({name: "i32" for name in ("N", "of_gate", "of_up")}, {"BN": 2048}),
+    "swiglu_backward": ({name: "i32" for name in ("N", "of_gate", "of_up")}, {"BN": 2048}),
+    "norm_forward": ({"N": "i32", "eps": "fp32"}, {"NP": 4096}),
     "score_forward": ({"targets": "*i64"} | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32"), {"BN": 4096}),
     "score_backward": ({"targets": "*i64"} | dict.fromkeys(("lse", "gradient"), "*fp32"), {"BN": 4096}),
 }

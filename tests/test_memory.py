@@ -42,8 +42,7 @@ def test_kept_activations_are_what_a_real_forward_pass_keeps(dtype):
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         rope = rope_table(ours.config, tokens, ours.head())
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        groups = ours.config.num_key_value_heads
-        y = ours.hidden(ids, lambda layer, x: ours.attention(*heads(x, *rope, groups)))
+        y = ours.hidden(ids, lambda layer, *qkv: ours.attention(*heads(*qkv, *rope)))
     real = sum(s.nbytes() for place, s in storages.items() if place not in weights)
     assert y.requires_grad
     assert memory.kept(memory.meta_model(ours.config, dtype), tokens) == pytest.approx(real, rel=0.03)
