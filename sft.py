@@ -334,6 +334,8 @@ class Learner:
 
     def state(self) -> tuple[Llama, dict]:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # what is outside of the blocks stays gathered after a forward pass without a backward
         gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = {}
         if self.optimizer.state:  # else the getter would make one, by a step that counts

@@ -67,6 +67,9 @@ SHAPES = {  # B, H, K, d, and the documents of each row
     "block edges": (1, 2, 1, 64, [[16, 16, 15, 17]]),
     "narrow head": (1, 2, 1, 24, [[20, 3]]),
 }
+if DEVICE == "cuda":  # more than one of a GPU's blocks: too slow for the interpreter
+    SHAPES["several blocks"] = (2, 4, 2, 64, [[300, 1, 140, 70], [511]])
+    SHAPES["several wide blocks"] = (1, 8, 1, 128, [[100, 100, 100, 100, 100]])
 
 
 @runs
@@ -327,7 +330,7 @@ KERNELS = {  # what each argument points to, and the sizes that are compiled in
         {"part": "*fp32", "top": "*fp32", "total": "*fp32", "position": "*i64"},
         {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16},
     ),
-    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 1024, "SPLITS": 4}),
+    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 1024, "SPLITS": 2}),
     "sample_join": (
         {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "top", "total", "logprob"), "*fp32"),
         {"SPAN": 1024, "SB": 128},

@@ -272,6 +272,20 @@ def test_saving_changes_nothing_even_before_the_first_update(corpus, tokenizer, 
     assert same(*results)
 
 
+def test_a_sharded_model_can_be_saved_after_a_forward_pass_alone(corpus, tokenizer, tiny):
+    """As after a held-out loss: what is outside of the blocks is then still gathered."""
+    with sft.World("cpu") as world:
+        ours = sft.Learner(tiny, world, sft.Hardware(device="cpu", precision="bfloat16"), 0.0, tokenizer.pad)
+        rows = examples(corpus, tokenizer, 4)
+        sft.accumulate(ours, rows)
+        ours.step(1e-3)
+        before = {n: w.clone() for n, w in ours.state()[0].state_dict().items()}
+        with torch.no_grad():
+            ours.model(*sft.collate(rows, tokenizer.pad, "cpu")[:2])
+        model, optimizer = ours.state()
+        assert same(before, model.state_dict()) and len(optimizer["state"]) == len(list(model.parameters()))
+
+
 def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
     run(settings(corpus, tmp_path / "run", tokens=500))
     (tmp_path / "run/summary.json").unlink()
