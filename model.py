@@ -751,7 +751,7 @@ def project(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     if torch.is_grad_enabled() or [w.data_ptr() for w in weights] != places[:-1]:
         return [F.linear(x, w) for w in weights]
     sizes = list(map(len, weights))
-    return F.linear(x, weights[0].as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
+    return F.linear(x, weights[0].data.as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
 
 
 def join(*layers: nn.Linear) -> None:

@@ -14,6 +14,7 @@ each peer's time with its ratio to ours (above 1: ours is faster).
 
 import argparse
 import contextlib
+import copy
 import itertools
 import os
 import statistics
@@ -209,11 +210,13 @@ def bench_soak(options: argparse.Namespace) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds of `work`: on a GPU from event to event, after a sum that fills the cache and lets the launches get ahead."""
+    """Seconds of `work`: on a GPU from event to event, after sums that fill the cache and let the launches get ahead."""
     if not CUDA:
         return seconds(work)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(1 << 28, dtype=torch.float32, device=DEVICE).sum()  # reads only: what is written is still to be evicted
+    other = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)
+    for _ in range(8):  # 2 ms; reads only, since what is written would be evicted while `work` runs
+        other.sum()
     begin.record()
     work()
     end.record()
@@ -237,12 +240,16 @@ def side_by_side(works: dict[str, Callable[[], object]], repeats: int) -> dict[s
     return {name: statistics.median(column) for name, column in times.items()}
 
 
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
 def row(what: str, times: dict[str, float], floor: float | None = None) -> None:
     """A row of the table: ours, the floor as a share of it, and each peer with its ratio to ours."""
     ours, *peers = times
     share = f"{floor / times[ours]:6.2f}" if floor else "     –"
-    others = "; ".join(f"{name} {times[name] * 1e3:.2f} ms = {times[name] / times[ours]:.2f} x" for name in peers)
-    print(f"| {what} | {times[ours] * 1e3:.2f} ms | {share} | {others} |")
+    others = "; ".join(f"{name} {ms(times[name])} = {times[name] / times[ours]:.2f} x" for name in peers)
+    print(f"| {what} | {ms(times[ours])} | {share} | {others} |")
 
 
 def head(title: str) -> None:
@@ -415,7 +422,7 @@ SHAPES = {  # published shapes, with random weights
 }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench_generate(options: argparse.Namespace) -> None:
     config, tokens = SHAPES["8B" if CUDA else "tiny"], 128
     ours, theirs = both_models(config)
@@ -484,20 +491,25 @@ def bench_sft(options: argparse.Namespace) -> None:
     head(f"A supervised step on {count} sequences of {high // 4} to {high} tokens; the floor is its multiplications")
     works = {"ours, packed": partial(step, learner), "transformers, padded": theirs_step}
     needed, rate = sft.flops(config, [len(r) - 1 for r, _ in rows]), matmul_rate()
-    times = [("step, weights and optimizer in one type", side_by_side(works, options.repeats))]
-    if CUDA:
+
+    def show(what: str, works: dict) -> None:
+        times = side_by_side(works, options.repeats)
+        if CUDA:
+            peak = next(rate for name, rate in sft.PEAK.items() if name in torch.cuda.get_device_name())
+            what += (
+                f"; MFU {needed / next(iter(times.values())) / peak:.3f} of the data sheet's {peak / 1e12:.0f} TFLOP/s"
+            )
+        row(what, times, needed / rate)
+
+    show(f"weights and optimizer in {DTYPE}, micro-batches of {micro}", works)
+    if not CUDA:
+        return
+    for size in (micro, 1 << 16):
         with sft.World(DEVICE) as world:
-            for micro in (micro, 1 << 16):
-                hardware = sft.Hardware(device=DEVICE, micro_tokens=micro)
-                masters = sft.Learner(ours.float(), world, hardware, 0.1, 0)
-                columns = side_by_side({"ours": partial(step, masters)}, options.repeats)
-                times.append((f"float32 masters as sft.py has them, micro-batches of {micro}", columns))
-    for what, columns in times:
-        row(what, columns, needed / rate)
-    if CUDA:
-        peak = next(rate for name, rate in sft.PEAK.items() if name in torch.cuda.get_device_name())
-        shares = (f"{needed / next(iter(columns.values())) / peak:.3f}" for _, columns in times)
-        print(f"\nMFU by the data sheet's {peak / 1e12:.0f} TFLOP/s: {', '.join(shares)}")
+            hardware = sft.Hardware(device=DEVICE, micro_tokens=size)
+            masters = sft.Learner(copy.deepcopy(ours).float(), world, hardware, 0.1, 0)
+            show(f"float32 masters, as sft.py has them, micro-batches of {size}", {"ours": partial(step, masters)})
+        del masters
 
 
 PROMPTS, SAMPLES = 8, 8
