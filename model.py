@@ -1039,8 +1039,8 @@ class Rows:
     the place of its newest token, and what another row left further right is never read.
 
     `draw` takes logits (R, V) to a token and its log-prob for each row, with numbers from `generator`.
-    On a GPU a decoding step, its draw included, is recorded once for each power of two of rows and replayed from
-    then on (a CUDA graph), since a few hundred launches would take longer than their work.
+    On a GPU a decoding step, its draw included, is recorded once for each power of four of rows and replayed from
+    then on (a CUDA graph), since a few hundred launches take four times as long as their work.
     """
 
     def __init__(self, model: Llama, rows: int, length: int, draw: Callable, generator: torch.Generator | None):
@@ -1104,17 +1104,19 @@ class Rows:
         return drawn
 
     def replay(self) -> tuple[Tensor, Tensor]:
-        """`step` of all rows and of some idle ones, recorded the second time that it is made."""
-        n = min(len(self.token), 1 << (self.n - 1).bit_length())
+        """`step` of all rows and of some idle ones, recorded when it is first made for so many."""
+        n = 1
+        while n < self.n:
+            n *= 4
+        n = min(n, len(self.token))
         self.position[self.n : n] = 0  # idle rows
+        if not self.graphs:
+            self.graphs[0] = None  # the very first step compiles kernels, which cannot be recorded
+            return self.step(self.n, self.cache.shape[4])
         if n not in self.graphs:
-            self.graphs[n] = None  # the first time compiles kernels, which cannot be recorded
-            drawn = self.step(n, self.cache.shape[4])
-        else:
-            if self.graphs[n] is None:
-                self.graphs[n] = self.record(n)
-            graph, drawn = self.graphs[n]
-            graph.replay()
+            self.graphs[n] = self.record(n)
+        graph, drawn = self.graphs[n]
+        graph.replay()
         return tuple(x[: self.n].clone() for x in drawn)
 
     def record(self, n: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:

@@ -126,7 +126,7 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
-    sums = dict.fromkeys(("entropy", "clipped", "drift"), 0.0)
+    figures = []  # read at the end: a GPU is to have its next work before it is done
     groups = pack([len(tokens) - 1 for tokens, _ in rows], s.micro_tokens)
     for group, (tokens, targets, start) in learner.micro_batches(rows, groups):
         on = targets != IGNORE  # its true entries are the response tokens, in order
@@ -135,10 +135,10 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
         logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
         learner.backward(-gain.sum() / count)
-        sums["entropy"] += entropy.sum().item()
-        sums["clipped"] += clipped.sum().item()
-        sums["drift"] += (logprobs.detach() - old).abs().sum().item()
-    sums = dict(zip(sums, learner.world.sum(*sums.values()), strict=True)) | {"trained": trained}
+        figures.append([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
+    totals = (sum(x.item() for x in column) for column in zip(*figures, strict=True))
+    names = ("entropy", "clipped", "drift")
+    sums = dict(zip(names, learner.world.sum(*totals), strict=True)) | {"trained": trained}
     operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
     sums["flops"] = learner.world.sum(operations)[0]
     if trained:

@@ -638,12 +638,12 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
 
     Returns this rank's part of that mean: the parts of all ranks add up to it.
     """
-    count, total = trained_tokens(rows), 0.0
+    count, losses = trained_tokens(rows), []  # read at the end: a GPU is to have its next work before it is done
     for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
         loss = -learner.model(tokens, targets, start=start)[0].sum() / count
         learner.backward(loss)
-        total += loss.item()
-    return total
+        losses.append(loss.detach())
+    return sum(loss.item() for loss in losses)
 
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:

@@ -460,7 +460,7 @@ def bench_generate(options: argparse.Namespace) -> None:
 
 
 def bench_sft(options: argparse.Namespace) -> None:
-    config, count, high, micro = (SHAPES["1B"], 16, 4096, 16384) if CUDA else (SHAPES["tiny"], 16, 240, 4096)
+    config, count, high, micro = (SHAPES["1B"], 16, 4096, 1 << 15) if CUDA else (SHAPES["tiny"], 16, 240, 4096)
     ours, theirs = both_models(config)
     rows = [(ids, len(ids) // 3) for ids in random_rows(count, high // 4, high, config.vocab_size)]
     hardware = sft.Hardware(device=DEVICE, micro_tokens=micro)
