@@ -126,7 +126,8 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
-    figures = []  # read at the end: a GPU is to have its next work before it is done
+    # Read at the end: a GPU is to have its next work before it is done.
+    figures: dict[str, list[Tensor]] = {"entropy": [], "clipped": [], "drift": []}
     groups = pack([len(tokens) - 1 for tokens, _ in rows], s.micro_tokens)
     for group, (tokens, targets, start) in learner.micro_batches(rows, groups):
         on = targets != IGNORE  # its true entries are the response tokens, in order
@@ -135,10 +136,10 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
         logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
         learner.backward(-gain.sum() / count)
-        figures.append([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
-    totals = (sum(x.item() for x in column) for column in zip(*figures, strict=True))
-    names = ("entropy", "clipped", "drift")
-    sums = dict(zip(names, learner.world.sum(*totals), strict=True)) | {"trained": trained}
+        for values, x in zip(figures.values(), (entropy, clipped, (logprobs.detach() - old).abs()), strict=True):
+            values.append(x.sum())
+    totals = (sum(x.item() for x in values) for values in figures.values())
+    sums = dict(zip(figures, learner.world.sum(*totals), strict=True)) | {"trained": trained}
     operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
     sums["flops"] = learner.world.sum(operations)[0]
     if trained:
