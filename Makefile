@@ -13,9 +13,11 @@ SEEDS ?= 1 2 3
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DATA := $(RUN)/data
 
-.PHONY: demo seeds test toolchains clean
+.PHONY: demo seeds test tests-in-sandboxes tests-beside toolchains clean
 .DELETE_ON_ERROR:
+ifeq ($(filter tests-%,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # a stage uses all cores
+endif
 
 demo: $(RUN)/eval/table.md
 	@cat $<
@@ -61,11 +63,21 @@ seeds:
 
 # --- the rest
 
+# The files that start no sandbox. They run beside the others, each of which must be alone with its kind: it
+# counts what sandboxes leave on the machine.
+BESIDE := $(patsubst %,tests/test_%.py,kernels llama memory model sft)
+
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py # without a GPU the first call only compiles them
+	$(MAKE) --no-print-directory --jobs=2 tests-in-sandboxes tests-beside
+
+tests-in-sandboxes:
+	$(PY) -m pytest $(BESIDE:%=--ignore=%)
+
+tests-beside: # without a GPU the first call only compiles the kernels
+	@{ $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >.pytest-beside 2>&1; \
+	status=$$?; cat .pytest-beside; exit $$status
 
 toolchains:
 	apt-get update
