@@ -13,7 +13,7 @@ SEEDS ?= 1 2 3
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DATA := $(RUN)/data
 
-.PHONY: demo seeds test tests-in-sandboxes tests-beside toolchains clean
+.PHONY: demo seeds test tests-with-sandboxes tests-beside toolchains clean
 .DELETE_ON_ERROR:
 ifeq ($(filter tests-%,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # a stage uses all cores
@@ -63,21 +63,22 @@ seeds:
 
 # --- the rest
 
-# The files that start no sandbox. They run beside the others, each of which must be alone with its kind: it
-# counts what sandboxes leave on the machine.
+# Files that start no sandbox run beside the others, which count what sandboxes leave on the machine.
 BESIDE := $(patsubst %,tests/test_%.py,kernels llama memory model sft)
 
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(MAKE) --no-print-directory --jobs=2 tests-in-sandboxes tests-beside
+	$(MAKE) --no-print-directory --jobs=2 tests-with-sandboxes tests-beside
 
-tests-in-sandboxes:
-	$(PY) -m pytest $(BESIDE:%=--ignore=%)
+tests-%: export OMP_NUM_THREADS = 1
 
-tests-beside: # without a GPU the first call only compiles the kernels
-	@{ $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >.pytest-beside 2>&1; \
-	status=$$?; cat .pytest-beside; exit $$status
+tests-with-sandboxes: # first those that wait for limits more than they compute
+	$(PY) -m pytest tests/test_sandbox*.py tests $(BESIDE:%=--ignore=%)
+
+tests-beside: # without a GPU the first call only compiles the kernels; shown when all is done
+	@log=$$(mktemp) && { $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >$$log 2>&1; \
+	status=$$?; cat $$log; rm $$log; exit $$status
 
 toolchains:
 	apt-get update

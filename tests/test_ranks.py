@@ -1,4 +1,4 @@
-"""Two ranks under torchrun: the same update as one process, bit-equal replicas, exact resume, one rank's failure."""
+"""Several ranks: the same update as one process, bit-equal replicas, exact resume, one rank's failure."""
 
 import contextlib
 import functools
