@@ -63,8 +63,11 @@ seeds:
 
 # --- the rest
 
-# Files that start no sandbox run beside the others, which count what sandboxes leave on the machine.
+# Files that start no sandbox run beside the others, which count what sandboxes leave on the machine; of these
+# come first the tests that wait for time limits more than they compute.
 BESIDE := $(patsubst %,tests/test_%.py,kernels llama memory model sft)
+FIRST := $(wildcard tests/test_sandbox*.py)
+OTHERS := $(filter-out $(BESIDE) $(FIRST),$(wildcard tests/test_*.py))
 
 test: .venv/installed-tests
 	.venv/bin/ruff check .
@@ -73,8 +76,8 @@ test: .venv/installed-tests
 
 tests-%: export OMP_NUM_THREADS = 1
 
-tests-with-sandboxes: # first those that wait for limits more than they compute
-	$(PY) -m pytest tests/test_sandbox*.py tests $(BESIDE:%=--ignore=%)
+tests-with-sandboxes:
+	$(PY) -m pytest $(FIRST) $(OTHERS)
 
 tests-beside: # without a GPU the first call only compiles the kernels; shown when all is done
 	@log=$$(mktemp) && { $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >$$log 2>&1; \
