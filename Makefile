@@ -13,9 +13,11 @@ SEEDS ?= 1 2 3
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DATA := $(RUN)/data
 
-.PHONY: demo seeds test toolchains clean
+.PHONY: demo seeds test tests-with-sandboxes tests-beside toolchains clean
 .DELETE_ON_ERROR:
+ifeq ($(filter tests-%,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # a stage uses all cores
+endif
 
 demo: $(RUN)/eval/table.md
 	@cat $<
@@ -61,11 +63,25 @@ seeds:
 
 # --- the rest
 
+# Files that start no sandbox run beside the others, which count what sandboxes leave on the machine; of these
+# come first the tests that wait for time limits more than they compute.
+BESIDE := $(patsubst %,tests/test_%.py,kernels llama memory model sft)
+FIRST := $(wildcard tests/test_sandbox*.py)
+OTHERS := $(filter-out $(BESIDE) $(FIRST),$(wildcard tests/test_*.py))
+
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py # without a GPU the first call only compiles them
+	$(MAKE) --no-print-directory --jobs=2 tests-with-sandboxes tests-beside
+
+tests-%: export OMP_NUM_THREADS = 1
+
+tests-with-sandboxes:
+	$(PY) -m pytest $(FIRST) $(OTHERS)
+
+tests-beside: # without a GPU the first call only compiles the kernels; shown when all is done
+	@log=$$(mktemp) && { $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >$$log 2>&1; \
+	status=$$?; cat $$log; rm $$log; exit $$status
 
 toolchains:
 	apt-get update

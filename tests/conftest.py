@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import data
-from model import Config, Llama
+from model import Config, Llama, save
 
 SFT, UNSEEN = ("python", "javascript", "ruby"), ("perl", "lua")
 
@@ -22,12 +22,25 @@ def tokenizer(corpus):
     return data.Tokenizer(corpus)
 
 
-@pytest.fixture
-def tiny(tokenizer):
-    """A two-layer Llama with the corpus's vocabulary, float32."""
-    torch.set_num_threads(1)
+def new_tiny(tokenizer):
     config = Config(
         vocab_size=tokenizer.size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     return Llama(config).init_weights(0)
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A two-layer Llama with the corpus's vocabulary, float32."""
+    torch.set_num_threads(1)
+    return new_tiny(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory):
+    """Folder of `tiny` and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save(new_tiny(tokenizer), folder)
+    tokenizer.save(folder)
+    return folder

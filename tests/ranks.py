@@ -1,4 +1,4 @@
-"""What tests/test_ranks.py starts under torchrun: updates to compare, and runs with a made-up reward.
+"""What tests/test_ranks.py starts: updates to compare, and runs with a made-up reward.
 
 torchrun --nproc-per-node 2 tests/ranks.py updates FOLDER     writes one file of weights a case
 torchrun --nproc-per-node 2 tests/ranks.py sft | rl | eval FLAGS     the last two with `by_length`
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.run
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -133,6 +135,29 @@ def main(what, *flags):
         setattr(*PLACES[os.environ["FAIL_IN"]], fails)
     stage = {"rl": rl, "sft": sft, "eval": evaluation}[what]
     data.command(stage.main, stage.Settings, stage.__doc__, flags)
+
+
+def print_into(output):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def agent(output, environment, arguments):
+    """torchrun, in a process of its own."""
+    print_into(output)
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}
+    torch.distributed.run.main(arguments)
+
+
+def member(output, rank, size, arguments):
+    """One of `size` ranks, in a process that torchrun did not start."""
+    print_into(output)
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        dist.init_process_group("gloo", store=dist.FileStore(f"{output}.store", size), rank=rank, world_size=size)
+    main(*arguments)
 
 
 if __name__ == "__main__":

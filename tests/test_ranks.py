@@ -1,13 +1,13 @@
-"""Two ranks under torchrun: the same update as one process, bit-equal replicas, exact resume, one rank's failure."""
+"""Several ranks: the same update as one process, bit-equal replicas, exact resume, one rank's failure."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,28 +17,6 @@ import torch
 
 import sft
 from model import Config, Llama, load, save
-
-HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def start(*arguments, ranks=2, torchrun=("--standalone",), **environment):
-    command = [sys.executable]
-    if ranks > 1 or environment:
-        command += ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"]
-    command += [HERE / "ranks.py", *map(str, arguments)]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT | environment, start_new_session=True, **output)
-
-
-def finish(process, code=0):
-    """What it printed."""
-    try:
-        text, _ = process.communicate(timeout=240)
-    finally:
-        kill(process)
-    assert (process.returncode == 0) == (code == 0), text
-    return text
 
 
 def parent(folder):
@@ -52,12 +30,58 @@ def descendants(pid):
     return children + [d for child in children for d in descendants(child)]
 
 
-def kill(process):
+def kill(*pids):
     """As a power cut would: every process at once, without a chance to save."""
-    for pid in [process.pid, *descendants(process.pid)]:
+    for pid in [*pids, *(below for first in pids for below in descendants(first))]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait()
+
+
+class Job:
+    """Processes forked where all is imported, which takes far longer than most of what they do."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rl", "torch._dynamo", "torch.distributed.run", "torch.nn.parallel"])
+
+    def __init__(self, body, *jobs):
+        """One process for each of `jobs`, the arguments of `body` after the file that takes what it prints."""
+        self.folder = tempfile.TemporaryDirectory()
+        self.output = Path(self.folder.name, "output")
+        new = functools.partial(self.context.Process, target=body, daemon=True)
+        self.processes = [new(args=(str(self.output), *job)) for job in jobs]
+        for process in self.processes:
+            process.start()
+
+    def running(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self):
+        kill(*(process.pid for process in self.processes if process.is_alive()))
+        for process in self.processes:
+            process.join()
+        self.folder.cleanup()
+
+    def finish(self, code=0):
+        """What they printed."""
+        end = time.monotonic() + 240
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        text, codes = self.output.read_text(), [process.exitcode for process in self.processes]
+        self.kill()
+        assert None not in codes and (set(codes) == {0}) == (code == 0), (codes, text)
+        return text
+
+
+def start(*arguments, size=2):
+    """Ranks without torchrun."""
+    arguments = list(map(str, arguments))
+    return Job(ranks.member, *((rank, size, arguments) for rank in range(size)))
+
+
+def torchrun(*arguments, size=2, meeting=("--standalone",), **environment):
+    """For what torchrun has a part in: meeting, failing, stopping."""
+    flags = [*meeting, f"--nproc-per-node={size}", ranks.__file__, *arguments]
+    return Job(ranks.agent, (environment, list(map(str, flags))))
 
 
 @pytest.mark.parametrize("count", ranks.CASES)
@@ -65,7 +89,7 @@ def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_
     config = Config(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     save(Llama(config).init_weights(0), tmp_path)
     # It compares with DistributedDataParallel, and the replicas with each other.
-    finish(start("updates", tmp_path, ranks=count))
+    start("updates", tmp_path, size=count).finish()
     torch.set_num_threads(1)
     for case in ranks.CASES[count]:
         stage, _, _, dtype = case
@@ -85,16 +109,27 @@ def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_
 # Runs
 
 
-@pytest.fixture
-def flags(corpus, tokenizer, tiny, tmp_path):
+@pytest.fixture(scope="module")
+def flags(corpus, tiny_folder):
     """Flags of a short run of each stage from a random model."""
-    save(tiny, tmp_path / "start")
-    tokenizer.save(tmp_path / "start")
-    common = ["--data", corpus, "--model", tmp_path / "start", "--device", "cpu", "--save-every", 3, "--seed", 5]
+    common = ["--data", corpus, "--model", tiny_folder, "--device", "cpu", "--save-every", 3, "--seed", 5]
     sft_flags = ["--tokens", 9000, "--batch", 4, "--eval-problems", 1, "--micro-tokens", 300, "--lr", 1e-3]
     rl_flags = ["--steps", 8, "--prompts", 4, "--samples", 4, "--max-new-tokens", 8, "--eval-problems", 1]
     rl_flags += ["--micro-tokens", 400, "--lr", 1e-3, "--eval-tokens", 8]
-    return {"sft": [*common, *sft_flags], "rl": [*common, *rl_flags]}
+    return {"sft": ["sft", *common, *sft_flags], "rl": ["rl", *common, *rl_flags]}
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """Folder of the uninterrupted run of a stage on a number of ranks."""
+
+    @functools.cache
+    def run(stage, count):
+        out = tmp_path_factory.mktemp("whole") / "run"
+        start(*flags[stage], "--out", out, size=count).finish()
+        return out
+
+    return run
 
 
 def steps(run):
@@ -115,36 +150,32 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else same(a[k], b[k]) for k in a)
 
 
+def begin_and_kill(job, run, step):
+    """Kills it as soon as it has logged `step`."""
+    while job.running() and len(steps(run)) < step:
+        time.sleep(0.005)
+    job.kill()
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-@pytest.mark.parametrize("shard", [None, 2], ids=["1 rank", "2 ranks"])
-def test_resume_after_kill_9_is_exact_to_the_bit(flags, tmp_path, stage, shard):
-    count = shard or 1
-    arguments = [stage, *flags[stage], *(["--shard", shard] if shard else [])]
-    finish(start(*arguments, "--out", tmp_path / "whole", ranks=count))
-    process = start(*arguments, "--out", tmp_path / "cut", ranks=count)
-    while process.poll() is None and len(steps(tmp_path / "cut")) < 5:  # past the checkpoint of step 3
-        time.sleep(0.005)
-    kill(process)
-    checkpoint = sft.newest_checkpoint(tmp_path / "cut")
-    assert checkpoint.name in ("step-3", "step-6") and not (tmp_path / "cut/summary.json").exists()
-    finish(start(*arguments, "--out", tmp_path / "cut", ranks=count))
-    (weights, optimizer), (others, other) = state(tmp_path / "whole"), state(tmp_path / "cut")
+@pytest.mark.parametrize("count", [1, 2], ids=["1 rank", "2 ranks"])
+def test_resume_after_kill_9_is_exact_to_the_bit(flags, whole, tmp_path, stage, count):
+    arguments, run = [*flags[stage], "--out", tmp_path], whole(stage, count)
+    begin_and_kill(start(*arguments, size=count), tmp_path, 5)  # past the checkpoint of step 3
+    assert sft.newest_checkpoint(tmp_path).name in ("step-3", "step-6") and not (tmp_path / "summary.json").exists()
+    start(*arguments, size=count).finish()
+    (weights, optimizer), (others, other) = state(run), state(tmp_path)
     assert same(weights, others) and same(optimizer, other)
-    whole, cut = (list(map(untimed, steps(tmp_path / n))) for n in ("whole", "cut"))
-    assert whole == cut and len(whole) >= 8
-    shutil.rmtree(tmp_path)
+    lines, others = list(map(untimed, steps(run))), list(map(untimed, steps(tmp_path)))
+    assert lines == others and len(lines) >= 8
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(flags, tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(flags, whole, tmp_path):
     """Only rounding tells the two apart: the batches, the schedule and the moments are the same."""
-    arguments = ["sft", *flags["sft"], "--out"]
-    finish(start(*arguments, tmp_path / "one", ranks=1))
-    process = start(*arguments, tmp_path / "two")
-    while process.poll() is None and len(steps(tmp_path / "two")) < 4:
-        time.sleep(0.005)
-    kill(process)
-    finish(start(*arguments, tmp_path / "two", ranks=1))
-    (one, _), (two, _) = state(tmp_path / "one"), state(tmp_path / "two")
+    arguments = [*flags["sft"], "--out", tmp_path]
+    begin_and_kill(start(*arguments), tmp_path, 4)
+    start(*arguments, size=1).finish()
+    (one, _), (two, _) = state(whole("sft", 1)), state(tmp_path)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
@@ -155,61 +186,63 @@ def two_hosts(*commands):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     meeting = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=test")
-    return [start(*command, ranks=1, torchrun=meeting, HOST=str(i)) for i, command in enumerate(commands)]
+    return [torchrun(*command, size=1, meeting=meeting) for command in commands]
 
 
 def test_two_hosts_meet_and_train_as_two_ranks_of_one(flags, tmp_path):
-    flags = ["sft", *flags["sft"], "--shard", 1, "--out"]
-    finish(start(*flags, tmp_path / "one"))
-    texts = [finish(host) for host in two_hosts(*[[*flags, tmp_path / "two"]] * 2)]  # each shares the other's folder
+    flags = [*flags["sft"], "--shard", 1, "--out"]
+    start(*flags, tmp_path / "one").finish()
+    texts = [host.finish() for host in two_hosts(*[[*flags, tmp_path / "two"]] * 2)]  # each shares the other's folder
     assert sum("tokens per s" in text for text in texts) == 1  # rank 0 alone speaks
     assert all(map(same, state(tmp_path / "one"), state(tmp_path / "two")))
 
 
 def test_what_only_one_host_lacks_ends_the_other_too(flags, tmp_path):
     """No agent tells the other's: the connection that breaks does."""
-    good = ["rl", *flags["rl"], "--out", tmp_path / "run"]
+    good = [*flags["rl"], "--out", tmp_path / "run"]
     began = time.monotonic()
-    texts = [finish(host, code=1) for host in two_hosts(good, [*good, "--data", tmp_path / "gone"])]
+    texts = [host.finish(code=1) for host in two_hosts(good, [*good, "--data", tmp_path / "gone"])]
     assert "gone/languages.json" in texts[1] and time.monotonic() - began < 60
 
 
-def test_evaluation_is_shared_out_and_put_together_in_order(flags, corpus, tmp_path):
-    flags = ["eval", "--data", corpus, "--models", tmp_path / "start", "--problems", 3, "--max-new-tokens", 8]
+def test_evaluation_is_shared_out_and_put_together_in_order(corpus, tiny_folder, tmp_path):
+    flags = ["eval", "--data", corpus, "--models", tiny_folder, "--problems", 3, "--max-new-tokens", 8]
     outcomes = []
     for count in (1, 2):
-        text = finish(start(*flags, "--device", "cpu", "--out", tmp_path / str(count), ranks=count))
+        text = start(*flags, "--device", "cpu", "--out", tmp_path / str(count), size=count).finish()
         assert text.count("wrote") == 1
         outcomes.append(json.loads((tmp_path / str(count) / "eval.json").read_text())["outcomes"])
     assert outcomes[0] == outcomes[1]
-    assert {v for o in outcomes[0]["greedy pass@1"]["start"] for v in o["verdicts"]} == {"ok", "wrong_answer"}
+    assert {v for o in outcomes[0]["greedy pass@1"][tiny_folder.name] for v in o["verdicts"]} == {"ok", "wrong_answer"}
 
 
 @pytest.mark.parametrize(("stage", "place", "rank"), [("sft", "step", 1), ("rl", "write", 0)])
 def test_a_rank_that_fails_ends_the_run_with_its_own_message(flags, tmp_path, stage, place, rank):
     began, trouble = time.monotonic(), {"FAIL_IN": place, "FAIL_ON_RANK": str(rank)}
-    text = finish(start(stage, *flags[stage], "--out", tmp_path / "run", **trouble), code=1)
+    text = torchrun(*flags[stage], "--out", tmp_path, **trouble).finish(code=1)
     assert f"error on rank {rank}: this rank's own trouble" in text and time.monotonic() - began < 60
 
 
-def rank_1(process):
+def rank_1(job):
     """The process that torchrun started as rank 1."""
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(process.pid)}
+    environments = {
+        pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(job.processes[0].pid)
+    }
     return next(pid for pid, variables in environments.items() if b"RANK=1" in variables)
 
 
 @pytest.mark.parametrize(("stage", "one"), [("sft", False), ("rl", True)], ids=["all ranks", "one rank"])
 def test_a_signal_saves_and_the_same_command_goes_on(flags, tmp_path, stage, one):
-    flags = [*flags[stage], "--out", tmp_path / "run", "--save-every", 1000]
-    process = start(stage, *flags)
-    while process.poll() is None and len(steps(tmp_path / "run")) < 2:
+    flags = [*flags[stage], "--out", tmp_path, "--save-every", 1000]
+    job = torchrun(*flags)
+    while job.running() and len(steps(tmp_path)) < 2:
         time.sleep(0.005)
-    os.kill(rank_1(process) if one else process.pid, signal.SIGTERM if one else signal.SIGINT)
-    finish(process, code=1)
-    saved = sft.newest_checkpoint(tmp_path / "run")
-    assert int(saved.name[5:]) == steps(tmp_path / "run")[-1]["step"] >= (1 if stage == "rl" else 2)
-    finish(start(stage, *flags))
-    assert (tmp_path / "run/summary.json").exists()
+    os.kill(rank_1(job) if one else job.processes[0].pid, signal.SIGTERM if one else signal.SIGINT)
+    job.finish(code=1)
+    saved = sft.newest_checkpoint(tmp_path)
+    assert int(saved.name[5:]) == steps(tmp_path)[-1]["step"] >= (1 if stage == "rl" else 2)
+    start(*flags).finish()
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_bfloat16_computes_low_and_keeps_float32_masters(corpus, tokenizer, tiny):

@@ -11,7 +11,7 @@ import rl
 import sandbox
 import sft
 from eval import Rollout
-from model import load, save
+from model import load
 
 # --------------------------------------------------------------------------------------------------
 # Advantages and objective
@@ -170,13 +170,6 @@ def test_reward_rises_when_one_token_is_rewarded(tiny, tokenizer, updates):
 # Runs
 
 
-@pytest.fixture
-def start(tiny, tokenizer, tmp_path):
-    save(tiny, tmp_path / "start")
-    tokenizer.save(tmp_path / "start")
-    return tmp_path / "start"
-
-
 def by_length(rollouts, tokenizer, box, known=None, progress=None):
     """A reward that a random model can get: an even number of different tokens."""
     for r in rollouts:
@@ -196,10 +189,10 @@ def run_settings(corpus, start, out, **changes):
     return settings(**(values | changes))
 
 
-def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, monkeypatch):
+def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "grade", by_length)
     monkeypatch.setattr(evaluation, "grade", by_length)
-    rl.main(run_settings(corpus, start, tmp_path / "whole"))
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "whole"))
     real, calls = rl.step_once, []
 
     def dies(*a):
@@ -210,13 +203,13 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, mon
 
     monkeypatch.setattr(rl, "step_once", dies)
     with pytest.raises(MemoryError):
-        rl.main(run_settings(corpus, start, tmp_path / "cut"))
+        rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
     monkeypatch.setattr(rl, "step_once", real)
     assert sft.newest_checkpoint(tmp_path / "cut").name == "step-2"
-    rl.main(run_settings(corpus, start, tmp_path / "cut"))
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not all(torch.equal(a[k], v) for k, v in load(start).state_dict().items())
+    assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
     ]
@@ -226,7 +219,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, start, tmp_path, mon
     assert texts[0] == texts[1]
 
 
-def test_a_step_with_real_programs_shows_its_figures(corpus, start, tokenizer, tmp_path, monkeypatch):
+def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokenizer, tmp_path, monkeypatch):
     """The sampler is replaced by one that writes the corpus's program or a wrong one, in turn."""
     asked = []
 
@@ -244,7 +237,7 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, start, tokenizer, t
 
     monkeypatch.setattr(rl, "sample", half_right)
     monkeypatch.setattr(evaluation, "sample", half_right)
-    rl.main(run_settings(corpus, start, tmp_path / "run", steps=1))
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
     assert {"entropy", "clipped", "drift", "sample_tokens_per_s", "sandbox_tokens_per_s", "train_tokens_per_s"} <= set(
@@ -268,10 +261,10 @@ def test_it_says_what_to_run_first(corpus, tmp_path):
         rl.main(run_settings(corpus, tmp_path / "nothing", tmp_path / "run"))
 
 
-def test_a_missing_toolchain_is_named(corpus, start, tmp_path, monkeypatch):
+def test_a_missing_toolchain_is_named(corpus, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "installed", dict)
     with pytest.raises(SystemExit, match="no toolchain here for python"):
-        rl.main(run_settings(corpus, start, tmp_path / "run"))
+        rl.main(run_settings(corpus, tiny_folder, tmp_path / "run"))
 
 
 def test_a_bfloat16_sampler_and_trainer_nearly_agree(corpus, tokenizer, tiny):
