@@ -22,12 +22,15 @@ Choices:
 3. The sampler draws from softmax(logits / temperature) over the whole vocabulary: the trainer scores the
    distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
 4. The device alone decides how: a GPU runs the Triton kernels, a CPU torch's own operations, and each
-   kernel has a plain function beside it. A decoding step never waits for the device.
+   kernel has a plain function beside it. A decoding step never waits for the device, and a GPU replays
+   a recording of it (CUDA graph).
 5. The attention is a function handed down to the blocks (causal over a batch, causal that fills the
    cache, one query over the cache): a new kernel is a new function, and the network stays as it is.
 6. Rotary frequencies are recomputed in each forward pass, in float32: no buffer, hence nothing that
    .to(bfloat16) could blur or that the meta device would leave unset.
 7. With tied embeddings there is one parameter, `model.embed_tokens.weight`, and no `lm_head`.
+8. The sampler lays the weights of q, k and v, and those of gate and up, next to each other in memory and makes
+   one product of each. They stay parameters of their own, with Hugging Face's names.
 
 Axes: B batch, T tokens, D width, H query heads, K key/value heads, G = H / K queries per key/value
 head, d head width, V vocabulary; N counted positions; R rows in the cache, L columns of the cache.

@@ -120,7 +120,10 @@ def stepping(config: Config, ranks: int, compact: bool) -> float:
 
 
 def logits(config: Config) -> float:
-    """Bytes of a chunk's logits, their log-softmax, its gradient and theirs, in float32."""
+    """Bytes of a chunk's logits, their log-softmax, its gradient and theirs, in float32.
+
+    The kernels' chunks hold eight times as many tokens, but only logits in bfloat16, in whose place is the gradient.
+    """
     return 4.0 * 4 * CHUNK * config.vocab_size
 
 

@@ -272,6 +272,30 @@ def test_batched_greedy_equals_one_by_one_with_early_retirement():
         assert len(completion.logprobs) == len(completion.tokens)
 
 
+def test_joined_weights_stay_parameters_of_their_own():
+    ours = tiny()
+    attention, x = ours.model.layers[0].self_attn, torch.randn(3, 32)
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    ours.join()
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
+
+    def check():
+        with torch.no_grad():
+            for part, layer in zip(model_py.project(x, *layers), layers, strict=True):
+                torch.testing.assert_close(part, F.linear(x, layer.weight))
+
+    check()
+    with torch.no_grad():
+        layers[1].weight.mul_(2)  # as an optimizer does
+    check()
+    layers[2].weight = torch.nn.Parameter(layers[2].weight * 3)  # no longer next to the others
+    check()
+    sum(part.sum() for part in model_py.project(x, *layers)).backward()
+    torch.testing.assert_close(layers[0].weight.grad, x.sum(0).expand_as(layers[0].weight))
+
+
 def test_finished_rows_are_no_longer_computed(monkeypatch):
     ours, seen = tiny(), []
     step = model_py.Rows.step
