@@ -393,7 +393,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = Non
 
 @triton.jit
 def turned(x, rows, cos, sin, count, d: tl.constexpr, D: tl.constexpr):
-    """`rotate` of rows `rows` of x, (len(rows), D) float32; cos and sin (D,)."""
+    """`reference_rotate` of rows `rows` of x, (len(rows), D) float32; cos and sin (D,)."""
     columns = tl.arange(0, D)
     inside = (rows[:, None] < count) & (columns[None, :] < d)
     there, back = x + rows[:, None] * d + columns[None, :], x + rows[:, None] * d + (columns[None, :] + d // 2) % d
@@ -1055,7 +1055,7 @@ class Rows:
         self.rope = rope_table(config, length, weight)
         self.model, self.draw, self.generator, self.n = model, draw, generator, 0
         model.join()
-        self.graphs = {}  # rows -> the recorded step, and where it leaves tokens and log-probs
+        self.graphs = None  # once a step is made: rows -> the recorded step, and where it leaves its results
 
     def admit(self, prompts: list[list[int]], copies: list[int]) -> None:
         """Appends copies[i] rows for prompt i, which is computed once."""
@@ -1112,8 +1112,8 @@ class Rows:
             n *= 4
         n = min(n, len(self.token))
         self.position[self.n : n] = 0  # idle rows
-        if not self.graphs:
-            self.graphs[0] = None  # the very first step compiles kernels, which cannot be recorded
+        if self.graphs is None:
+            self.graphs = {}  # the first step compiles kernels, which cannot be recorded
             return self.step(self.n, self.cache.shape[4])
         if n not in self.graphs:
             self.graphs[n] = self.record(n)
