@@ -29,8 +29,8 @@ Choices:
 6. Rotary frequencies are recomputed in each forward pass, in float32: no buffer, hence nothing that
    .to(bfloat16) could blur or that the meta device would leave unset.
 7. With tied embeddings there is one parameter, `model.embed_tokens.weight`, and no `lm_head`.
-8. The sampler lays the weights of q, k and v, and those of gate and up, next to each other in memory and makes
-   one product of each. They stay parameters of their own, with Hugging Face's names.
+8. On a GPU the sampler lays the weights of q, k and v, and those of gate and up, next to each other in memory
+   and makes one product of each. They stay parameters of their own, with Hugging Face's names.
 
 Axes: B batch, T tokens, D width, H query heads, K key/value heads, G = H / K queries per key/value
 head, d head width, V vocabulary; N counted positions; R rows in the cache, L columns of the cache.
@@ -463,7 +463,7 @@ def decode_join(part, top, total, position, o, S, H: tl.constexpr, d: tl.constex
 
 
 def triton_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
-    """`reference_decode` by the kernels above, the columns split over programs so that few rows fill a GPU.
+    """A layer of `reference_decoder` by the kernels above, the columns split over programs so that few rows fill a GPU.
 
     q, k and v may be slices of one projection.
     """
@@ -1011,27 +1011,34 @@ def sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generat
     return (triton_sample if on_kernels(logits) else reference_sample)(logits, temperature, generator)
 
 
-def reference_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
-    """One token a row: q (R, H, d), k and v (R, K, d), rope's cos and sin (R, d), position (R,) -> (R, H, d).
+def reference_decoder(cache: Tensor, rope: tuple[Tensor, Tensor], position: Tensor) -> Callable:
+    """One step of R rows over the cache (layers, 2, R, K, L, d): attend(layer, q, k, v) -> (R, H, d).
 
-    Writes the turned k, and v, to column position[r] of row r of the cache (2, R, K, L, d), and attends to
-    columns 0 .. position[r]. What is right of that must be finite, but does not count.
+    One token a row: q (R, H, d), k and v (R, K, d), rope's cos and sin (R, d), position (R,). Writes the turned
+    k, and v, to column position[r] of row r, and attends to columns 0 .. position[r]. What is right of that must
+    be finite, but does not count. What all layers share is made here, once.
     """
-    q, *new = (x[:, :, 0] for x in reference_heads(*(x[:, None] for x in (q, k, v, *rope))))
-    row = torch.arange(len(q), device=q.device)
-    for stored, x in zip(cache, new, strict=True):
-        stored[row, :, position] = x
-    k, v = cache
-    queries = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (R, K, G, d)
-    hidden = torch.arange(k.shape[2], device=q.device) > position[:, None]  # (R, L)
-    scores = wide(queries @ k.transpose(2, 3)).masked_fill_(hidden[:, None, None], -math.inf)  # (R, K, G, L)
-    weights = scores.softmax(-1).to(q.dtype)
-    return (weights @ v).flatten(1, 2)
+    R, K, L = cache.shape[2:5]
+    row, (cos, sin) = torch.arange(R, device=cache.device), (x[:, None] for x in rope)
+    hidden = torch.arange(L, device=cache.device) > position[:, None]  # (R, L)
+    mask = cache.new_zeros(R, L).masked_fill_(hidden, -math.inf).repeat_interleave(K, dim=0)[:, None]  # (R K, 1, L)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for stored, x in zip(cache[layer], (reference_rotate(k, cos, sin), v), strict=True):
+            stored[row, :, position] = x
+        queries = reference_rotate(q, cos, sin).reshape(R * K, -1, q.shape[-1])  # (R K, G, d)
+        keys, values = cache[layer].flatten(1, 2)  # (R K, L, d) each
+        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))
+        return (wide(scores).softmax(-1).to(q.dtype) @ values).view(q.shape)
+
+    return attend
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
-    """`reference_decode` by what is fastest for the device."""
-    return (triton_decode if on_kernels(q) else reference_decode)(q, k, v, rope, cache, position)
+def decoder(cache: Tensor, rope: tuple[Tensor, Tensor], position: Tensor) -> Callable:
+    """`reference_decoder` by what is fastest for the device."""
+    if not on_kernels(cache):
+        return reference_decoder(cache, rope, position)
+    return lambda layer, *qkv: triton_decode(*qkv, rope, cache[layer], position)
 
 
 class Rows:
@@ -1054,7 +1061,8 @@ class Rows:
         self.position = torch.zeros_like(self.token)
         self.rope = rope_table(config, length, weight)
         self.model, self.draw, self.generator, self.n = model, draw, generator, 0
-        model.join()
+        if weight.is_cuda:
+            model.join()
         self.graphs = None  # once a step is made: rows -> the recorded step, and where it leaves its results
 
     def admit(self, prompts: list[list[int]], copies: list[int]) -> None:
@@ -1094,10 +1102,10 @@ class Rows:
         """
         token, position = self.token[:n], self.position[:n]
         rope = tuple(x[position] for x in self.rope)  # (n, d)
+        decode = decoder(self.cache[:, :, :n, :, :length], rope, position)
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
-            cache = self.cache[layer, :, :n, :, :length]
-            return decode_attention(*(x[:, 0] for x in qkv), rope, cache, position)[:, :, None]
+            return decode(layer, *(x[:, 0] for x in qkv))[:, :, None]
 
         x = self.model.hidden(token[:, None], attend)  # (n, 1, D)
         drawn = self.draw(F.linear(self.model.model.norm(x[:, 0]), self.model.head()))

@@ -260,6 +260,7 @@ def canonical(name: str) -> str:
         raise ValueError(f"unknown language {name!r}; known: {', '.join(LANGUAGES)}") from None
 
 
+@functools.cache
 def _commands(line: str) -> list[list[str]]:
     """The words of each command of a line."""
     return [shlex.split(command) for command in line.split("&&") if command]
@@ -1750,7 +1751,8 @@ class Sandbox:
 
     workers: programs run at a time; by default the processors that this process may use.
     level:   of confinement, from LEVELS; by default the strongest that works here. Raises
-             RuntimeError where none does; `none` has to be asked for.
+             RuntimeError where none does; `none` has to be asked for. ValueError where
+             namespaces would hide the toolchains' caches.
     cgroups: whether to use control groups where they may be written."""
 
     def __init__(
@@ -1763,6 +1765,10 @@ class Sandbox:
         self.limits, self.cgroups = limits, cgroups
         _sweep()
         self.level = level or best_level(cgroups)
+        if self.level == "namespaces" and _cache_root().is_relative_to("/tmp"):
+            raise ValueError(
+                f"{_cache_root()}: programs have a /tmp of their own; set XDG_CACHE_HOME to a directory elsewhere"
+            )
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self.workers, "sandbox")
         self._idle = queue.SimpleQueue()

@@ -334,8 +334,8 @@ def decode_row(R: int, L: int, rate: float, repeats: int) -> None:
     position = torch.randint(L // 2, L, (R,), device=DEVICE)
     seen = (torch.arange(L, device=DEVICE) <= position[:, None])[:, None, None]
     works = {
-        "ours, rotary positions and append included": lambda: model.decode_attention(
-            *x.split((H, K, K), dim=1), rope, cache, position
+        "ours, rotary positions and append included": lambda: model.decoder(cache[None], rope, position)(
+            0, *x.split((H, K, K), dim=1)
         )
     }
     works |= backends(x[:, :H, None], *cache, attn_mask=seen)

@@ -113,8 +113,8 @@ def test_decode_attention_over_a_slice_of_a_cache(heads, groups, d, dtype):
         cache[:, row, :, end:] = math.nan  # what an earlier row left there is never read
     exact = cache.nan_to_num().double()
     ours = model_py.triton_decode(*qkv, rope, cache[:, :R, :, :L], position)
-    wide = (y.double() for y in qkv)
-    reference = model_py.reference_decode(*wide, [y.double() for y in rope], exact[:, :R, :, :L], position)
+    reference = model_py.reference_decoder(exact[None, :, :R, :, :L], [y.double() for y in rope], position)
+    reference = reference(0, *(y.double() for y in qkv))
     close(ours, reference, PRECISION[dtype])
     for row, end in enumerate(position.tolist()):
         close(cache[:, row, :, : end + 1], exact[:, row, :, : end + 1], PRECISION[dtype])

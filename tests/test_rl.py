@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ranks import by_length
 
 import data
 import eval as evaluation
@@ -168,12 +169,6 @@ def test_reward_rises_when_one_token_is_rewarded(tiny, tokenizer, updates):
 
 # --------------------------------------------------------------------------------------------------
 # Runs
-
-
-def by_length(rollouts, tokenizer, box, known=None, progress=None):
-    """A reward that a random model can get: an even number of different tokens."""
-    for r in rollouts:
-        r.verdict = "ok" if len(set(r.tokens)) % 2 == 0 else "wrong_answer"
 
 
 def run_settings(corpus, start, out, **changes):

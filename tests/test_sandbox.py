@@ -283,6 +283,13 @@ def test_level_none_is_only_by_name_and_warns():
     assert sandbox.best_level() in ("namespaces", "landlock")
 
 
+def test_caches_that_programs_could_not_see_are_refused(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/caches")
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME to a directory elsewhere"):
+        Sandbox(level="namespaces")
+    Sandbox(level="landlock").close()  # hides no directory of the host's
+
+
 def test_no_confinement_is_an_error(monkeypatch):
     def refuse(*_):
         raise sandbox._Refused("forbidden")
