@@ -1,13 +1,17 @@
-"""Sampling, grading and pass@k: how well checkpoints solve held-out problems, per PL.
+"""How well checkpoints solve held-out problems, per PL, and how alike they see equal programs in two PLs.
 
     python eval.py                                    # every run folder under runs/ that has a checkpoint
     python eval.py --models base=runs/base rl=runs/rl # these, under these names
     python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
+    python eval.py --representations                  # cross-PL retrieval in the residual stream, beside pass@1
+    python eval.py --representations --no-sampling    # that alone: no toolchain and no sandbox
     python eval.py --join runs/*/eval/eval.json       # mean and range over runs with different seeds
+    python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
-of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, and every problem's
-verdicts) beside table.md. rl.py samples and grades with the same `sample` and `grade`.
+of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, every problem's verdicts,
+every pair of PLs) beside table.md; --plots adds passes.png and retrieval.png. rl.py samples and grades with
+the same `sample` and `grade`.
 
 Our choices:
 
@@ -19,8 +23,21 @@ Our choices:
 3. Intervals are Wilson's 95% score intervals with the number of problems as sample size. For means
    over several samples or PLs of one problem that is conservative: those share the problem.
 4. Samples are drawn from the whole softmax unless --top-k or --top-p cut it; rl.py has neither.
+5. The representation of a program is the residual stream after each block (layer 0: after the embedding),
+   averaged over the program's own tokens. It stands in a fenced block, as in base and SFT, but without a
+   statement, which would be the same text in every PL.
+6. From each PL's representations their mean is subtracted: what is left is how a program differs from the
+   others in its PL. Otherwise a constant offset between two PLs would decide which neighbour is nearest.
+7. Programs are equivalent if they are the same problem's. Problems that share a program's text in some PL, or
+   their `function`, count once, so that every query has one right answer among n: chance is 1 / n.
+   Neighbours whose cosines differ by less than TIE share the credit: at layer 0, where the order of tokens
+   does not count, texts of the same tokens in another order are alike.
+8. The tables show the block in the middle, number layers // 2, whatever the results; eval.json has all layers.
+   Intervals of differences of cosines are normal ones over the problems.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import time
@@ -31,13 +48,15 @@ from pathlib import Path
 from statistics import NormalDist, mean
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
-from model import Llama, generate
-from sft import World, newest_checkpoint, open_checkpoint, starting_point
+from model import PREFILL_TOKENS, Llama, generate, wide
+from sft import World, collate, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -203,6 +222,119 @@ def estimate(outcomes: Sequence[Outcome], languages: Sequence[str], k: int) -> d
 
 
 # --------------------------------------------------------------------------------------------------
+# Representations: programs as vectors. L layers (the embedding's and each block's), D width, n problems
+
+RETRIEVAL, MARGIN = "cross-PL retrieval", "cosine of equivalent programs less that of others"
+TIE = 1e-6  # float32 moves a cosine by up to 5e-7 in the demo's models
+
+
+def distinct(records: Sequence[dict], languages: Sequence[str]) -> list[dict]:
+    """The records with a program in each PL, less those that share a text or their `function` with one before."""
+    kept, seen = [], set()
+    for record in records:
+        programs = record["solutions"]
+        if set(languages) <= programs.keys():
+            marks = {(p, programs[p].strip()) for p in languages}
+            marks |= {("function", record["function"])} if "function" in record else set()
+            kept += [] if marks & seen else [record]
+            seen |= marks
+    if len(kept) < 2:
+        raise ValueError(f"{len(kept)} problems with a program in each of {', '.join(languages)}: retrieval needs two")
+    return kept
+
+
+def document(tokenizer: Tokenizer, record: dict, language: str) -> tuple[list[int], int]:
+    """The tokens of a fenced program, up to its end, and the index of the program's first."""
+    opening = [tokenizer.bos, *tokenizer.encode(f"```{language}\n")]
+    return opening + tokenizer.encode(record["solutions"][language].strip() + "\n"), len(opening)
+
+
+@torch.inference_mode()
+def represent(model: Llama, rows: Sequence[tuple[list[int], int]], budget: int = PREFILL_TOKENS) -> Tensor:
+    """rows (tokens, first) -> the residual stream's mean over tokens[first:] at each layer, (len(rows), L, D).
+
+    Float32 (float64 for such a model), on the CPU. Rows are packed into forward passes of `budget` tokens.
+    ValueError for a row longer than the model's positions.
+    """
+    limit = model.config.max_position_embeddings
+    if (longest := max(len(tokens) for tokens, _ in rows)) > limit:
+        raise ValueError(f"a program of {longest} tokens, the model takes {limit}; leave its record out")
+    vectors: list[list[Tensor]] = [[] for _ in rows]  # of each row, its layers
+    with contextlib.ExitStack() as hooks:
+
+        def keep(module, inputs, stream: Tensor) -> None:
+            for i, end in ends.items():
+                tokens, first = rows[i]
+                vectors[i].append(wide(stream[0, end - len(tokens) + first : end]).mean(0).cpu())
+
+        for module in (model.model.embed_tokens, *model.model.layers):
+            hooks.enter_context(module.register_forward_hook(keep))
+        for group in pack([len(tokens) for tokens, _ in rows], budget):
+            ends = dict(zip(group, itertools.accumulate(len(rows[i][0]) for i in group), strict=True))
+            # What follows a row's last token is no input, and no target counts: the head has nothing to do.
+            whole = [([*tokens, 0], len(tokens) + 1) for tokens, _ in (rows[i] for i in group)]
+            tokens, targets, start = collate(whole, 0, model.head().device)
+            model(tokens, targets, start=start)
+    return torch.stack([torch.stack(layers) for layers in vectors])
+
+
+def compare(vectors: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Vectors (n, L, D) by PL -> for each ordered pair of PLs its measures, each (L, n) float64.
+
+    A program of the first PL is the query, those of the second are its neighbours, and the one of the same
+    problem is the right one.
+    """
+    units = {p: F.normalize((x - x.mean(0)).double().transpose(0, 1), dim=-1) for p, x in vectors.items()}  # (L, n, D)
+    pairs = {}
+    for a, b in itertools.permutations(units, 2):
+        cosine = units[a] @ units[b].mT  # (L, n, n)
+        nearest = (cosine >= cosine.amax(-1, keepdim=True) - TIE).double()
+        same = cosine.diagonal(dim1=1, dim2=2)  # (L, n)
+        others = (cosine.sum(-1) - same) / (cosine.shape[-1] - 1)
+        found = nearest.diagonal(dim1=1, dim2=2) / nearest.sum(-1)
+        pairs[a, b] = {RETRIEVAL: found, MARGIN: same - others, "cosine, equivalent": same, "cosine, others": others}
+    return pairs
+
+
+def parts(roles: Roles, languages: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Column title -> the ordered pairs of PLs that it averages."""
+    sft, unseen = ([p for p in own if p in languages] for own in (roles.sft, roles.unseen))
+    across = list(itertools.product(unseen, {roles.source} & set(sft)))
+    titles = {"within SFT PLs": list(itertools.permutations(sft, 2))}
+    titles |= {f"{roles.source} and unseen PLs": across + [pair[::-1] for pair in across]}
+    titles |= {"within unseen PLs": list(itertools.permutations(unseen, 2))}
+    return {title: pairs for title, pairs in titles.items() if pairs}
+
+
+def representation_cells(name: str, pairs: dict, titles: dict[str, list[tuple[str, str]]]) -> list[dict]:
+    """The cells of one model, from `compare`'s measures and `parts`: every layer and measure.
+
+    The score of a problem is its own mean over the pairs, as in `estimate`.
+    """
+    rows = []
+    for measure, column in itertools.product(next(iter(pairs.values())), titles):
+        scores = torch.stack([pairs[pair][measure] for pair in titles[column]]).mean(0)  # (L, n)
+        last, n = len(scores) - 1, scores.shape[1]
+        for layer, own in enumerate(scores):
+            value, error = own.mean().item(), NormalDist().inv_cdf(0.975) * own.std().item() / n**0.5
+            low, high = wilson(value, n) if measure == RETRIEVAL else (value - error, value + error)
+            group = f"after block {layer} of {last}" if layer else "embedding"
+            place = {"measure": measure, "group": group, "model": name, "column": column}
+            about = {"layer": layer, "shown": layer == last // 2 and measure in (RETRIEVAL, MARGIN)}
+            about |= {} if measure == RETRIEVAL else {"unit": "hundredths, mean of"}
+            rows.append({**place, "value": value, "low": low, "high": high, "problems": n, **about})
+    return rows
+
+
+def chance_cells(cells: Sequence[dict]) -> list[dict]:
+    """A row more for the tables of retrieval: what guessing would give."""
+    places = {(c["group"], c["column"]): c for c in cells if c["measure"] == RETRIEVAL}
+    return [
+        {**c, "model": "chance"} | dict.fromkeys(("value", "low", "high"), 1 / c["problems"]) for c in places.values()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -222,10 +354,8 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
     for title, (k, results) in measures.items():
         for name, outcomes in results.items():
             for group in dict.fromkeys(o.group for o in outcomes):
-                own, place = (
-                    [o for o in outcomes if o.group == group],
-                    {"model": name, "measure": title, "group": group},
-                )
+                own = [o for o in outcomes if o.group == group]
+                place = {"model": name, "measure": title, "group": group}
                 estimates = {column: estimate(own, languages, k) for column, languages in titles.items()}
                 rows += [{**place, "column": column, **e} for column, e in estimates.items() if e]
     return rows
@@ -241,10 +371,10 @@ def join(runs: Sequence[list[dict]]) -> list[dict]:
         for c in cells:
             places[tuple(c[name] for name in PLACE)].append(c)
     joined = []
-    for place, same in places.items():
+    for same in places.values():
         values, problems = [c["value"] for c in same], sum(c["problems"] for c in same)
         spread = {"value": mean(values), "low": min(values), "high": max(values), "problems": problems}
-        joined.append({**dict(zip(PLACE, place, strict=True)), **spread, "seeds": len(same)})
+        joined.append({**same[0], **spread, "seeds": len(same)})
     return joined
 
 
@@ -252,20 +382,90 @@ def percent(cell: dict | None) -> str:
     return "–" if cell is None else "{:.0f} ({:.0f}–{:.0f})".format(*(100 * cell[n] for n in ("value", "low", "high")))
 
 
+def meaning(cell: dict) -> str:
+    """What the cell's `low` and `high` are."""
+    return "95% interval" if "seeds" not in cell else f"mean and range of {cell['seeds']} seeds"
+
+
 def tables(cells: Sequence[dict]) -> str:
     """Markdown, a table for each measure and kind of problem: a row a model, percent with the range."""
-    text = []
+    text, cells = [], [c for c in cells if c.get("shown", True)]
     for measure, group in dict.fromkeys((c["measure"], c["group"]) for c in cells):
         own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (measure, group)}
         models, titles = (list(dict.fromkeys(place[i] for place in own)) for i in (0, 1))
         some = next(iter(own.values()))
-        about = "95% interval" if "seeds" not in some else f"mean and range of {some['seeds']} seeds"
-        lines = [f"**{measure}, {group}** (percent of {some['problems']} held-out problems, {about})\n"]
+        about = f"{some.get('unit', 'percent of')} {some['problems']} held-out problems, {meaning(some)}"
+        lines = [f"**{measure}, {group}** ({about})\n"]
         lines += ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
         for m in models:
             lines.append(f"| {m} | " + " | ".join(percent(own.get((m, title))) for title in titles) + " |")
         text.append("\n".join(lines))
     return "\n\n".join(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+# Okabe and Ito's colours, which the colour-blind tell apart; in the demo's order an arm has one hue.
+COLOURS = "#999999 #E69F00 #D55E00 #56B4E9 #0072B2 #009E73 #CC79A7 #F0E442".split()
+MARKERS = "osD^vP*X"
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing into files; ends with advice if there is none."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        data.fail("--plots needs matplotlib; run `pip install matplotlib`")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
+    return matplotlib.pyplot
+
+
+def draw(cells: Sequence[dict], panel: str, x: str, down: bool, label: str):
+    """A figure of all models: a panel for each value of the field `panel`, one below or beside the other.
+
+    Bars over the values of the field `x`, or lines where those are numbers.
+    """
+    panels, places, models = (list(dict.fromkeys(c[name] for c in cells)) for name in (panel, x, "model"))
+    shape, size = ((len(panels), 1), (9, 0.7 + 2.5 * len(panels))) if down else ((1, len(panels)), (9, 3.8))
+    options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(*shape, figsize=size, **options)
+    width = 0.06 if x == "layer" else 0.84 / len(models)
+    for (axis, title), (i, model) in itertools.product(zip(axes.flat, panels, strict=True), enumerate(models)):
+        own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
+        at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
+        values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
+        spread = [[max(0, b - a) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))]
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        if x == "column":
+            axis.bar(at, values, width, color=look["color"], label=model)
+            look = {"fmt": "none", "ecolor": "black", "capsize": 1.5}
+        elif model == "chance":
+            look = {"color": "black", "linestyle": ":"}
+        axis.errorbar(at, values, spread, elinewidth=0.7, label="" if x == "column" else model, **look)
+        axis.set_title(title, fontsize="medium")
+    axes[0, 0].set(xmargin=0.02, ylim=(0, 100 if x == "column" else None))
+    ticks = range(0, len(places), 1 + len(places) // 12 if x == "layer" else 1)
+    axes[0, 0].set_xticks(ticks, [str(places[i]).replace(" (", "\n(") for i in ticks])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False)
+    figure.supylabel(f"{cells[0]['measure']}, percent", fontsize="medium")
+    figure.supxlabel(f"{label}; {meaning(cells[0])}", fontsize="medium")
+    return figure
+
+
+def plot(cells: Sequence[dict], out: Path) -> list[str]:
+    """Draws what the cells hold; returns the paths of the files."""
+    passes = [c for c in cells if c["measure"] == "greedy pass@1" and not c["column"].endswith(" mean")]
+    retrieval = [c for c in cells if c["measure"] == RETRIEVAL]
+    kinds = {"passes.png": (passes, "group", "column", True, "PL")}
+    kinds |= {"retrieval.png": (retrieval, "column", "layer", False, "layer (0: embedding, n: after block n)")}
+    paths = [out / name for name, (own, *_) in kinds.items() if own]
+    for path in paths:
+        figure = draw(*kinds[path.name])
+        data.write_atomically(path, lambda p, figure=figure: figure.savefig(p, format="png"))
+        pyplot().close(figure)
+    return list(map(str, paths))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,9 +478,12 @@ class Settings:
         (), "checkpoints or run folders, NAME=FOLDER or FOLDER (default: every run under runs/ with a checkpoint)"
     )
     data: str = flag("runs/data", "folder of the corpus")
-    out: str = flag("runs/eval", "folder for table.md and eval.json")
+    out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
     join: tuple = flag((), "eval.json files of runs with other seeds: print their mean and range, and evaluate nothing")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
+    sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
+    representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
+    plots: bool = flag(False, "draw passes.png and, of --representations, retrieval.png; needs matplotlib")
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all")
     by: str = flag("wording", "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations")
     samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
@@ -325,13 +528,17 @@ def find_models(s: Settings) -> dict[str, Path]:
     return found or data.fail("no checkpoint under runs/; train one with `python sft.py`, or name one with --models")
 
 
-def present_languages(s: Settings, roles: Roles) -> list[str]:
-    """The PLs to evaluate; those without a toolchain are named and left out."""
+def wanted_languages(s: Settings, roles: Roles) -> list[str]:
     wanted = [sandbox.canonical(p) for p in s.languages] or list(roles.everything)
     if strange := [p for p in wanted if p not in roles.everything]:
         raise ValueError(
             f"--languages: {', '.join(strange)}: not in {s.data}/languages.json; there are {', '.join(roles.everything)}"
         )
+    return wanted
+
+
+def present_languages(wanted: Sequence[str]) -> list[str]:
+    """Those with a toolchain; the others are named and left out."""
     absent = [p for p in wanted if p not in sandbox.installed()]
     if absent:
         print(f"left out, no toolchain here: {', '.join(absent)}; `python sandbox.py languages` names the packages")
@@ -371,30 +578,65 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     return measures
 
 
-def main(s: Settings) -> None:
-    """Evaluates every model, prints the tables and writes them with all outcomes."""
-    if s.join:
-        return print(tables(join([json.loads(Path(path).read_text())["cells"] for path in s.join])))
+def measure_representations(
+    s: Settings, world: World, models: dict[str, Path], records: list[dict], roles: Roles, languages: list[str]
+) -> tuple[list[dict], dict]:
+    """The cells of all models, and model -> measure -> "PL → PL" -> a mean for each layer."""
+    records, cells, means = distinct(records, languages), [], {}
+    for name, checkpoint in models.items():
+        model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
+        pairs = compare({p: represent(model, [document(tokenizer, r, p) for r in records]) for p in languages})
+        cells += representation_cells(name, pairs, parts(roles, languages))
+        means[name] = defaultdict(dict)
+        for (a, b), measures in pairs.items():
+            for title, scores in measures.items():
+                means[name][title][f"{a} → {b}"] = [round(x, 4) for x in scores.mean(1).tolist()]
+    return cells + chance_cells(cells), means
+
+
+def evaluate_models(s: Settings) -> list[dict]:
+    """Evaluates every model, prints the tables and writes them with all outcomes. Returns the cells (of rank 0)."""
     began = time.perf_counter()
+    if not (s.sampling or s.representations):
+        raise ValueError("--no-sampling: leaves nothing to measure without --representations")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
         if s.samples and max(s.k) > s.samples:
             raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
         roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
-        languages = present_languages(s, roles)
-        measures = measure(s, world, models, records, languages)
+        wanted, measures, cells, pairs = wanted_languages(s, roles), {}, [], {}
+        if s.sampling:
+            languages = present_languages(wanted)
+            measures = measure(s, world, models, records, languages)
+            cells = make_cells(measures, columns(roles, languages))
         if world.rank:
-            return
-    cells = make_cells(measures, columns(roles, languages))
+            return []
+        if s.representations:  # a forward pass over short texts: the first rank does it alone
+            added, pairs = measure_representations(s, world, models, records, roles, wanted)
+            cells += added
     text = tables(cells)
     outcomes = {
         title: {name: [asdict(o) for o in own] for name, own in results.items()}
         for title, (_, results) in measures.items()
     }
     seconds = round(time.perf_counter() - began, 1)
-    whole = json.dumps({"settings": asdict(s), "seconds": seconds, "cells": cells, "outcomes": outcomes})
-    for name, content in {"table.md": text, "eval.json": whole}.items():
+    whole = {"settings": asdict(s), "seconds": seconds, "cells": cells, "outcomes": outcomes, "representations": pairs}
+    for name, content in {"table.md": text, "eval.json": json.dumps(whole)}.items():
         data.write_atomically(Path(s.out) / name, lambda p, content=content: p.write_text(content + "\n"))
     print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
+    return cells
+
+
+def main(s: Settings) -> None:
+    """Evaluates, or joins what was evaluated, and draws it."""
+    if s.plots:
+        pyplot()  # if it is missing, say so before the work
+    if s.join:
+        cells = join([json.loads(Path(path).read_text())["cells"] for path in s.join])
+        print(tables(cells))
+    else:
+        cells = evaluate_models(s)
+    if s.plots and cells:
+        print("wrote " + " and ".join(plot(cells, Path(s.out))))
 
 
 if __name__ == "__main__":

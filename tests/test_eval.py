@@ -1,16 +1,20 @@
-"""Grading and estimates: what counts as a pass, pass@k, intervals, tables."""
+"""Grading and estimates: what counts as a pass, pass@k, intervals, tables, representations, figures."""
 
 import itertools
+import json
+import sys
 from dataclasses import replace
 from statistics import mean
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 import data
 import eval as evaluation
 import sandbox
-from eval import Outcome, Rollout
+from eval import MARGIN, RETRIEVAL, Outcome, Rollout
 from model import save
 from sft import World
 
@@ -216,3 +220,185 @@ def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(to
         )
         == 1
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# Representations
+
+
+def layers(*vectors):
+    """Vectors of each problem as `compare` takes them, (n, 1, D)."""
+    return torch.tensor(vectors, dtype=torch.float32)[:, None]
+
+
+def test_retrieval_and_cosines_by_hand():
+    """After their means are subtracted, a is (2, 0), (-1, 1), (-1, -1) and b (1, 1), (0, -2), (-1, 1)."""
+    vectors = {"a": layers((2, 0), (-1, 1), (-1, -1)), "b": layers((6, 8), (5, 5), (4, 8))}
+    measures, h = evaluation.compare(vectors), 0.5**0.5
+    assert measures["a", "b"][RETRIEVAL].tolist() == measures["b", "a"][RETRIEVAL].tolist() == [[1, 0, 0]]
+    assert measures["a", "b"]["cosine, equivalent"][0].tolist() == pytest.approx([h, -h, 0], abs=1e-6)
+    assert measures["a", "b"]["cosine, others"][0].tolist() == pytest.approx([-h / 2, 0.5, (h - 1) / 2], abs=1e-6)
+    assert measures["b", "a"]["cosine, others"][0].tolist() == pytest.approx([-0.5, h / 2, (1 - h) / 2], abs=1e-6)
+    assert measures["a", "b"][MARGIN][0].tolist() == pytest.approx([h * 1.5, -h - 0.5, (1 - h) / 2], abs=1e-6)
+
+
+def test_neighbours_that_are_equally_near_share_the_credit():
+    twins = {p: layers((1, 0), (1, 1e-9), (-2, 0)) for p in "ab"}
+    assert evaluation.compare(twins)["a", "b"][RETRIEVAL].tolist() == [[0.5, 0.5, 1]]
+    blank = {p: layers((3, 4), (3, 4), (3, 4), (3, 4)) for p in "ab"}
+    assert evaluation.compare(blank)["a", "b"][RETRIEVAL].tolist() == [[0.25] * 4]
+
+
+def test_retrieval_is_perfect_for_equal_and_chance_for_unrelated_representations():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 100, 40, 8, generator=generator)  # 40 layers, for so many trials
+    same = evaluation.compare({"a": x, "b": x, "c": x + 100 * torch.randn(8, generator=generator)})
+    assert all(m[RETRIEVAL].eq(1).all() for m in same.values())
+    unrelated = evaluation.compare({"a": x, "b": y})["a", "b"]
+    assert unrelated[RETRIEVAL].mean().item() == pytest.approx(0.01, abs=0.005)  # 3 standard errors
+    assert unrelated[MARGIN].mean().item() == pytest.approx(0, abs=0.02)
+    order = torch.randperm(100, generator=generator)
+    moved = evaluation.compare({"a": x[order], "b": y[order] + 7})["a", "b"]
+    for measure, scores in moved.items():
+        torch.testing.assert_close(scores, unrelated[measure][:, order], atol=1e-5, rtol=0)
+
+
+def test_problems_alike_in_some_language_count_once():
+    def record(i, python, lua, **more):
+        return {"id": i, "solutions": {"python": python, "lua": lua}, **more}
+
+    rows = [
+        record("a", "A", "A", function="f"),
+        record("b", "B", "A\n"),  # a's lua
+        record("c", "B", "C"),  # the python of b, which is alike a
+        record("d", "D", "D", function="f"),  # a's behaviour
+        record("e", "E", "E", function="g"),
+        {"id": "f", "solutions": {"python": "F"}},
+    ]
+    assert [r["id"] for r in evaluation.distinct(rows, ["python", "lua"])] == ["a", "e"]
+    assert [r["id"] for r in evaluation.distinct(rows, ["python"])] == ["a", "b", "e", "f"]
+    with pytest.raises(ValueError, match=r"1 problems with a program in each of python, lua: retrieval needs two"):
+        evaluation.distinct(rows[:4], ["python", "lua"])
+
+
+def test_a_program_stands_where_training_shows_it(corpus, tokenizer):
+    for record in data.read_split(corpus, "eval")[:5]:
+        for language, program in record["solutions"].items():
+            tokens, first = evaluation.document(tokenizer, record, language)
+            shown = [tokenizer.bos, *tokenizer.encode(data.answer(record["solutions"], [language]))]
+            assert shown[: len(tokens)] == tokens and tokenizer.decode(tokens[first:]) == program.strip() + "\n"
+
+
+def documents(corpus, tokenizer):
+    records = data.read_split(corpus, "eval")[:4]
+    return [evaluation.document(tokenizer, r, p) for r in records for p in ("python", "ruby", "lua")]
+
+
+def test_representations_equal_the_hidden_states_of_transformers(corpus, tokenizer, tiny, tmp_path):
+    save(tiny, tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    theirs.model.norm = torch.nn.Identity()  # else it stands in the last hidden state
+    rows = documents(corpus, tokenizer)
+    found = evaluation.represent(tiny, rows)
+    assert found.shape == (len(rows), 3, 32) and found.dtype == torch.float32
+    for (tokens, first), vectors in zip(rows, found, strict=True):
+        with torch.no_grad():
+            states = theirs(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        expected = torch.stack([state[0, first:].mean(0) for state in states])
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10**6])
+def test_packed_programs_are_represented_as_each_by_itself(corpus, tokenizer, tiny, budget):
+    rows = documents(corpus, tokenizer)
+    single = torch.cat([evaluation.represent(tiny, [row]) for row in rows])
+    torch.testing.assert_close(evaluation.represent(tiny, rows, budget), single, atol=1e-6, rtol=1e-5)
+    assert not any(m._forward_hooks for m in tiny.modules())
+    with pytest.raises(ValueError, match=r"a program of 1025 tokens, the model takes 1024; leave its record out"):
+        evaluation.represent(tiny, [([1] * 1025, 3)])
+
+
+def test_pairs_of_languages_have_three_parts():
+    roles = data.Roles(("python", "ruby"), ("lua", "perl"))
+    assert evaluation.parts(roles, ["python", "ruby", "lua"]) == {
+        "within SFT PLs": [("python", "ruby"), ("ruby", "python")],
+        "python and unseen PLs": [("lua", "python"), ("python", "lua")],
+    }
+    assert list(evaluation.parts(roles, ["ruby", "lua", "perl"])) == ["within unseen PLs"]
+
+
+@pytest.fixture
+def representations(corpus, tiny_folder, tmp_path, monkeypatch):
+    """Settings that were run, on a machine that has no toolchain and no sandbox; and what eval.json says."""
+
+    def absent(*_):
+        raise AssertionError("neither toolchains nor the sandbox are needed")
+
+    monkeypatch.setattr(sandbox, "installed", absent)
+    monkeypatch.setattr(sandbox, "Sandbox", absent)
+    s = evaluation.Settings(
+        models=(f"m={tiny_folder}", f"twin={tiny_folder}"), data=str(corpus), out=str(tmp_path), device="cpu",
+        representations=True, sampling=False,
+    )  # fmt: skip
+    evaluation.main(s)
+    return s, json.loads((tmp_path / "eval.json").read_text())
+
+
+def test_command_line_measures_representations_without_a_sandbox(representations, tmp_path):
+    (s, whole), text = representations, (tmp_path / "table.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| model", "| m", "| twin", "| chance", "| model", "| m", "| twin"]
+    assert rows[1][1:] == rows[2][1:] and text.count("after block 1 of 2") == 2
+    places = {(c["measure"], c["model"], c["column"], c["layer"]): c for c in whole["cells"]}
+    assert len(places) == len(whole["cells"]) == 4 * 2 * 3 * 3 + 3 * 3  # measures, models, parts, layers; chance
+    pairs = whole["representations"]["m"][RETRIEVAL]
+    assert len(pairs) == 5 * 4  # 3 SFT and 2 unseen PLs
+    for layer in range(3):
+        cell, within = places[RETRIEVAL, "m", "within unseen PLs", layer], ("perl → lua", "lua → perl")
+        assert cell["value"] == pytest.approx(mean(pairs[pair][layer] for pair in within), abs=1e-4)
+        assert cell["low"] < cell["value"] < cell["high"]
+        assert places[RETRIEVAL, "chance", "within unseen PLs", layer]["value"] == 1 / cell["problems"]
+    assert places[RETRIEVAL, "m", "within SFT PLs", 0]["value"] > 0.1  # PLs share tokens, if the model knows nothing
+    with pytest.raises(ValueError, match="--no-sampling: leaves nothing to measure without --representations"):
+        evaluation.main(replace(s, representations=False))
+
+
+def test_joined_representations_show_mean_and_range(representations):
+    cells = representations[1]["cells"]
+    other = [{**c, "value": c["value"] + 0.2, "problems": c["problems"] + 2} for c in cells]
+    joined = evaluation.join([cells, other])
+    assert [c["value"] for c in joined] == pytest.approx([c["value"] + 0.1 for c in cells])
+    assert all(c["high"] - c["low"] == pytest.approx(0.2) for c in joined)
+    text = evaluation.tables(joined)
+    assert text.count("held-out problems, mean and range of 2 seeds") == 2 and text.count("after block 1 of 2") == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_missing_matplotlib_is_said_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"^error: --plots needs matplotlib; run `pip install matplotlib`$"):
+        evaluation.main(evaluation.Settings(plots=True, models=("nothing",)))
+
+
+def test_plots_draw_what_the_cells_say(representations, corpus, tmp_path, monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)  # else nothing is left to look at
+    titles = {"python (source)": ["python"], "ruby": ["ruby"], "unseen mean": ["lua"]}
+    passes = evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
+    (tmp_path / "passes.json").write_text(json.dumps({"cells": passes}))
+    files = (str(tmp_path / "eval.json"), str(tmp_path / "passes.json"))
+    evaluation.main(evaluation.Settings(join=files, out=str(tmp_path / "drawn"), plots=True))
+    assert f"wrote {tmp_path}/drawn/passes.png and {tmp_path}/drawn/retrieval.png" in capsys.readouterr().out
+    for name in ("passes", "retrieval"):
+        assert (tmp_path / f"drawn/{name}.png").read_bytes().startswith(b"\x89PNG")
+    (bars, lines), roles = figures, data.read_roles(corpus)
+    assert [bar.get_height() for bar in bars.axes[0].patches] == [50, 100]  # python and ruby; no mean
+    assert [axis.get_title() for axis in lines.axes] == list(evaluation.parts(roles, roles.everything))
+    cells = [c for c in representations[1]["cells"] if (c["measure"], c["column"]) == (RETRIEVAL, "within SFT PLs")]
+    own = [[100 * c["value"] for c in cells if c["model"] == model] for model in ("m", "twin", "chance")]
+    assert [list(line.get_ydata()) for line in lines.axes[0].get_lines()] == own
+    pyplot.close("all")
