@@ -243,8 +243,9 @@ def test_retrieval_and_cosines_by_hand():
 
 
 def test_neighbours_that_are_equally_near_share_the_credit():
-    twins = {p: layers((1, 0), (1, 1e-9), (-2, 0)) for p in "ab"}
-    assert evaluation.compare(twins)["a", "b"][RETRIEVAL].tolist() == [[0.5, 0.5, 1]]
+    for apart, credit in ((0, 0.5), (1e-4, 0.5), (1e-2, 1)):  # cosines of 1, 1 - 5e-9 and 1 - 5e-5
+        twins = {p: layers((1, 0), (1, apart), (-2, 0)) for p in "ab"}
+        assert evaluation.compare(twins)["a", "b"][RETRIEVAL].tolist() == [[credit, credit, 1]]
     blank = {p: layers((3, 4), (3, 4), (3, 4), (3, 4)) for p in "ab"}
     assert evaluation.compare(blank)["a", "b"][RETRIEVAL].tolist() == [[0.25] * 4]
 
