@@ -57,7 +57,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -473,9 +473,13 @@ class Result:
 # Messages between the caller and a helper: two lengths, a JSON header, raw bytes
 
 
-def _send(sock: socket.socket, header: dict, *blobs: bytes) -> None:
+def _message(header: dict, *blobs: bytes) -> bytes:
     head = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
-    sock.sendall(struct.pack("!I", len(head)) + head + b"".join(blobs))
+    return struct.pack("!I", len(head)) + head + b"".join(blobs)
+
+
+def _send(sock: socket.socket, header: dict, *blobs: bytes) -> None:
+    sock.sendall(_message(header, *blobs))
 
 
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
@@ -1473,6 +1477,7 @@ _ENV_PATH = dict.fromkeys(("/usr/local/bin", "/usr/bin", "/bin"))
 _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
+_AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy
 
 
 class _Deadline(Exception):
@@ -1566,6 +1571,10 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 class _Worker:
     """One helper process and the talk with it; used by one thread at a time."""
 
@@ -1585,17 +1594,17 @@ class _Worker:
                 start_new_session=True,
             )
         settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
-        hello, *_ = self.ask(settings, b"", 60, math.inf)
+        hello, *_ = self.ask(_message(settings), 60, math.inf)
         if hello["level"] is None:
             self.close()
             raise _Refused(hello["message"])
         self.level, self.accounting = level, hello["accounting"]
 
-    def ask(self, request: dict, blob: bytes, seconds: float, expires: float) -> tuple:
-        """(answer, stdout, stderr). Raises _Deadline, OSError or EOFError."""
+    def ask(self, messages: bytes, seconds: float, expires: float) -> tuple:
+        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises _Deadline, OSError or EOFError."""
         self.sock.settimeout(max(0.001, min(seconds, expires - time.monotonic())))
         try:
-            _send(self.sock, request, blob)
+            self.sock.sendall(messages)
             header, blobs = _receive(self.sock)
         except TimeoutError:
             if time.monotonic() >= expires:
@@ -1633,7 +1642,7 @@ def best_level(cgroups: bool = True) -> str:
     for level in LEVELS[:2]:
         try:
             worker = _Worker(level, cgroups)
-            answer, *_ = worker.ask({"op": "test", "step": _TRUE}, b"", 60, math.inf)
+            answer, *_ = worker.ask(_message({"op": "test", "step": _TRUE}, b""), 60, math.inf)
             worker.close()
             if answer["verdict"] == "ok":
                 return level
@@ -1685,14 +1694,14 @@ class _Job:
             files=256,
         )
         name, _ = _source_name(language, program)
-        request = {"op": "open", "file": name, "steps": steps}
-        result, _ = self.ask(worker, request, program, limits.compile_wall)
+        request = _message({"op": "open", "file": name, "steps": steps}, _bytes(program))
+        result, _ = self.ask(worker, request, limits.compile_wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
         return result
 
-    def test(self, worker: _Worker, test: dict) -> TestResult:
-        """Runs the program on one test and compares its output here, in the caller."""
+    def request(self, test: dict) -> bytes:
+        """What makes a helper run the program on one test."""
         limits = self.limits
         (step,) = self.steps(
             self.language.run,
@@ -1705,11 +1714,20 @@ class _Job:
             processes=limits.processes,
             files=limits.files,
         )
-        request = {"op": "test", "step": step}
-        result, stdout = self.ask(worker, request, test.get("stdin", ""), limits.wall)
-        if result.verdict == "ok" and not self.right(test, stdout):
-            result = replace(result, verdict="wrong_answer")
-        return result
+        return _message({"op": "test", "step": step}, _bytes(test.get("stdin", "")))
+
+    def run(self, worker: _Worker) -> Iterator[TestResult]:
+        """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
+        it all, the helper has the next request before it answers, and needn't wait for the caller."""
+        requests, sent = itertools.chain(map(self.request, self.tests), [b""]), False
+        for test, (request, following) in zip(self.tests, itertools.pairwise(requests), strict=True):
+            early = not self.stop_at_failure and len(following) <= _AHEAD
+            messages = (b"" if sent else request) + (following if early else b"")
+            result, stdout = self.ask(worker, messages, self.limits.wall)
+            sent = early
+            if result.verdict == "ok" and not self.right(test, stdout):
+                result = replace(result, verdict="wrong_answer")
+            yield result
 
     def right(self, test: dict, stdout: str) -> bool:
         """Asks the checker. Unit tests that pass say so, in words that differ by language and even
@@ -1721,10 +1739,9 @@ class _Job:
             stdout = stdout[: report.start()]
         return self.checker(test, stdout)
 
-    def ask(self, worker: _Worker, request: dict, text: str, wall: float) -> tuple[TestResult, str]:
-        """The helper's answer, and the whole of stdout for the checker."""
-        data = text.encode("utf-8", "surrogateescape")
-        answer, out, err = worker.ask(request, data, wall + _PATIENCE + _GRACE, self.expires)
+    def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
+        """The helper's next answer, and the whole of stdout for the checker."""
+        answer, out, err = worker.ask(messages, wall + _PATIENCE + _GRACE, self.expires)
         stdout, keep = _text(out), self.limits.keep
         return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
 
@@ -1738,9 +1755,9 @@ class _Job:
         if built.verdict != "ok":
             return self.result(built.verdict, worker, compile=built, message=built.message)
         results: list[TestResult] = []
-        for test in self.tests:
-            results.append(self.test(worker, test))
-            if results[-1].verdict != "ok" and self.stop_at_failure:
+        for result in self.run(worker):
+            results.append(result)
+            if result.verdict != "ok" and self.stop_at_failure:
                 break
         first = next((r for r in results if r.verdict != "ok"), TestResult("ok"))
         return self.result(first.verdict, worker, tests=tuple(results), compile=built, message=first.message)

@@ -65,6 +65,28 @@ def test_verdict_is_that_of_the_first_failure(box):
     assert len(result.tests) == 2 and result.verdict == "runtime_error"
 
 
+def test_requests_sent_ahead_are_answered_in_order(box):
+    """Of any size beside any other: neither side waits for the other to read first."""
+    echo = "import sys\nsys.stdout.write(sys.stdin.read() * 4)"
+    sizes = (1, 1 << 20, 5, 1 << 20, 1 << 15, 1 << 14, 1 << 20, 0)
+    texts = [letter * size for letter, size in zip("abcdefgh", sizes, strict=True)]
+    tests = [{"stdin": text, "stdout": text * 4, "args": [text[:20000]]} for text in texts]
+    result = box.run(echo, "python", tests, deadline=60)
+    assert [test.verdict for test in result.tests] == ["ok"] * 8 and result.passed
+    assert [test.stdout[:1] for test in result.tests] == [text[:1] for text in texts]
+
+
+def test_a_first_failure_keeps_later_tests_from_running(box, monkeypatch):
+    asked, ask = [], sandbox._Worker.ask
+    monkeypatch.setattr(sandbox._Worker, "ask", lambda *a: asked.append(a[1].count(b'"op": "test"')) or ask(*a))
+    tests = [{"stdin": f"{n} 0", "stdout": str(n % 2)} for n in range(4)]  # 2 and 3 fail
+    assert len(box.run(ADD, "python", tests, stop_at_failure=True).tests) == 3
+    assert asked == [0, 1, 1, 1]  # the program, and three tests
+    asked.clear()
+    assert len(box.run(ADD, "python", tests).tests) == 4
+    assert asked == [0, 2, 1, 1, 0]
+
+
 def test_signal_is_named(box):
     result = box.run("import os\nos.abort()", "python", TESTS)
     assert result.verdict == "runtime_error"
