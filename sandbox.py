@@ -607,16 +607,18 @@ _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
                "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
                "pidfd_send_signal": (424, 424)}  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
+# Before version 3 Landlock does not see files being shortened: by name, or on opening for reading.
+_TRUNCATE, _OPEN, _OPENAT, _OPENAT2 = (76, 45), (2, None), (257, 56), (437, 437)
 
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
-_LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _REFUSE = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
 _PERMIT = (_RETURN, 0, 0, _ALLOW)
 _FIRST_ARGUMENT = (_LOAD, 0, 0, 16)
 
 
-def _rules(own_files: bool, own_pid: int | None) -> dict[int, list[tuple]]:
+def _rules(own_files: bool, own_pid: int | None, truncate: bool = True) -> dict[int, list[tuple]]:
     """What the filter does at each system call that is not simply allowed."""
 
     def only(value: int) -> list[tuple]:
@@ -632,6 +634,13 @@ def _rules(own_files: bool, own_pid: int | None) -> dict[int, list[tuple]]:
         rules |= {numbers[_ARCH]: [_REFUSE] for numbers in _OWN_FILES.values()}
     if own_pid is not None:
         rules |= {numbers[_ARCH]: only(own_pid) for numbers in _SIGNALLING.values()}
+    if not truncate:
+        rules[_TRUNCATE[_ARCH]] = [_REFUSE]
+        rules[_OPENAT2[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # its flags are in memory
+        for numbers, index in ((_OPEN, 1), (_OPENAT, 2)):
+            flags, both = (_LOAD, 0, 0, 16 + 8 * index), (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)
+            neither = [(_JUMP_EQUAL, 1, 0, os.O_TRUNC), (_JUMP_EQUAL, 0, 1, os.O_TRUNC | os.O_ACCMODE)]
+            rules[numbers[_ARCH]] = [flags, both, *neither, _REFUSE, _PERMIT]
     rules.pop(None, None)
     return rules
 
@@ -646,12 +655,12 @@ def _search(rules: list[tuple[int, list[tuple]]]) -> list[tuple]:
     return [(_JUMP_GREATER_EQUAL, len(below), 0, rules[middle][0]), *below, *above]
 
 
-def _filter(own_files: bool = False, own_pid: int | None = None):
+def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool = True):
     """The struct sock_fprog, to be given to _seccomp. Foreign calling conventions, which number
     the calls differently, end the program."""
     start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), (_RETURN, 0, 0, _KILL)]
     x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)] if _ARCH == 0 else []
-    body = _search(sorted(_rules(own_files, own_pid).items()))
+    body = _search(sorted(_rules(own_files, own_pid, truncate).items()))
     code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(text)))
@@ -738,6 +747,18 @@ class _Group:
         for member in self.members:
             os.write(member, b"0")
 
+    def works(self) -> bool:
+        """Whether programs started from here can join: to make a group isn't yet to be allowed to
+        move processes into it."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self.join()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == 0
+
     def kills(self) -> int:
         """Processes killed so far for want of memory."""
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
@@ -774,7 +795,7 @@ def _owner_gone(path: Path) -> bool:
     return owner is not None and not Path("/proc", owner[1]).exists()
 
 
-def _make_directory(top: Path, own: Path, probe: str) -> Path | None:
+def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
     """A new group under the process's own, or else under the nearest parent that allows it."""
     for parent in (own, *own.parents):
         place = parent / f"sandbox-{os.getpid()}"
@@ -782,11 +803,11 @@ def _make_directory(top: Path, own: Path, probe: str) -> Path | None:
             with contextlib.suppress(OSError):
                 left.rmdir()
         with contextlib.suppress(OSError):
-            if probe == _GROUP_FILES[2][0]:
+            if probes[0] == _GROUP_FILES[2][0]:
                 with contextlib.suppress(OSError):  # may be on already
                     (parent / "cgroup.subtree_control").write_text("+memory +pids")
             place.mkdir()
-            if (place / probe).exists():
+            if all((place / probe).exists() for probe in probes):
                 return place
             place.rmdir()
         if parent == top:
@@ -801,15 +822,16 @@ def _make_group() -> _Group | None:
         version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
         pids = _make_directory(*own["pids"], "pids.max")
     elif "" in own:
-        version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0])
+        version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")
         pids = memory
     else:
         return None
     if memory and pids:
         with contextlib.suppress(OSError):
             return _Group(version, memory, pids)
-    for place in filter(None, (memory, pids)):
-        place.rmdir()
+    for place in {memory, pids} - {None}:
+        with contextlib.suppress(OSError):
+            place.rmdir()
     return None
 
 
@@ -1372,8 +1394,10 @@ class _LandlockWarden(_Warden):
                 os.chown(path, self.uid, self.uid)
         _prctl(_PR_SUBREAPER, 1)
         _prctl(_PR_NO_NEW_PRIVS, 1)
-        if self.confined and (self.uid or _landlock_version() >= 6):
-            self.seccomp = _filter(own_files=not self.uid)
+        version = _landlock_version() if self.confined else 0
+        self.truncate = version >= 3
+        if self.confined and (self.uid or version >= 6):
+            self.seccomp = _filter(own_files=not self.uid, truncate=self.truncate)
 
     def new_box(self) -> None:
         _empty(self.box)
@@ -1395,7 +1419,7 @@ class _LandlockWarden(_Warden):
         _landlock(self.readable, [self.tmp] + [self.box] * (step["cwd"] == "box"))
         if self.uid:
             _drop_to(self.uid)
-        _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid()))
+        _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid(), truncate=self.truncate))
 
     def members(self) -> list[int]:
         return _descendants(os.getpid())
@@ -1430,6 +1454,8 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
             _enter_namespaces(settings["home"], settings["paths"], sock)
+        if group and not group.works():
+            group = None  # the nurse removes it
         kinds = {"namespaces": _NamespaceWarden, "landlock": _LandlockWarden, "none": _BareWarden}
         warden = kinds[level](sock, group, settings)
     except OSError as error:

@@ -407,6 +407,18 @@ def test_control_groups_of_version_2(tmp_path, monkeypatch):
     assert (tmp_path / "pids.max").read_text().startswith("64")
     assert (tmp_path / "memory.swap.max").read_text() == "0"
     assert (tmp_path / "cgroup.procs").read_text() == "0"
+    assert group.works()
+    group.members = [os.open(tmp_path / "cgroup.procs", os.O_RDONLY)]
+    assert not group.works()
+
+
+def test_a_group_that_lacks_a_file_is_removed_and_done_without(tmp_path, monkeypatch):
+    place = tmp_path / "sandbox-1"
+    place.mkdir()
+    monkeypatch.setattr(sandbox, "_own_cgroups", lambda: {"": (tmp_path, tmp_path)})
+    monkeypatch.setattr(sandbox, "_make_directory", lambda *_: place)
+    assert sandbox._make_group() is None
+    assert not place.exists()
 
 
 TRAINER = """

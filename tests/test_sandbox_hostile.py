@@ -183,13 +183,23 @@ def test_landlock_versions(version, monkeypatch, tmp_path):
     except OSError as error:
         pytest.skip(str(error))
     (tmp_path / "secret").write_text("x")
+    (tmp_path / "shown").write_text("x")
     (tmp_path / "open").mkdir()
     monkeypatch.setattr(sandbox, "_landlock_version", lambda: version)
 
     def work():
         sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
-        sandbox._landlock(["/usr"], [str(tmp_path / "open")])
+        sandbox._landlock(["/usr", str(tmp_path / "shown")], [str(tmp_path / "open")])
+        sandbox._seccomp(sandbox._filter(truncate=version >= 3))
         (tmp_path / "open" / "new").write_text("x")
+        (tmp_path / "open" / "new").write_text("y")  # open() shortens it first
+        refusal = errno.EACCES if version >= 3 else errno.EPERM
+        for access in (os.O_RDONLY, os.O_ACCMODE):  # Linux takes both modes for the second
+            _expect(refusal, os.open, tmp_path / "shown", access | os.O_TRUNC)
+        if version < 3:  # by later ones a file may be shortened by name where it may be written
+            _expect(refusal, os.truncate, tmp_path / "open" / "new", 0)
+        _expect(refusal, os.truncate, tmp_path / "shown", 0)
+        assert (tmp_path / "shown").read_text() == "x"
         os.listdir("/usr")
         _expect(errno.EACCES, os.open, tmp_path / "secret", os.O_RDONLY)
         _expect(errno.EACCES, os.open, "/usr/new", os.O_CREAT | os.O_WRONLY)
