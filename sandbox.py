@@ -25,7 +25,7 @@ What a program is kept from (each claim is a case in tests/sandbox_cases.py):
    that it started, daemons included.
 2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
    host's processes can be seen, not touched; files' names and sizes can be seen; the size of
-   the scratch directory is only watched. Root's programs run as a user of their own.
+   the scratch directory is only watched. Before its version 3 truncate() is refused everywhere. Root's programs run as a user of their own.
 3. Both: system calls filtered (no network, no memory outside the limits, no large or young parts
    of the kernel), no privileges, no environment, no descriptors, limits per process, and watched
    limits on time and memory of all processes together; on memory by control groups too where
@@ -748,7 +748,7 @@ class _Group:
             os.write(member, b"0")
 
     def works(self) -> bool:
-        """Whether programs started from here can join: to make a group isn't yet to be allowed to
+        """Whether programs started from here can join: who may make a group need not be allowed to
         move processes into it."""
         pid = os.fork()
         if pid == 0:
