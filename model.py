@@ -42,7 +42,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -242,6 +242,12 @@ def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def lines(x, count, T, stride, BM: tl.constexpr):
+    """The same of `count` lines of T float32: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
+    return tl.make_tensor_descriptor(x, [count, T], [stride, 1], [1, BM])
+
+
+@triton.jit
 def product(a, b):
     """a @ b in float32; float32 factors are not rounded to tf32."""
     if EMULATED:  # the interpreter would multiply the bits of bfloat16 as integers
@@ -251,7 +257,7 @@ def product(a, b):
 
 @tuned((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
 @triton.jit
-def attention_forward(q, k, v, start, o, lse, scale, T, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
+def attention_forward(q, k, v, start, o, lse, scale, T, of_line, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One block of BM queries of one head: softmax over its keys, block by block (arXiv 2307.08691, alg. 1).
 
@@ -277,12 +283,12 @@ def attention_forward(q, k, v, start, o, lse, scale, T, H: tl.constexpr, G: tl.c
         y = y * shrink[:, None] + product(p.to(values.dtype), values)
         mass, peak = mass * shrink + tl.sum(p, 1), top
     put(o, y / mass[:, None], rows, H * d, T, d, d)
-    tl.store(lse + bh.to(tl.int64) * T + rows, peak + tl.log2(mass), mask=rows < T)
+    tl.store(lse + bh.to(tl.int64) * of_line + rows, peak + tl.log2(mass), mask=rows < T)
 
 
 @tuned((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
 @triton.jit
-def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, H: tl.constexpr, G: tl.constexpr,
+def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
                          d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d).
 
@@ -290,7 +296,7 @@ def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, H: tl.
     """
     block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
     b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
-    at, place = (b * T * H + h) * d, bh.to(tl.int64) * T + rows
+    at, place = (b * T * H + h) * d, bh.to(tl.int64) * of_line + rows
     k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
     first = tl.load(start + b * T + rows, mask=rows < T, other=T)
     begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
@@ -311,7 +317,7 @@ def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, H: tl.
 
 @tuned((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 2))
 @triton.jit
-def attention_backward_kv(q, k, v, start, end, do, lse, delta, dk, dv, scale, T, H: tl.constexpr, G: tl.constexpr,
+def attention_backward_kv(q, k, v, end, do, lse, delta, dk, dv, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
                           d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """dk and dv of one block of keys: the sums over the queries, of all heads of the group, that see them."""
     block, K = tl.program_id(1), H // G
@@ -319,22 +325,20 @@ def attention_backward_kv(q, k, v, start, end, do, lse, delta, dk, dv, scale, T,
     at = (b * T * K + kv) * d
     keys, values = tile(k + at, columns, K * d, T, d, d), tile(v + at, columns, K * d, T, d, d)
     q, do = blocks(q + b * T * H * d, T, H * d, d, BM), blocks(do + b * T * H * d, T, H * d, d, BM)
-    last = tl.max(tl.load(end + b * T + columns, mask=columns < T, other=0))
+    count = tl.num_programs(0) * G
+    lse, delta = lines(lse, count, T, of_line, BM), lines(delta, count, T, of_line, BM)
+    ends, whole = tl.load(end + b * T + columns, mask=columns < T, other=0), tl.load(end + b * T + block * BN)
     dkeys, dvalues = tl.zeros([BN, d], tl.float32), tl.zeros([BN, d], tl.float32)
-    for h in range(kv * G, (kv + 1) * G):
-        norms = (b * H + h) * T
-        for i in range(block * BN // BM * BM, last, BM):
+    for g in range(G):
+        for i in range(block * BN // BM * BM, tl.max(ends), BM):
             rows = i + tl.arange(0, BM)
-            x, dy = q.load([i, h * d]), do.load([i, h * d])
-            norm = tl.load(lse + norms + rows, mask=rows < T, other=0.0)
-            shift = tl.load(delta + norms + rows, mask=rows < T, other=0.0)
-            p = tl.exp2(product(keys, tl.trans(x)) * scale - norm[None, :])  # (BN, BM)
-            newest = tl.load(start + b * T + tl.minimum(i + BM, T) - 1)
-            if (i < (block + 1) * BN) | (newest > block * BN):
-                first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-                p = tl.where((columns[:, None] >= first[None, :]) & (columns[:, None] <= rows[None, :]), p, 0.0)
+            x, dy = q.load([i, (kv * G + g) * d]), do.load([i, (kv * G + g) * d])
+            line = tl.program_id(0) * G + g
+            p = tl.exp2(product(keys, tl.trans(x)) * scale - lse.load([line, i]))  # (BN, BM)
+            if (i < (block + 1) * BN) | (i + BM > whole):
+                p = tl.where((columns[:, None] <= rows[None, :]) & (rows[None, :] < ends[:, None]), p, 0.0)
             dvalues += product(p.to(dy.dtype), dy)
-            ds = p * (product(values, tl.trans(dy)) - shift[None, :])
+            ds = p * (product(values, tl.trans(dy)) - delta.load([line, i]))
             dkeys += product(ds.to(x.dtype), x)
     put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, d)
     put(dv + at, dvalues, columns, K * d, T, d, d)
@@ -358,10 +362,11 @@ class FusedAttention(torch.autograd.Function):
         """The output, (B, T, H, d)."""
         set_workspace()
         B, T, H, d = q.shape
-        o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+        # Descriptors want lines of a multiple of 16 bytes.
+        o, lse = torch.empty_like(q), q.new_empty(B, H, triton.cdiv(T, 4) * 4, dtype=torch.float32)
         ctx.shape, ctx.scale = {"H": H, "G": H // k.shape[2], "d": d}, LOG2E / math.sqrt(d)
         grid = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
-        attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, **ctx.shape)
+        attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, lse.shape[2], **ctx.shape)
         ctx.save_for_backward(q, k, v, start, o, lse)
         return o
 
@@ -375,8 +380,9 @@ class FusedAttention(torch.autograd.Function):
         end = torch.searchsorted(start, start, right=True).int()  # where each position's document ends
         of_queries = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
         of_keys = lambda size: (B * k.shape[2], triton.cdiv(T, size["BN"]))  # noqa: E731
-        attention_backward_q[of_queries](q, k, v, start, o, do, lse, delta, dq, ctx.scale, T, **ctx.shape)
-        attention_backward_kv[of_keys](q, k, v, start, end, do, lse, delta, dk, dv, ctx.scale, T, **ctx.shape)
+        sizes = (ctx.scale, T, lse.shape[2])
+        attention_backward_q[of_queries](q, k, v, start, o, do, lse, delta, dq, *sizes, **ctx.shape)
+        attention_backward_kv[of_keys](q, k, v, end, do, lse, delta, dk, dv, *sizes, **ctx.shape)
         return dq, dk, dv, None
 
 
@@ -491,54 +497,57 @@ def race(x, seed, at):
 
 
 @triton.jit
-def sample_split(logits, temperature, top, total, V, S, SPAN: tl.constexpr, SPLITS: tl.constexpr):
-    """Of SPLITS splits of a row, SPAN logits / temperature each, the maximum and the sum of exp beyond it."""
-    r, splits = tl.program_id(0), tl.program_id(1) * SPLITS + tl.arange(0, SPLITS)
-    t = tl.load(temperature + r)
-    columns = splits[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-    x = tl.load(logits + r.to(tl.int64) * V + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-    x = x / tl.where(t == 0, 1.0, t)
-    peak = tl.maximum(tl.max(x, 1), MASKED)
-    tl.store(top + r * S + splits, peak, mask=splits < S)
-    tl.store(total + r * S + splits, tl.sum(tl.exp(x - peak[:, None]), 1), mask=splits < S)
+def scaled(row, columns, V, scale):
+    """`scale` times the row's logits in these columns, float32; minus infinity beyond V."""
+    return tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float32) * scale
 
 
 @triton.jit
-def sample_join(logits, temperature, seed, top, total, token, logprob, V, S, SPAN: tl.constexpr, SB: tl.constexpr):
-    """A race of the S splits of one row, by their log-sum-exp, and one of the tokens in the split that won.
+def sample_row(logits, temperature, seed, token, logprob, V, PER_ROW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+               TURNS: tl.constexpr):  # fmt: skip
+    """A token of one row, and its log-prob, in one read of the row.
 
-    The probability of the split times that of the token in it is the token's, so the noise is drawn
-    for S + SPAN numbers, not for all V. Temperature 0 has no noise.
+    Each of LANES lanes takes 8 logits in turn, and keeps their maximum and sum of exp, in units of log 2, without
+    waiting for the others. Then the lanes race by their log-sum-exp, and after them the tokens of the lane that
+    won: the probability of the lane times that of the token in it is the token's, so noise is drawn for LANES
+    numbers and for one lane's tokens, not for V. Temperature 0 takes the first of the largest logits.
     """
-    r, splits, columns = tl.program_id(0), tl.arange(0, SB), tl.arange(0, SPAN)
-    t, noise = tl.load(temperature + r), tl.load(seed)
-    tops = tl.load(top + r * S + splits, mask=splits < S, other=-float("inf"))
-    sums = tops + tl.log(tl.load(total + r * S + splits, mask=splits < S, other=0.0))
-    z = tl.max(sums, 0)
-    z += tl.log(tl.sum(tl.exp(sums - z), 0))
-    at = r * (SB + SPAN)
-    split = tl.argmax(tl.where(t == 0, tops, race(sums, noise, at + splits)), 0)
-    columns += split * SPAN
-    x = tl.load(logits + r.to(tl.int64) * V + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-    x = x / tl.where(t == 0, 1.0, t)
-    i = tl.argmax(tl.where(t == 0, x, race(x, noise, at + SB + tl.arange(0, SPAN))), 0)
-    tl.store(token + r, split * SPAN + i)
-    tl.store(logprob + r, tl.sum(tl.where(tl.arange(0, SPAN) == i, x, 0.0), 0) - z)
+    r, lanes, width = tl.program_id(0), tl.arange(0, LANES), LANES * 8
+    row, noise, LN2 = logits + r.to(tl.int64) * V, tl.load(seed), 0.6931471805599453
+    t = tl.load(temperature + r) if PER_ROW else temperature
+    scale = 1.4426950408889634 / tl.where(t == 0, 1.0, t)
+    mass, peak, found = tl.zeros([LANES], tl.float32), tl.full([LANES], MASKED, tl.float32), lanes * 0
+    turns = lanes[:, None, None] * 8 + tl.arange(0, UNROLL)[None, :, None] * width + tl.arange(0, 8)[None, None, :]
+    for j in range(0, V, UNROLL * width):
+        x = scaled(row, j + turns, V, scale)
+        new = tl.maximum(peak, tl.max(tl.max(x, 2), 1))
+        mass = mass * tl.exp2(peak - new) + tl.sum(tl.sum(tl.exp2(x - new[:, None, None]), 2), 1)
+        found, peak = tl.where(new > peak, j, found), new
+    top = tl.max(peak, 0)
+    z = top + tl.log2(tl.sum(mass * tl.exp2(peak - top), 0))
+    if t == 0:
+        j = tl.min(tl.where(peak == top, found, V), 0)
+        i = tl.min(tl.where(scaled(row, j + turns, V, scale) == top, j + turns, V))
+    else:
+        at, n = r * (LANES + TURNS * 8), tl.arange(0, TURNS * 8)
+        columns = n // 8 * width + n % 8 + tl.argmax(race((peak + tl.log2(mass)) * LN2, noise, at + lanes), 0) * 8
+        y = scaled(row, columns, V, scale)
+        first = tl.argmax(race(y * LN2, noise, at + LANES + n), 0)
+        top, i = tl.sum(tl.where(n == first, y, 0.0), 0), tl.sum(tl.where(n == first, columns, 0), 0)
+    tl.store(token + r, i)
+    tl.store(logprob + r, (top - z) * LN2)
 
 
 def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
-    """`reference_sample` by the kernels above: one read of the logits, and of one split of each row again."""
-    (R, V), span = logits.shape, 32 if INTERPRET else 1024
-    S, device, logits = triton.cdiv(V, span), logits.device, logits.contiguous()
-    if isinstance(temperature, Tensor):
+    """`reference_sample` by the kernel above."""
+    (R, V), device, logits = logits.shape, logits.device, logits.contiguous()
+    if per_row := isinstance(temperature, Tensor):
         temperature = temperature.to(device, torch.float32).expand(R).contiguous()
-    else:  # made on the device, since a copy to it could not be recorded
-        temperature = torch.full((R,), temperature, dtype=torch.float32, device=device)
     seed = torch.randint(2**31, (1,), generator=generator, device=device)
-    top, total = torch.empty(2, R, S, device=device)
     token, logprob = torch.empty(R, dtype=torch.int64, device=device), torch.empty(R, device=device)
-    sample_split[R, triton.cdiv(S, 2)](logits, temperature, top, total, V, S, span, SPLITS=2, num_warps=2)
-    sample_join[(R,)](logits, temperature, seed, top, total, token, logprob, V, S, span, triton.next_power_of_2(S))
+    lanes, unroll = (4, 2) if INTERPRET else (512, 4)
+    turns = triton.next_power_of_2(triton.cdiv(V, lanes * 8))
+    sample_row[(R,)](logits, temperature, seed, token, logprob, V, per_row, lanes, unroll, turns, num_warps=16)
     return token, logprob
 
 
@@ -743,14 +752,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> T
     return (triton_attention if on_kernels(q) else sdpa_attention)(q, k, v, start)
 
 
-def project(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+class Products(torch.autograd.Function):
+    """x @ w^T for each weight. x's gradient is added up inside of the products, which saves a pass over it for each."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, w) for w in weights)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (x, *weights), gradients = ctx.saved_tensors, [g.flatten(0, -2) for g in gradients]
+        dx = gradients[0] @ weights[0]
+        for g, w in zip(gradients[1:], weights[1:], strict=True):
+            torch.addmm(dx, g, w, out=dx)
+        return dx.view(x.shape), *(g.t() @ x.flatten(0, -2) for g in gradients)
+
+
+def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """Each layer's output for x (..., D): of one product where `join` has put their weights below each other.
 
     Only without gradients. In training the weights stay apart, for FSDP to gather and forget.
     """
     weights = [layer.weight for layer in layers]
+    if torch.is_grad_enabled():
+        return Products.apply(x, *weights)
     places = list(itertools.accumulate((w.nbytes for w in weights), initial=weights[0].data_ptr()))
-    if torch.is_grad_enabled() or [w.data_ptr() for w in weights] != places[:-1]:
+    if [w.data_ptr() for w in weights] != places[:-1]:
         return [F.linear(x, w) for w in weights]
     sizes = list(map(len, weights))
     return F.linear(x, weights[0].data.as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)

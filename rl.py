@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -41,7 +42,20 @@ from data import FORMATS, Tokenizer, flag
 from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
 from eval import Settings as EvalSettings
 from model import IGNORE, Llama
-from sft import Hardware, Learner, Row, Run, World, flops, open_checkpoint, pack, starting_point, trained_tokens, whole
+from sft import (
+    Hardware,
+    Learner,
+    Row,
+    Run,
+    World,
+    flops,
+    open_checkpoint,
+    pack,
+    starting_point,
+    to_device,
+    trained_tokens,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ def score(rollouts: Sequence[Rollout], group: int) -> tuple[Tensor, Tensor, Tens
 
 def per_token(values: Sequence[Sequence[float]], on: Tensor) -> Tensor:
     """One value for each true entry of `on` (1, T), in order; zeros elsewhere. float32."""
-    flat = torch.tensor([v for row in values for v in row], device=on.device)
+    flat = to_device(np.array([v for row in values for v in row], dtype=np.float32), on.device)
     return torch.zeros(on.shape, device=on.device).masked_scatter(on, flat)
 
 

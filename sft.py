@@ -41,6 +41,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -93,12 +94,21 @@ def collate(rows: Sequence[Row], pad: int, device) -> MicroBatch:
     targets[0, t] is the token after tokens[0, t], or IGNORE unless it is one of the row's trained
     ones; start[0, t] is where the row begins. No rows at all give one pad that trains nothing.
     """
-    tokens, targets, start = [], [], []
-    for ids, first in rows or [([pad, pad], 2)]:
-        start += [len(tokens)] * (len(ids) - 1)
-        tokens += ids[:-1]
-        targets += [IGNORE] * (first - 1) + ids[first:]
-    return tuple(torch.tensor([x], device=device) for x in (tokens, targets, start))
+    rows = rows or [([pad, pad], 2)]
+    packed = np.full((3, 1, sum(len(ids) - 1 for ids, _ in rows)), IGNORE)
+    (tokens,), (targets,), (start,) = packed
+    at = 0
+    for ids, first in rows:
+        end = at + len(ids) - 1
+        tokens[at:end], targets[at + first - 1 : end], start[at:end] = ids[:-1], ids[first:], at
+        at = end
+    return tuple(to_device(packed, device))
+
+
+def to_device(x: np.ndarray, device) -> Tensor:
+    """x as a tensor on `device`; to a GPU from pinned memory, so that the CPU need not wait until it is there."""
+    x = torch.from_numpy(x)
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
 def trained_tokens(rows: Sequence[Row]) -> int:
@@ -253,8 +263,9 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool =
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    kind = CompactAdamW if compact else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=(0.9, 0.95), foreach=not compact)
+    if compact:
+        return CompactAdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -633,17 +644,18 @@ def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, f
     return losses
 
 
-def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
+def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     """Adds the gradient of the mean loss over all trained tokens of `rows`, the same on every rank.
 
-    Returns this rank's part of that mean: the parts of all ranks add up to it.
+    Returns this rank's part of that mean, () float64: the parts of all ranks add up to it. Read it after `step`,
+    since a GPU is to have its next work before it is done.
     """
-    count, losses = trained_tokens(rows), []  # read at the end: a GPU is to have its next work before it is done
+    count, losses = trained_tokens(rows), []
     for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
         loss = -learner.model(tokens, targets, start=start)[0].sum() / count
         learner.backward(loss)
         losses.append(loss.detach())
-    return sum(loss.item() for loss in losses)
+    return torch.stack(losses).sum(dtype=torch.float64)
 
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
@@ -664,7 +676,7 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
     with run.phase("train") as training:
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
-        loss, stopping = learner.world.sum(loss, run.stopping)
+        loss, stopping = learner.world.sum(float(loss), run.stopping)
     run.flops += flops(learner.model.config, lengths)
     rate = (sum(lengths) + len(rows)) / training.seconds
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}, stopping > 0

@@ -112,11 +112,9 @@ def gathered(config: Config) -> float:
 def stepping(config: Config, ranks: int, compact: bool) -> float:
     """Bytes a rank of the optimizer step's own tensors, when activations are gone.
 
-    torch's AdamW makes the roots of all second moments at once; ours widens one matrix's moments after
-    the other, and makes its root.
+    torch's fused AdamW has none; the compact one widens one matrix's moments after the other, and makes its root.
     """
-    sizes = [p.numel() for p in meta_model(config).parameters()]
-    return (12.0 * max(sizes) if compact else 4.0 * sum(sizes)) / ranks
+    return 12.0 * max(p.numel() for p in meta_model(config).parameters()) / ranks if compact else 0.0
 
 
 def logits(config: Config) -> float:

@@ -177,8 +177,11 @@ def generator(seed=0):
 
 
 @runs
-def test_greedy_rows_and_log_probs():
+@pytest.mark.parametrize("step", [0.0, 2.0])
+def test_greedy_rows_and_log_probs(step):
+    """With step 2 several logits of a row are the largest: the first counts."""
     logits = random(6, 77, scale=4.0)
+    logits = (logits / step).round() * step if step else logits
     temperature = torch.tensor([0, 0.5, 1, 1.7, 0, 3], device=DEVICE)
     token, logprob = model_py.triton_sample(logits, temperature, generator())
     greedy = temperature == 0
@@ -316,11 +319,11 @@ def test_recorded_steps_are_reproducible_and_score_as_the_trainer_does(tiny):
 # Compiled for GPUs that need not be there
 
 SIZES = {"H": 32, "G": 4, "d": 128}  # Llama-3.1-8B
-ROWS = {"V": "i32", "S": "i32", "T": "i32", "scale": "fp32"}
+ROWS = {"V": "i32", "S": "i32", "T": "i32", "of_line": "i32", "scale": "fp32"}
 KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "attention_forward": ({"start": "*i32", "lse": "*fp32"}, SIZES),
     "attention_backward_q": ({"start": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
-    "attention_backward_kv": ({"start": "*i32", "end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
+    "attention_backward_kv": ({"end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
     "decode_split": (
         {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
         | {name: "i32" for name in ("of_q", "of_k", "of_row", "of_head", "of_column")},
@@ -330,10 +333,9 @@ KERNELS = {  # what each argument points to, and the sizes that are compiled in
         {"part": "*fp32", "top": "*fp32", "total": "*fp32", "position": "*i64"},
         {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16},
     ),
-    "sample_split": (dict.fromkeys(("temperature", "top", "total"), "*fp32"), {"SPAN": 1024, "SPLITS": 2}),
-    "sample_join": (
-        {"seed": "*i64", "token": "*i64"} | dict.fromkeys(("temperature", "top", "total", "logprob"), "*fp32"),
-        {"SPAN": 1024, "SB": 128},
+    "sample_row": (
+        {"temperature": "fp32", "seed": "*i64", "token": "*i64", "logprob": "*fp32"},
+        {"PER_ROW": False, "LANES": 512, "UNROLL": 4, "TURNS": 32},
     ),
     "turn_heads": (
         {"sign": "fp32", "period": "i32"} | {name: "i32" for name in ("of_q", "of_k", "of_q_", "of_k_")},
