@@ -41,7 +41,7 @@ from data import FORMATS, Tokenizer, flag
 from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
 from eval import Settings as EvalSettings
 from model import IGNORE, Llama
-from sft import Hardware, Learner, Row, Run, World, flops, open_checkpoint, pack, starting_point, trained_tokens, whole
+from sft import Hardware, Learner, Row, Run, World, flops, open_checkpoint, starting_point, trained_tokens, whole
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
     count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
     # Read at the end: a GPU is to have its next work before it is done.
     figures: dict[str, list[Tensor]] = {"entropy": [], "clipped": [], "drift": []}
-    groups = pack([len(tokens) - 1 for tokens, _ in rows], s.micro_tokens)
-    for group, (tokens, targets, start) in learner.micro_batches(rows, groups):
+    for group, (tokens, targets, start) in learner.micro_batches(rows):
         on = targets != IGNORE  # its true entries are the response tokens, in order
         old = per_token([used[i][0].logprobs for i in group], on)
         weight = per_token([[used[i][1]] * len(used[i][0].tokens) for i in group], on)

@@ -305,13 +305,15 @@ class Learner:
         self.optimizer = make_optimizer(self.model, 0.0, weight_decay, s.optimizer_state == "bfloat16")
         self.world, self.s, self.pad = world, s, pad
 
-    def micro_batches(self, rows: Sequence[Row], groups: list[list[int]]) -> Iterator[tuple[list[int], MicroBatch]]:
-        """(indices, tensors) of each of this rank's `groups` of `rows`.
+    def micro_batches(self, rows: Sequence[Row], shared: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
+        """(indices, tensors) of each micro-batch of `rows`: this rank's own, or `shared` out if all ranks have them.
 
         All ranks get as many as the one with the most: gathering and reducing needs every rank, so one
         that has no rows left computes a pad that trains nothing. Gradients add up where they are
         sharded; replicas exchange theirs after the last.
         """
+        groups = pack([len(tokens) - 1 for tokens, _ in rows], self.s.micro_tokens)
+        groups = self.world.deal(groups) if shared else groups
         rounds = int(self.world.max(len(groups))[0])
         for i in range(rounds):
             if isinstance(self.model, FSDPModule):
@@ -615,19 +617,13 @@ def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -
     return rows
 
 
-def my_groups(rows: Sequence[Row], learner: Learner) -> list[list[int]]:
-    """This rank's share of `rows`, which every rank has, packed into micro-batches."""
-    groups = pack([len(tokens) - 1 for tokens, _ in rows], learner.s.micro_tokens)
-    return list(learner.world.deal(groups))
-
-
 @torch.no_grad()
 def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, float]:
     """Mean negative log-prob per trained token, by PL."""
     losses = {}
     for language, rows in sorted(held.items()):
         total = 0.0
-        for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+        for _, (tokens, targets, start) in learner.micro_batches(rows, shared=True):
             total -= learner.model(tokens, targets, start=start)[0].sum().item()
         losses[language] = round(learner.world.sum(total)[0] / trained_tokens(rows), 4)
     return losses
@@ -639,7 +635,7 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
     Returns this rank's part of that mean: the parts of all ranks add up to it.
     """
     count, losses = trained_tokens(rows), []  # read at the end: a GPU is to have its next work before it is done
-    for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+    for _, (tokens, targets, start) in learner.micro_batches(rows, shared=True):
         loss = -learner.model(tokens, targets, start=start)[0].sum() / count
         learner.backward(loss)
         losses.append(loss.detach())
