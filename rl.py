@@ -126,8 +126,8 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
-    # Read at the end: a GPU is to have its next work before it is done.
-    figures: dict[str, list[Tensor]] = {"entropy": [], "clipped": [], "drift": []}
+    # Summed on the device, read at the end: a GPU is to have its next work before it is done.
+    totals = torch.zeros(3, dtype=torch.float64, device=learner.world.device)
     for group, (tokens, targets, start) in learner.micro_batches(rows):
         on = targets != IGNORE  # its true entries are the response tokens, in order
         old = per_token([used[i][0].logprobs for i in group], on)
@@ -135,15 +135,13 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
         logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
         learner.backward(-gain.sum() / count)
-        for values, x in zip(figures.values(), (entropy, clipped, (logprobs.detach() - old).abs()), strict=True):
-            values.append(x.sum())
-    totals = (sum(x.item() for x in values) for values in figures.values())
-    sums = dict(zip(figures, learner.world.sum(*totals), strict=True)) | {"trained": trained}
+        totals += torch.stack([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
     operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
-    sums["flops"] = learner.world.sum(operations)[0]
+    names, sums = ("entropy", "clipped", "drift", "flops"), learner.world.sum(*totals.tolist(), operations)
+    figures = dict(zip(names, sums, strict=True)) | {"trained": trained}
     if trained:
-        sums["grad_norm"] = learner.step(s.lr)
-    return sums
+        figures["grad_norm"] = learner.step(s.lr)
+    return figures
 
 
 def learn(learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings) -> dict:

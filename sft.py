@@ -634,12 +634,12 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
 
     Returns this rank's part of that mean: the parts of all ranks add up to it.
     """
-    count, losses = trained_tokens(rows), []  # read at the end: a GPU is to have its next work before it is done
+    count, total = trained_tokens(rows), 0.0
     for _, (tokens, targets, start) in learner.micro_batches(rows, shared=True):
         loss = -learner.model(tokens, targets, start=start)[0].sum() / count
         learner.backward(loss)
-        losses.append(loss.detach())
-    return sum(loss.item() for loss in losses)
+        total += loss.detach().double()  # read at the end: a GPU is to have its next work before it is done
+    return float(total)
 
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
