@@ -190,12 +190,6 @@ class World:
         """This rank's share of items that every rank has: each size-th."""
         return items[self.rank :: self.size]
 
-    def agree(self, what: str, value: int) -> None:
-        """ValueError unless `value` is the same on all ranks."""
-        high, low = self.max(value, -value)
-        if high != -low:
-            raise ValueError(f"rank {self.rank} sees {what} {value}, others see another; all hosts must share --out")
-
 
 def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> Llama:
     """`model`, its parameters split over groups of `shard` ranks and replicated over the groups.
@@ -469,16 +463,16 @@ class Run:
         ValueError if the checkpoint was made with other settings: it would not be the same run.
         """
         self.lock()
-        checkpoint = newest_checkpoint(self.out)
-        self.world.agree("checkpoint", int(checkpoint.name[5:]) if checkpoint else -1)
-        state = {}
+        checkpoint, state = newest_checkpoint(self.out), {}
+        if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
+            raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
         if checkpoint:
             state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         for name, old in state.get("settings", {}).items():
-            new = asdict(self.settings).get(name)
+            new = getattr(self.settings, name, None)
             if old != new and name not in FREE:
-                flag_ = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{self.out}: began with {flag_} {old}, not {new}; give that, or another --out")
+                name = name.replace("_", "-")
+                raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
         self.seconds.update(state.get("seconds", {}))
         self.flops, self.saved = state.get("flops", 0.0), state.get("step")
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
@@ -701,12 +695,14 @@ def train(s: Settings, world: World) -> None:
 
     The tokenizer is the starting model's own; only a model from scratch takes the corpus's.
     """
-    roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
     with Run(s.out, s, world) as run:
+        if run.finished():
+            return
+        roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
         checkpoint, state = run.start()
-        source = checkpoint or (
-            starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
-        )
+        source = checkpoint
+        if s.model and not source:
+            source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
         mixture = Mixture(
             s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
@@ -728,8 +724,7 @@ def main(s: Settings) -> None:
         if s.model == "runs/base" and not Path("runs/base/summary.json").exists():
             print("runs/base: no finished base model yet; training it first (minutes on a CPU)")
             train(resolve(Settings(mixture="base", data=s.data, device=s.device, seed=s.seed)), world)
-        if not Run(s.out, s, world).finished():
-            train(s, world)
+        train(s, world)
 
 
 if __name__ == "__main__":
