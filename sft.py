@@ -262,26 +262,19 @@ def schedule(progress: float, warmup: float) -> float:
 # Learner: a model in training on all ranks. rl.py uses the same.
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class Hardware:
     """The flags that say how an update is computed, which sft.py and rl.py share."""
 
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag(
-        "",
-        "what to compute in; master weights are float32 (default: bfloat16 on a GPU, float32 on a CPU)",
-        choices=("float32", "bfloat16"),
-    )
-    shard: int = flag(
-        0, "ranks that share one copy of the weights: 1 is data parallelism, 0 means all of them", least=0
-    )
-    micro_tokens: int = flag(
-        1024, "tokens packed into one forward pass, on each rank; a longer sequence goes alone", least=1
-    )
+    precision: str = flag("", "what to compute in (default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES)
+    shard: int = flag(0, "ranks that share a copy of the weights: 1 is data parallelism, 0 means all", least=0)
+    micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
-    optimizer_state: str = flag(
-        "float32", "type of AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=("float32", "bfloat16")
-    )
+    optimizer_state: str = flag("float32", "AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=DTYPES)
     clip: float = flag(1.0, "largest global gradient norm")
 
 
@@ -374,10 +367,10 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 
     A run that is not finished serves too, but not unnoticed.
     """
-    checkpoint = newest_checkpoint(folder) or data.fail(
-        f"{folder}: holds no checkpoint, neither config.json nor step-N; {advice}"
-    )
-    if (Path(folder) / "settings.json").exists() and not (Path(folder) / "summary.json").exists():
+    folder = Path(folder)
+    if not (checkpoint := newest_checkpoint(folder)):
+        data.fail(f"{folder}: holds no checkpoint, neither config.json nor step-N; {advice}")
+    if (folder / "settings.json").exists() and not (folder / "summary.json").exists():
         print(f"note: the run in {folder} is not finished; going on from its {checkpoint.name}")
     return checkpoint
 
@@ -551,17 +544,12 @@ class Run:
 class Settings(Hardware):
     mixture: str = flag("parallel", "what to train on", choices=tuple(data.MIXTURES))
     data: str = flag("runs/data", "folder that `python data.py make` wrote; made first if it is missing")
-    model: str = flag(
-        "",
-        "checkpoint or run folder to start from (default: runs/base, trained first if missing; base starts from scratch)",
-    )
+    model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
-    tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise", least=0
-    )
+    tokens: int = flag(0, "tokens to train on, prompts included; 0: 3,500,000 for base, else 400,000", least=0)
     batch: int = flag(16, "sequences per update, over all ranks", least=1)
-    lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
+    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
     general: float = flag(0.3, "share of base documents replayed inside an SFT mixture")
@@ -639,12 +627,10 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> float:
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
     """The rows of update number `step`. ValueError for one longer than the model's `limit`."""
     rows = [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
-    longest = max(rows, key=lambda row: len(row[0]))[0]
-    if len(longest) > limit:
-        text = mixture.tokenizer.decode(longest[:60])
-        raise ValueError(
-            f"{s.data}: an example of {len(longest)} tokens, the model takes {limit}; leave out the record that begins {text!r}"
-        )
+    ids = max((ids for ids, _ in rows), key=len)
+    if len(ids) > limit:
+        text = mixture.tokenizer.decode(ids[:60])
+        raise ValueError(f"an example of {len(ids)} tokens, the model takes {limit}; leave out the record of {text!r}")
     return rows
 
 
@@ -662,13 +648,13 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
 
 def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture, step: int, tokens: int) -> None:
     """The updates from `step` on, `tokens` tokens into the run."""
-    tokenizer, config, stopping = mixture.tokenizer, learner.model.config, False
+    tokenizer, limit, stopping = mixture.tokenizer, learner.model.config.max_position_embeddings, False
     held = held_out_rows(s, tokenizer, mixture.everything)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
     while tokens < s.tokens and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, step, s, config.max_position_embeddings)
+            rows = draw(mixture, step, s, limit)
         lr = s.lr * schedule(tokens / s.tokens, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
         seen = sum(len(ids) for ids, _ in rows)
