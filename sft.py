@@ -44,12 +44,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -325,23 +320,20 @@ class Learner:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what is outside of the blocks stays gathered after a forward pass without a backward
-        gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = {}
+        options, optimizer = states.StateDictOptions(full_state_dict=True, cpu_offload=True), {}
         if self.optimizer.state:  # else the getter would make one, by a step that counts
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
-        if not isinstance(self.model, FSDPModule):
-            return self.model, optimizer
+            optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
         with torch.device("meta"):
             model = Llama(self.model.config)
-        if weights := get_model_state_dict(self.model, options=gather):
+        if weights := states.get_model_state_dict(self.model, options=options):
             model.load_state_dict(weights, assign=True)
         return model, optimizer
 
     def restore(self, optimizer: dict | None) -> None:
         """Takes up an optimizer state from `state`, of any number of ranks, if there is one."""
         if optimizer:
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+            options = states.StateDictOptions(full_state_dict=True)
+            states.set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
 def whole(x: Tensor) -> Tensor:
