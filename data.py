@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -77,7 +78,7 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
     values = vars(parser.parse_args(argv))
     for f in fields:
-        if values[f.name] is not None and values[f.name] < f.metadata.get("least", values[f.name]):
+        if "least" in f.metadata and values[f.name] < f.metadata["least"]:
             parser.error(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}")
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -131,8 +132,8 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
-def check_record(record, where: str) -> dict:
-    """`record` itself if it is of the format in the module docstring, else a `RecordError`."""
+def parse_record(line: str, where: str) -> dict:
+    """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`."""
 
     def need(ok: bool, field: str, mend: str):
         if not ok:
@@ -141,6 +142,10 @@ def check_record(record, where: str) -> dict:
     def text(value) -> bool:
         return isinstance(value, str)
 
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
@@ -151,13 +156,11 @@ def check_record(record, where: str) -> dict:
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
     need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
-    difficulty = record.get("difficulty", {})
-    need(isinstance(difficulty, dict), "difficulty", "give an object of figures, or leave it out")
+    need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
     for language, program in solutions.items():
-        need(
-            language in sandbox.LANGUAGES, f"solutions.{language}", "name a PL that `python sandbox.py languages` lists"
-        )
-        need(text(program) and program.strip(), f"solutions.{language}", "give the program's text")
+        field = f"solutions.{language}"
+        need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
+        need(text(program) and program.strip(), field, "give the program's text")
     return record
 
 
@@ -175,22 +178,13 @@ def read_records(path: str | Path) -> list[dict]:
         raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            records.append(_parse_record(line, f"{path}:{number}"))
-            first = seen.setdefault(records[-1]["id"], number)
-            if first != number:
-                raise RecordError(
-                    f"{path}:{number}: field 'id': {records[-1]['id']!r} is also on line {first}; make it unique"
-                )
+            records.append(parse_record(line, f"{path}:{number}"))
+            name = records[-1]["id"]
+            if (first := seen.setdefault(name, number)) != number:
+                raise RecordError(f"{path}:{number}: field 'id': {name!r} is also on line {first}; make it unique")
     if not records:
         raise RecordError(f"{path}: holds no record; give at least one line")
     return records
-
-
-def _parse_record(line: str, where: str) -> dict:
-    try:
-        return check_record(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
 
 
 def read_split(folder: str | Path, name: str) -> list[dict]:
@@ -233,10 +227,6 @@ class Operation:
     rare: bool = False
 
 
-def _running_sums(a, k):
-    return [sum(a[: i + 1]) for i in range(len(a))]
-
-
 OPERATIONS = {op.name: op for op in [
     Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], kind="filter", cond="even",
               known=("keep the even numbers", "keep only even values", "drop the odd numbers"),
@@ -271,7 +261,7 @@ OPERATIONS = {op.name: op for op in [
     Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9), rare=True,
               known=("replace numbers above {k} by {k}", "limit every value to {k}"),
               new=("let nothing rise over {k}", "clip from above at {k}")),
-    Operation("sums", "ints", "ints", _running_sums, rare=True,
+    Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)), rare=True,
               known=("compute running sums", "replace each by the sum so far"),
               new=("accumulate from left to right", "turn the list into prefix totals")),
     Operation("sort", "list", "list", lambda a, k: sorted(a),
@@ -366,17 +356,14 @@ def fingerprint(function: Function) -> str:
     return hashlib.sha256(json.dumps([function[0], outputs]).encode()).hexdigest()[:16]
 
 
-def held_out(print_: str, share: float) -> bool:
-    """Whether the function of this fingerprint is kept from all training (`share` of all are)."""
-    return int(print_, 16) % 1000 < 1000 * share
-
-
-def result_type(kind: str, name: str) -> str | None:
-    """The type that operation `name` makes of a `kind` value; None where it does not take one."""
-    op = OPERATIONS[name]
-    if kind == "value" or op.takes not in ("list", kind):
-        return None
-    return kind if op.gives == "list" else op.gives
+def result_type(kind: str, *names: str) -> str | None:
+    """The type that the named operations make of a `kind` value; None where one does not take what it gets."""
+    for name in names:
+        op = OPERATIONS[name]
+        if kind == "value" or op.takes not in ("list", kind):
+            return None
+        kind = kind if op.gives == "list" else op.gives
+    return kind
 
 
 def is_interesting(function: Function) -> bool:
@@ -386,9 +373,8 @@ def is_interesting(function: Function) -> bool:
     if outputs.count(None) > 12 or len(set(outputs)) < 6 or sum(o == "\n" for o in outputs) > 8:
         return False
     for i in range(len(steps)):
-        shorter = (kind, steps[:i] + steps[i + 1 :])
-        types = functools.reduce(lambda t, s: t and result_type(t, s[0]), shorter[1], kind)
-        if types and fingerprint(shorter) == fingerprint(function):
+        rest = steps[:i] + steps[i + 1 :]
+        if result_type(kind, *(name for name, _ in rest)) and fingerprint((kind, rest)) == fingerprint(function):
             return False
     return True
 
@@ -906,9 +892,7 @@ def read_roles(folder: str | Path) -> Roles:
 @dataclass(frozen=True)
 class CorpusSettings:
     out: str = flag("runs/data", "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into")
-    sft: tuple = flag(
-        (), "SFT PLs, the source PL of RL first (default: up to four of our choice that have a toolchain here)"
-    )
+    sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that have a toolchain here)")
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
     train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
@@ -920,11 +904,9 @@ class CorpusSettings:
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum"),
-        "operations whose reserved wordings RL and evaluation use; each such problem has at least one of them",
+        "operations whose reserved wordings RL and evaluation use, each problem there at least one of them",
     )
-    new_share: float = flag(
-        0.7, "share of the phrases of reworded operations that take a reserved wording in RL problems"
-    )
+    new_share: float = flag(0.7, "share of the phrases of reworded operations that take a reserved wording")
     held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
@@ -936,14 +918,13 @@ def neighbours(function: Function) -> list[Function]:
     near = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
     near += [(*steps[:i], (n, k), *steps[i + 1 :]) for i, (n, _) in enumerate(steps) for k in OPERATIONS[n].params]
     near += [(*steps[:i], steps[i + 1], steps[i], *steps[i + 2 :]) for i in range(len(steps) - 1)]
-    fits = [s for s in near if functools.reduce(lambda t, step: t and result_type(t, step[0]), s, kind)]
-    return [(kind, s) for s in fits if s and s != steps]
+    return [(kind, s) for s in near if s and s != steps and result_type(kind, *(name for name, _ in s))]
 
 
 def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]:
     """`count` tests that tell `function` from its neighbours, as far as 20 draws of them can."""
     near = [f for f in neighbours(function) if fingerprint(f) != fingerprint(function)]
-    best, least = [], None
+    best, least = [], len(near) + 1
     for _ in range(20):
         tests = []
         while len(tests) < count:
@@ -952,7 +933,7 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
             if expected is not None and expected.strip():
                 tests.append({"stdin": line, "stdout": expected})
         fooled = sum(all(interpret(f, t["stdin"]) == t["stdout"] for t in tests) for f in near)
-        if least is None or fooled < least:
+        if fooled < least:
             best, least = tests, fooled
         if not fooled:
             break
@@ -975,12 +956,6 @@ def make_problem(function: Function, name: str, s: CorpusSettings, rng: random.R
     }
 
 
-def with_comments(record: dict, function: Function, rng: random.Random) -> dict:
-    """The record and its programs once more, a known wording above each step: documents for base."""
-    comments, _ = wordings(function, rng, 0.0, ())
-    return record | {"commented": {language: emit(function, language, comments) for language in SNIPPETS}}
-
-
 def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float) -> list[dict]:
     """`count` problems of 1 to `most` operations from the held-out functions or from the others.
 
@@ -993,15 +968,17 @@ def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: in
         if len(problems) == count:
             return problems
         function = random_function(rng, rng.randint(1, most), s.rare, must)
-        print_ = fingerprint(function)
-        if held_out(print_, s.held_out) != hold or (hold and print_ in seen):
+        behaviour = fingerprint(function)
+        held_out = int(behaviour, 16) % 1000 < 1000 * s.held_out
+        if held_out != hold or (hold and behaviour in seen):
             continue
         problem = make_problem(function, f"{name}-{len(problems)}", s, rng, new_share)
         if hold and new_share and not problem["difficulty"]["new"]:
             continue
-        if name == "train":
-            problem = with_comments(problem, function, rng)
-        seen.add(print_)
+        if name == "train":  # for base: the programs once more, with a known wording above each step
+            comments, _ = wordings(function, rng, 0.0, ())
+            problem["commented"] = {language: emit(function, language, comments) for language in SNIPPETS}
+        seen.add(behaviour)
         problems.append(problem)
     fail(f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations")
 
@@ -1315,22 +1292,24 @@ def verify(s: VerifySettings) -> None:
         sys.exit(1)
 
 
-def beside(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
-    """The texts in columns side by side, in as many rows of columns as `width` characters need."""
-    rows, row, used = [], [], 0
-    for title, text in zip(titles, texts, strict=True):
+def beside(texts: dict[str, str], width: int) -> str:
+    """The texts under their titles side by side, in as many rows of columns as `width` characters need."""
+    rows, room = [], 0
+    for title, text in texts.items():
         lines = [f"[{title}]", *text.expandtabs(4).splitlines()]
         wide = max(map(len, lines)) + 3
-        if row and used + wide > width:
-            rows, row, used = [*rows, row], [], 0
-        row, used = [*row, [line.ljust(wide) for line in lines]], used + wide
-    return "\n\n".join(_columns(row) for row in [*rows, row])
-
-
-def _columns(blocks: Sequence[Sequence[str]]) -> str:
-    height = max(map(len, blocks))
-    padded = [[*block, *[" " * len(block[0])] * (height - len(block))] for block in blocks]
-    return "\n".join("".join(cells).rstrip() for cells in zip(*padded, strict=True))
+        if wide > room:
+            rows.append([])
+            room = width
+        rows[-1].append((wide, lines))
+        room -= wide
+    out = []
+    for row in rows:
+        widths, columns = zip(*row, strict=True)
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            out.append("".join(map(str.ljust, cells, widths)).rstrip())
+        out.append("")
+    return "\n".join(out).rstrip()
 
 
 @dataclass(frozen=True)
@@ -1345,7 +1324,7 @@ def show(s: ShowSettings, name: str) -> None:
             if record["id"] == name:
                 print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")
                 width = shutil.get_terminal_size((160, 50)).columns
-                print(beside(list(record["solutions"]), list(record["solutions"].values()), width))
+                print(beside(record["solutions"], width))
                 return
     fail(f"{s.data}: no record {name!r}; the embedded corpus has train-N, rl-N, known-N and new-N")
 
