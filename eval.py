@@ -39,6 +39,7 @@ Our choices:
 import contextlib
 import itertools
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -137,10 +138,7 @@ def pass_at_k(samples: int, passes: int, k: int) -> float:
     """Probability that one of k draws without replacement from the samples passes (eq. 1 there)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs at least {k} samples; there are {samples}")
-    miss = 1.0
-    for i in range(k):
-        miss *= max(0, samples - passes - i) / (samples - i)
-    return 1.0 - miss
+    return 1.0 - math.comb(samples - passes, k) / math.comb(samples, k)
 
 
 def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]:

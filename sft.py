@@ -390,13 +390,15 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    `seconds` counts the time of each phase, `flops` the operations that the model needed, over all ranks.
+    What is done so far: `step`, `tokens` trained on, `seconds` of each phase, `flops` that the model needed, over
+    all ranks.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
-        self.seconds, self.flops, self.saved, self.held = defaultdict(float), 0.0, None, None
+        self.step, self.tokens, self.seconds, self.flops = 0, 0, defaultdict(float), 0.0
+        self.saved, self.held = None, None
 
     def __enter__(self):
         def stop(*_):
@@ -442,62 +444,64 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self) -> tuple[Path | None, dict]:
-        """(newest checkpoint folder, its trainer state), or (None, {}) for a new run.
+    def start(self) -> tuple[Path | None, dict | None]:
+        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run.
 
         ValueError if the checkpoint was made with other settings: it would not be the same run.
         """
         self.lock()
-        checkpoint, state = newest_checkpoint(self.out), {}
+        checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
         if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
         if checkpoint:
             state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-        for name, old in state.get("settings", {}).items():
-            new = getattr(self.settings, name, None)
-            if old != new and name not in FREE:
-                name = name.replace("_", "-")
-                raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
-        self.seconds.update(state.get("seconds", {}))
-        self.flops, self.saved = state.get("flops", 0.0), state.get("step")
+            for name, old in state["settings"].items():
+                new = getattr(self.settings, name, None)
+                if old != new and name not in FREE:
+                    name = name.replace("_", "-")
+                    raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+            self.step, self.tokens, self.flops = (state[name] for name in ("step", "tokens", "flops"))
+            self.seconds.update(state["seconds"])
+            self.saved = self.step
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
         if self.world.rank == 0:
             with open(self.metrics, "ab") as file:
-                file.truncate(min(file.tell(), state.get("metrics_bytes", 0)))
-        return checkpoint, state
+                file.truncate(min(file.tell(), state["metrics_bytes"]))
+        return checkpoint, state["optimizer"]
 
     def log(self, **figures) -> None:
-        """Appends one line of figures to metrics.jsonl; shows held-out figures."""
+        """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
         if self.world.rank:
             return
-        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
-            tqdm.write(f"{self.out} step {figures['step']}: held-out {figures['held_out']}")
+            tqdm.write(f"{self.out} step {self.step}: held-out {figures['held_out']}")
 
     def write_text(self, name: str, text: str) -> None:
         """A file in the run folder."""
         if self.world.rank == 0:
             data.write_atomically(self.out / name, lambda p: p.write_text(text))
 
-    def save(self, step: int, learner: Learner, tokenizer: Tokenizer, **state) -> None:
+    def save(self, learner: Learner, tokenizer: Tokenizer) -> None:
         """Writes checkpoint step-N and removes the older ones."""
-        if step == self.saved:  # a moment ago, and nothing was learned since
+        if self.step == self.saved:  # a moment ago, and nothing was learned since
             return
         with self.phase("save"):
             model, optimizer = learner.state()
-            self.saved = step
+            self.saved = self.step
             if self.world.rank == 0:
-                state |= {"step": step, "optimizer": optimizer, "seconds": dict(self.seconds), "flops": self.flops}
-                self.write(step, model, tokenizer, state)
+                self.write(model, tokenizer, optimizer)
 
-    def write(self, step: int, model: Llama, tokenizer: Tokenizer, state: dict) -> None:
+    def write(self, model: Llama, tokenizer: Tokenizer, optimizer: dict) -> None:
         """The files of `save`."""
-        final, temporary = self.out / f"step-{step}", self.out / f".step-{step}.tmp"
+        final, temporary = self.out / f"step-{self.step}", self.out / f".step-{self.step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         save(model, temporary)
         tokenizer.save(temporary)
+        state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
+        state |= {"seconds": dict(self.seconds), "flops": self.flops}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
@@ -508,20 +512,19 @@ class Run:
         for old in older:
             shutil.rmtree(old)
 
-    def stop(self, step: int):
+    def stop(self):
         """Ends the program after Ctrl-C, as one that was interrupted."""
-        print(f"{self.out}: stopped after step {step}; the same command goes on from there")
+        print(f"{self.out}: stopped after step {self.step}; the same command goes on from there")
         sys.exit(130)
 
-    def finish(self, tokens: int, **totals) -> None:
+    def finish(self, **totals) -> None:
         """Prints the line of totals and writes summary.json, which marks the run as finished.
 
-        `tokens` are those trained on; their rate, and the share of the devices' peak, are over the
-        seconds of the phase "train".
+        The rate of tokens, and the share of the devices' peak, are over the seconds of the phase "train".
         """
         name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else ""
         peak = next((rate for part, rate in PEAK.items() if part in name), None)
-        totals |= {"tokens": tokens, "tokens_per_s": round(tokens / self.seconds["train"])}
+        totals |= {"tokens": self.tokens, "tokens_per_s": round(self.tokens / self.seconds["train"])}
         totals["mfu"] = peak and round(self.flops / (self.seconds["train"] * peak * self.world.size), 3)
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
@@ -628,44 +631,42 @@ def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
     """One optimizer step: (its figures, whether any rank was told to stop)."""
-    lengths = [len(tokens) - 1 for tokens, _ in rows]
+    lengths, seen = [len(ids) - 1 for ids, _ in rows], sum(len(ids) for ids, _ in rows)
     with run.phase("train") as training:
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(loss, run.stopping)
+    run.step, run.tokens = run.step + 1, run.tokens + seen
     run.flops += flops(learner.model.config, lengths)
-    rate = (sum(lengths) + len(rows)) / training.seconds
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}, stopping > 0
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
 
-def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture, step: int, tokens: int) -> None:
-    """The updates from `step` on, `tokens` tokens into the run."""
+def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
+    """The updates, from where `run` is."""
     tokenizer, limit, stopping = mixture.tokenizer, learner.model.config.max_position_embeddings, False
     held = held_out_rows(s, tokenizer, mixture.everything)
     quiet = True if run.world.rank else None
-    bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
-    while tokens < s.tokens and not stopping:
+    bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
+    while run.tokens < s.tokens and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, step, s, limit)
-        lr = s.lr * schedule(tokens / s.tokens, s.warmup)
+            rows = draw(mixture, run.step, s, limit)
+        lr = s.lr * schedule(run.tokens / s.tokens, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
-        seen = sum(len(ids) for ids, _ in rows)
-        step, tokens = step + 1, tokens + seen
-        bar.update(seen)
-        bar.set_postfix(step=step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
-        if step % s.eval_every == 0:
+        bar.update(run.tokens - bar.n)
+        bar.set_postfix(step=run.step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
+        if run.step % s.eval_every == 0:
             with run.phase("evaluate"):
                 figures["held_out"] = held_out_losses(learner, held)
-        run.log(step=step, tokens=tokens, **figures)
-        if step % s.save_every == 0:
-            run.save(step, learner, tokenizer, tokens=tokens)
+        run.log(tokens=run.tokens, **figures)
+        if run.step % s.save_every == 0:
+            run.save(learner, tokenizer)
     bar.close()
-    run.save(step, learner, tokenizer, tokens=tokens)
-    if tokens < s.tokens:
-        run.stop(step)
+    run.save(learner, tokenizer)
+    if run.tokens < s.tokens:
+        run.stop()
     with run.phase("evaluate"):
         losses = held_out_losses(learner, held)
-    run.finish(tokens, updates=step, held_out=losses)
+    run.finish(updates=run.step, held_out=losses)
 
 
 def train(s: Settings, world: World) -> None:
@@ -677,8 +678,7 @@ def train(s: Settings, world: World) -> None:
         if run.finished():
             return
         roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-        checkpoint, state = run.start()
-        source = checkpoint
+        source, optimizer = run.start()
         if s.model and not source:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
@@ -686,8 +686,8 @@ def train(s: Settings, world: World) -> None:
             s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
         )
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
-        learner.restore(state.get("optimizer"))
-        loop(s, run, learner, mixture, state.get("step", 0), state.get("tokens", 0))
+        learner.restore(optimizer)
+        loop(s, run, learner, mixture)
 
 
 def main(s: Settings) -> None:
