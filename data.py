@@ -851,20 +851,16 @@ class Roles:
 def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
     """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
     here = sandbox.installed()
-    absent = [p for p in (*SFT_CHOICE, *UNSEEN_CHOICE) if p not in here]
+    absent = [p for p in dict.fromkeys(SFT_CHOICE + UNSEEN_CHOICE) if p not in here]
     sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
     unseen = [sandbox.canonical(p) for p in unseen] or [p for p in UNSEEN_CHOICE if p in here and p not in sft][:4]
     if both := set(sft) & set(unseen):
         raise ValueError(f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either")
-    if lacking := [p for p in (*sft, *unseen) if p not in SNIPPETS]:
-        raise ValueError(
-            f"{', '.join(lacking)}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}"
-        )
+    if lacking := ", ".join(p for p in (*sft, *unseen) if p not in SNIPPETS):
+        raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
     print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
     if absent:
-        print(
-            f"no toolchain here for {', '.join(dict.fromkeys(absent))}; `python sandbox.py languages` names the packages"
-        )
+        print(f"no toolchain here for {', '.join(absent)}; `python sandbox.py languages` names the packages")
     return Roles(tuple(sft), tuple(unseen))
 
 
@@ -878,10 +874,10 @@ def read_roles(folder: str | Path) -> Roles:
     try:
         raw = json.loads(path.read_text())
         roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+        if not roles.sft:
+            raise ValueError("'sft' names no source PL")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
-    if not roles.sft:
-        raise ValueError(f"{path}: 'sft' is empty; name at least the source PL")
     return roles
 
 
@@ -899,8 +895,7 @@ class CorpusSettings:
     rl: int = flag(400, "RL problems, with reserved wordings", least=1)
     eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    operations: int = flag(2, "most operations in a problem with known wordings", least=1)
-    rl_operations: int = flag(2, "most operations in a problem with reserved wordings", least=1)
+    operations: int = flag(2, "most operations in a problem", least=1)
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum"),
@@ -909,7 +904,6 @@ class CorpusSettings:
     new_share: float = flag(0.7, "share of the phrases of reworded operations that take a reserved wording")
     held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
-    tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
 
 
 def neighbours(function: Function) -> list[Function]:
@@ -986,20 +980,16 @@ def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: in
 def make(s: CorpusSettings) -> None:
     """Writes the corpus and its tokenizer into `s.out`."""
     out = Path(s.out)
-    unknown = set(s.reworded) - set(OPERATIONS)
-    if unknown:
-        fail(f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
+    if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
+        fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
     roles = choose_roles(s.sft, s.unseen)
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
-    evaluation += make_problems(s, "new", s.eval, True, s.rl_operations, s.new_share)
+    evaluation += make_problems(s, "new", s.eval, True, s.operations, s.new_share)
     write_records(out / "train.jsonl.gz", train)
-    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share))
+    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.operations, s.new_share))
     write_records(out / "eval.jsonl.gz", evaluation)
-    if s.tokenizer:
-        Tokenizer(s.tokenizer).save(out)
-    else:
-        train_tokenizer(train, s.vocabulary, out)
+    train_tokenizer(train, s.vocabulary, out)
     text = json.dumps(dataclasses.asdict(roles)) + "\n"
     write_atomically(out / "languages.json", lambda path: path.write_text(text))
     print(f"wrote {out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs")
