@@ -284,7 +284,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
             run.log(**figures)
             if run.step % s.save_every == 0:
                 run.save(learner, tokenizer)
-            stopping = world.max(run.stopping)[0]
+            stopping = world.sum(run.stopping)[0]
     bar.close()
     run.save(learner, tokenizer)
     if run.step < s.steps:

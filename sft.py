@@ -161,16 +161,10 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks, in float64."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, *values: float) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: Sequence[float], op) -> list[float]:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, op)
+        dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, items: list) -> list:
@@ -296,7 +290,7 @@ class Learner:
         """
         groups = pack([len(tokens) - 1 for tokens, _ in rows], self.s.micro_tokens)
         groups = self.world.deal(groups) if shared else groups
-        rounds = int(self.world.max(len(groups))[0])
+        rounds = max(self.world.gather([len(groups)]))
         for i in range(rounds):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_all_reduce(i == rounds - 1)
