@@ -440,15 +440,15 @@ def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
 # condition and expression, «k» its number or letter, «j» k - 1, «i» the number of the step.
 # A key may be narrowed to a type ("words.sort"); "words.upper" narrows to one operation.
 
-COMMON = {  # expressions that most PLs write alike
+COMMON = {  # what many PLs write alike
+    "program": "«body»", "comment": "#",
     "even": "«x» % 2 == 0", "odd": "«x» % 2 != 0", "gt": "«x» > «k»", "lt": "«x» < «k»", "negative": "«x» < 0",
     "add": "«x» + «k»", "sub": "«x» - «k»", "mul": "«x» * «k»", "square": "«x» * «x»",
-    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x", "comment": "#",
+    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x",
 }  # fmt: skip
 
 SNIPPETS = {
     "python": {
-        "program": "«body»",
         "ints.read": "a = list(map(int, input().split()))",
         "words.read": "w = input().split()",
         "filter": "«v» = [x for x in «v» if «c»]",
@@ -470,7 +470,7 @@ SNIPPETS = {
         "upper": "x.upper()", "mirror": "x[::-1]", "longer": "len(x) > «k»", "has": '"«k»" in x',
     },
     "javascript": {
-        "program": "«body»", "comment": "//",
+        "comment": "//",
         "ints.read": 'let a = require("fs").readFileSync(0, "utf8").trim().split(" ").map(Number);',
         "words.read": 'let w = require("fs").readFileSync(0, "utf8").trim().split(" ");',
         "filter": "«v» = «v».filter(x => «c»);",
@@ -620,7 +620,6 @@ SNIPPETS = {
         "longer": "x.len() > «k»", "has": "x.contains('«k»')",
     },
     "ruby": {
-        "program": "«body»",
         "ints.read": "a = gets.split.map { |x| x.to_i }",
         "words.read": "w = gets.split",
         "filter": "«v» = «v».select { |x| «c» }",
@@ -642,7 +641,6 @@ SNIPPETS = {
         "upper": "x.upcase", "mirror": "x.reverse", "longer": "x.size > «k»", "has": 'x.include?("«k»")',
     },
     "perl": {
-        "program": "«body»",
         "ints.read": "my @a = split ' ', <STDIN>;",
         "words.read": "my @w = split ' ', <STDIN>;",
         "filter": "@«v» = grep { «c» } @«v»;",
@@ -686,7 +684,7 @@ SNIPPETS = {
         "x": "$x", "upper": "strtoupper($x)", "mirror": "strrev($x)", "longer": "strlen($x) > «k»", "has": 'str_contains($x, "«k»")',
     },
     "lua": {
-        "program": "«body»", "comment": "--",
+        "comment": "--",
         "ints.read": 'local a = {}\nfor x in io.read():gmatch("%S+") do a[#a + 1] = tonumber(x) end',
         "words.read": 'local w = {}\nfor x in io.read():gmatch("%S+") do w[#w + 1] = x end',
         "filter": "local b = {}\nfor _, x in ipairs(«v») do if «c» then b[#b + 1] = x end end\n«v» = b",
@@ -708,7 +706,6 @@ SNIPPETS = {
         "odd": "x % 2 == 1", "upper": "x:upper()", "mirror": "x:reverse()", "longer": "#x > «k»", "has": 'x:find("«k»")',
     },
     "bash": {
-        "program": "«body»",
         "ints.read": "read -a a",
         "words.read": "read -a w",
         "filter": "b=()\nfor x in ${a[@]}; do ((«c»)) && b+=($x); done\na=(${b[@]})",
@@ -756,7 +753,6 @@ SNIPPETS = {
         "x": "«v»[i]", "upper": "toupper(w[i])", "longer": "length(w[i]) > «k»", "has": 'index(w[i], "«k»")',
     },
     "tcl": {
-        "program": "«body»",
         "ints.read": "set a [split [gets stdin]]",
         "words.read": "set w [split [gets stdin]]",
         "filter": "set «v» [lmap x $«v» {if {«c»} {set x} else continue}]",
@@ -1054,16 +1050,12 @@ class Tokenizer:
     def __init__(self, folder: str | Path, format: str = ""):
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
-            raise FileNotFoundError(
-                f"{self.path}: no such file; copy the model's own (`python data.py make` writes the embedded corpus's)"
-            )
+            raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
         self.text = self.path.read_text(encoding="utf-8")
         self.core = tokenizers.Tokenizer.from_str(self.text)
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
-        self.bos, self.eos, self.start, self.end, self.eot = map(
-            self._special,
-            ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        )
+        names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+        self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         config = self.path.with_name("tokenizer_config.json")
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}

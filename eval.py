@@ -531,12 +531,12 @@ def present_languages(wanted: Sequence[str]) -> list[str]:
     return [p for p in wanted if p not in absent] or data.fail("none of the PLs has a toolchain here")
 
 
-def choose_records(s: Settings) -> list[dict]:
-    """The held-out problems, the first `s.problems` of each kind."""
+def choose_records(folder: str, problems: int, by: str = "wording") -> list[dict]:
+    """The held-out problems, the first `problems` of each kind; 0 takes all."""
     kinds = defaultdict(list)
-    for record in data.read_split(s.data, "eval"):
-        kinds[group_of(record, s.by)].append(record)
-    return [r for _, records in sorted(kinds.items()) for r in records[: s.problems or None]]
+    for record in data.read_split(folder, "eval"):
+        kinds[group_of(record, by)].append(record)
+    return [r for _, records in sorted(kinds.items()) for r in records[: problems or None]]
 
 
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
@@ -586,7 +586,7 @@ def evaluate_models(s: Settings) -> list[dict]:
     if s.samples and max(s.k) > s.samples:
         raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
-        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
+        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s.data, s.problems, s.by)
         wanted, measures, cells, pairs = wanted_languages(s, roles), {}, [], {}
         if s.sampling:
             languages = present_languages(wanted)

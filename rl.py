@@ -39,7 +39,6 @@ import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
 from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
-from eval import Settings as EvalSettings
 from model import IGNORE, Llama
 from sft import Hardware, Learner, Row, Run, World, flops, open_checkpoint, starting_point, trained_tokens, whole
 
@@ -258,7 +257,7 @@ SHOWN = ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")  # o
 def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
     """The steps, from where `run` is."""
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
-    held, sampler, stopping = choose_records(EvalSettings(data=s.data, problems=s.eval_problems)), Sampler(learner), 0
+    held, sampler, stopping = choose_records(s.data, s.eval_problems), Sampler(learner), False
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
     check_lengths(sampler.model, tokenizer, records, [roles.source], s.max_new_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
@@ -284,7 +283,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
             run.log(**figures)
             if run.step % s.save_every == 0:
                 run.save(learner, tokenizer)
-            stopping = world.sum(run.stopping)[0]
+            stopping = world.sum(run.stopping)[0] > 0
     bar.close()
     run.save(learner, tokenizer)
     if run.step < s.steps:

@@ -250,7 +250,6 @@ def schedule(progress: float, warmup: float) -> float:
 # --------------------------------------------------------------------------------------------------
 # Learner: a model in training on all ranks. rl.py uses the same.
 
-
 DTYPES = ("float32", "bfloat16")
 
 
