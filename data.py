@@ -407,16 +407,14 @@ JOINERS = (", then ", " and then ")
 CLOSERS = (". Print the result.", ". Output what you get.")
 
 
-def wordings(
-    function: Function, rng: random.Random, new_share: float, reworded: Sequence[str]
-) -> tuple[list[str], int]:
+def wordings(function: Function, rng: random.Random, share: float, reworded: Sequence[str]) -> tuple[list[str], int]:
     """(a phrase for each step, how many of them are reserved ones).
 
-    Each operation in `reworded` takes a reserved wording with probability `new_share`.
+    Each operation in `reworded` takes a reserved wording with probability `share`.
     """
     phrases, new = [], 0
     for name, k in function[1]:
-        reserved = name in reworded and rng.random() < new_share
+        reserved = name in reworded and rng.random() < share
         choice = OPERATIONS[name].new if reserved else OPERATIONS[name].known
         phrases.append(rng.choice(choice).format(k=k))
         new += reserved
@@ -1172,10 +1170,8 @@ class Mixture:
         needed = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
         needed = dict.fromkeys((*needed, *(self.everything if self.general else ())))
         for record in self.records:
-            if missing := [p for p in needed if p not in record["solutions"]]:
-                raise RecordError(
-                    f"record {record['id']!r}: field 'solutions': lacks {', '.join(missing)}; add it or leave the PL out"
-                )
+            if missing := ", ".join(p for p in needed if p not in record["solutions"]):
+                raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are
@@ -1206,10 +1202,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
-    programs = record["solutions"]
-    if language in record.get("commented", {}):
-        programs = record["commented"]
-    tokens = m.tokenizer.encode(answer(programs, [language]))
+    tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
 
 
@@ -1232,9 +1225,7 @@ def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     return example(m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel")
 
 
-MIXTURES: dict[str, Callable[[Mixture, int, random.Random], Example]] = {
-    "base": base, "source": source, "multi": multi, "parallel": parallel,
-}  # fmt: skip
+MIXTURES = {f.__name__: f for f in (base, source, multi, parallel)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1259,18 +1250,17 @@ def verify(s: VerifySettings) -> None:
     jobs = [(r, p) for r in records for p in wanted if p in r["solutions"]]
     with sandbox.Sandbox() as box:
         results = box.map([(r["solutions"][p], p, r["tests"]) for r, p in jobs], progress="verify")
-    runs, failures = Counter(p for _, p in jobs), Counter()
+    runs, passes = Counter(), Counter()
     for (record, language), result in zip(jobs, results, strict=True):
-        if not result.passed:
-            if not failures[language]:
-                print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
-            failures[language] += 1
+        if not result.passed and passes[language] == runs[language]:  # the PL's first
+            print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
+        runs[language] += 1
+        passes[language] += result.passed
     for language in wanted:
-        print(f"{language:<12} {runs[language] - failures[language]:>6} of {runs[language]} programs pass")
-    absent = {p for r in records for p in r["solutions"]} - set(here)
-    if absent:
-        print(f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)")
-    if failures:
+        print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
+    if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
+        print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
+    if passes != runs:
         sys.exit(1)
 
 
