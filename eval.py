@@ -186,18 +186,16 @@ def evaluate(
     truncation: top_k and top_p of `generate`.
     """
     tasks = [(record, language) for language in languages for record in records]
-    mine = world.deal(tasks)
+    mine = world.deal(range(len(tasks)))
     quiet = None if name and world.rank == 0 else True
     with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:
         seed = seed * world.size + world.rank
-        rollouts = sample(
-            model, tokenizer, mine, max_new_tokens, temperature, samples, seed, rows, bar.update, **truncation
-        )
+        job = (model, tokenizer, [tasks[i] for i in mine], max_new_tokens)
+        rollouts = sample(*job, temperature, samples, seed, rows, bar.update, **truncation)
     grade(rollouts, tokenizer, box, known, None if quiet else f"{name} running")
     verdicts = [tuple(r.verdict for r in rollouts[i : i + samples]) for i in range(0, len(rollouts), samples)]
-    places = world.deal(range(len(tasks)))
     outcomes = []
-    for i, own in sorted(world.gather(list(zip(places, verdicts, strict=True)))):
+    for i, own in sorted(world.gather(list(zip(mine, verdicts, strict=True)))):
         record, language = tasks[i]
         if "internal_error" in own:
             tqdm.write(f"{record['id']} in {language}: the sandbox itself failed; the problem is left out")
