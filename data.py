@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -77,7 +78,7 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
     values = vars(parser.parse_args(argv))
     for f in fields:
-        if values[f.name] is not None and values[f.name] < f.metadata.get("least", values[f.name]):
+        if "least" in f.metadata and values[f.name] < f.metadata["least"]:
             parser.error(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}")
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -131,8 +132,8 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
-def check_record(record, where: str) -> dict:
-    """`record` itself if it is of the format in the module docstring, else a `RecordError`."""
+def parse_record(line: str, where: str) -> dict:
+    """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`."""
 
     def need(ok: bool, field: str, mend: str):
         if not ok:
@@ -141,6 +142,10 @@ def check_record(record, where: str) -> dict:
     def text(value) -> bool:
         return isinstance(value, str)
 
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
@@ -151,13 +156,11 @@ def check_record(record, where: str) -> dict:
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
     need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
-    difficulty = record.get("difficulty", {})
-    need(isinstance(difficulty, dict), "difficulty", "give an object of figures, or leave it out")
+    need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
     for language, program in solutions.items():
-        need(
-            language in sandbox.LANGUAGES, f"solutions.{language}", "name a PL that `python sandbox.py languages` lists"
-        )
-        need(text(program) and program.strip(), f"solutions.{language}", "give the program's text")
+        field = f"solutions.{language}"
+        need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
+        need(text(program) and program.strip(), field, "give the program's text")
     return record
 
 
@@ -175,22 +178,13 @@ def read_records(path: str | Path) -> list[dict]:
         raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            records.append(_parse_record(line, f"{path}:{number}"))
-            first = seen.setdefault(records[-1]["id"], number)
-            if first != number:
-                raise RecordError(
-                    f"{path}:{number}: field 'id': {records[-1]['id']!r} is also on line {first}; make it unique"
-                )
+            records.append(parse_record(line, f"{path}:{number}"))
+            name = records[-1]["id"]
+            if (first := seen.setdefault(name, number)) != number:
+                raise RecordError(f"{path}:{number}: field 'id': {name!r} is also on line {first}; make it unique")
     if not records:
         raise RecordError(f"{path}: holds no record; give at least one line")
     return records
-
-
-def _parse_record(line: str, where: str) -> dict:
-    try:
-        return check_record(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
 
 
 def read_split(folder: str | Path, name: str) -> list[dict]:
@@ -233,10 +227,6 @@ class Operation:
     rare: bool = False
 
 
-def _running_sums(a, k):
-    return [sum(a[: i + 1]) for i in range(len(a))]
-
-
 OPERATIONS = {op.name: op for op in [
     Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], kind="filter", cond="even",
               known=("keep the even numbers", "keep only even values", "drop the odd numbers"),
@@ -271,7 +261,7 @@ OPERATIONS = {op.name: op for op in [
     Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9), rare=True,
               known=("replace numbers above {k} by {k}", "limit every value to {k}"),
               new=("let nothing rise over {k}", "clip from above at {k}")),
-    Operation("sums", "ints", "ints", _running_sums, rare=True,
+    Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)), rare=True,
               known=("compute running sums", "replace each by the sum so far"),
               new=("accumulate from left to right", "turn the list into prefix totals")),
     Operation("sort", "list", "list", lambda a, k: sorted(a),
@@ -366,17 +356,14 @@ def fingerprint(function: Function) -> str:
     return hashlib.sha256(json.dumps([function[0], outputs]).encode()).hexdigest()[:16]
 
 
-def held_out(print_: str, share: float) -> bool:
-    """Whether the function of this fingerprint is kept from all training (`share` of all are)."""
-    return int(print_, 16) % 1000 < 1000 * share
-
-
-def result_type(kind: str, name: str) -> str | None:
-    """The type that operation `name` makes of a `kind` value; None where it does not take one."""
-    op = OPERATIONS[name]
-    if kind == "value" or op.takes not in ("list", kind):
-        return None
-    return kind if op.gives == "list" else op.gives
+def result_type(kind: str, *names: str) -> str | None:
+    """The type that the named operations make of a `kind` value; None where one does not take what it gets."""
+    for name in names:
+        op = OPERATIONS[name]
+        if kind == "value" or op.takes not in ("list", kind):
+            return None
+        kind = kind if op.gives == "list" else op.gives
+    return kind
 
 
 def is_interesting(function: Function) -> bool:
@@ -386,9 +373,8 @@ def is_interesting(function: Function) -> bool:
     if outputs.count(None) > 12 or len(set(outputs)) < 6 or sum(o == "\n" for o in outputs) > 8:
         return False
     for i in range(len(steps)):
-        shorter = (kind, steps[:i] + steps[i + 1 :])
-        types = functools.reduce(lambda t, s: t and result_type(t, s[0]), shorter[1], kind)
-        if types and fingerprint(shorter) == fingerprint(function):
+        rest = steps[:i] + steps[i + 1 :]
+        if result_type(kind, *(name for name, _ in rest)) and fingerprint((kind, rest)) == fingerprint(function):
             return False
     return True
 
@@ -421,16 +407,14 @@ JOINERS = (", then ", " and then ")
 CLOSERS = (". Print the result.", ". Output what you get.")
 
 
-def wordings(
-    function: Function, rng: random.Random, new_share: float, reworded: Sequence[str]
-) -> tuple[list[str], int]:
+def wordings(function: Function, rng: random.Random, share: float, reworded: Sequence[str]) -> tuple[list[str], int]:
     """(a phrase for each step, how many of them are reserved ones).
 
-    Each operation in `reworded` takes a reserved wording with probability `new_share`.
+    Each operation in `reworded` takes a reserved wording with probability `share`.
     """
     phrases, new = [], 0
     for name, k in function[1]:
-        reserved = name in reworded and rng.random() < new_share
+        reserved = name in reworded and rng.random() < share
         choice = OPERATIONS[name].new if reserved else OPERATIONS[name].known
         phrases.append(rng.choice(choice).format(k=k))
         new += reserved
@@ -454,15 +438,15 @@ def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
 # condition and expression, «k» its number or letter, «j» k - 1, «i» the number of the step.
 # A key may be narrowed to a type ("words.sort"); "words.upper" narrows to one operation.
 
-COMMON = {  # expressions that most PLs write alike
+COMMON = {  # what many PLs write alike
+    "program": "«body»", "comment": "#",
     "even": "«x» % 2 == 0", "odd": "«x» % 2 != 0", "gt": "«x» > «k»", "lt": "«x» < «k»", "negative": "«x» < 0",
     "add": "«x» + «k»", "sub": "«x» - «k»", "mul": "«x» * «k»", "square": "«x» * «x»",
-    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x", "comment": "#",
+    "negated": "-«x»", "zero": "0", "const": "«k»", "x": "x",
 }  # fmt: skip
 
 SNIPPETS = {
     "python": {
-        "program": "«body»",
         "ints.read": "a = list(map(int, input().split()))",
         "words.read": "w = input().split()",
         "filter": "«v» = [x for x in «v» if «c»]",
@@ -484,7 +468,7 @@ SNIPPETS = {
         "upper": "x.upper()", "mirror": "x[::-1]", "longer": "len(x) > «k»", "has": '"«k»" in x',
     },
     "javascript": {
-        "program": "«body»", "comment": "//",
+        "comment": "//",
         "ints.read": 'let a = require("fs").readFileSync(0, "utf8").trim().split(" ").map(Number);',
         "words.read": 'let w = require("fs").readFileSync(0, "utf8").trim().split(" ");',
         "filter": "«v» = «v».filter(x => «c»);",
@@ -634,7 +618,6 @@ SNIPPETS = {
         "longer": "x.len() > «k»", "has": "x.contains('«k»')",
     },
     "ruby": {
-        "program": "«body»",
         "ints.read": "a = gets.split.map { |x| x.to_i }",
         "words.read": "w = gets.split",
         "filter": "«v» = «v».select { |x| «c» }",
@@ -656,7 +639,6 @@ SNIPPETS = {
         "upper": "x.upcase", "mirror": "x.reverse", "longer": "x.size > «k»", "has": 'x.include?("«k»")',
     },
     "perl": {
-        "program": "«body»",
         "ints.read": "my @a = split ' ', <STDIN>;",
         "words.read": "my @w = split ' ', <STDIN>;",
         "filter": "@«v» = grep { «c» } @«v»;",
@@ -700,7 +682,7 @@ SNIPPETS = {
         "x": "$x", "upper": "strtoupper($x)", "mirror": "strrev($x)", "longer": "strlen($x) > «k»", "has": 'str_contains($x, "«k»")',
     },
     "lua": {
-        "program": "«body»", "comment": "--",
+        "comment": "--",
         "ints.read": 'local a = {}\nfor x in io.read():gmatch("%S+") do a[#a + 1] = tonumber(x) end',
         "words.read": 'local w = {}\nfor x in io.read():gmatch("%S+") do w[#w + 1] = x end',
         "filter": "local b = {}\nfor _, x in ipairs(«v») do if «c» then b[#b + 1] = x end end\n«v» = b",
@@ -722,7 +704,6 @@ SNIPPETS = {
         "odd": "x % 2 == 1", "upper": "x:upper()", "mirror": "x:reverse()", "longer": "#x > «k»", "has": 'x:find("«k»")',
     },
     "bash": {
-        "program": "«body»",
         "ints.read": "read -a a",
         "words.read": "read -a w",
         "filter": "b=()\nfor x in ${a[@]}; do ((«c»)) && b+=($x); done\na=(${b[@]})",
@@ -770,7 +751,6 @@ SNIPPETS = {
         "x": "«v»[i]", "upper": "toupper(w[i])", "longer": "length(w[i]) > «k»", "has": 'index(w[i], "«k»")',
     },
     "tcl": {
-        "program": "«body»",
         "ints.read": "set a [split [gets stdin]]",
         "words.read": "set w [split [gets stdin]]",
         "filter": "set «v» [lmap x $«v» {if {«c»} {set x} else continue}]",
@@ -865,20 +845,16 @@ class Roles:
 def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
     """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
     here = sandbox.installed()
-    absent = [p for p in (*SFT_CHOICE, *UNSEEN_CHOICE) if p not in here]
+    absent = [p for p in dict.fromkeys(SFT_CHOICE + UNSEEN_CHOICE) if p not in here]
     sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
     unseen = [sandbox.canonical(p) for p in unseen] or [p for p in UNSEEN_CHOICE if p in here and p not in sft][:4]
     if both := set(sft) & set(unseen):
         raise ValueError(f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either")
-    if lacking := [p for p in (*sft, *unseen) if p not in SNIPPETS]:
-        raise ValueError(
-            f"{', '.join(lacking)}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}"
-        )
+    if lacking := ", ".join(p for p in (*sft, *unseen) if p not in SNIPPETS):
+        raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
     print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
     if absent:
-        print(
-            f"no toolchain here for {', '.join(dict.fromkeys(absent))}; `python sandbox.py languages` names the packages"
-        )
+        print(f"no toolchain here for {', '.join(absent)}; `python sandbox.py languages` names the packages")
     return Roles(tuple(sft), tuple(unseen))
 
 
@@ -892,10 +868,10 @@ def read_roles(folder: str | Path) -> Roles:
     try:
         raw = json.loads(path.read_text())
         roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+        if not roles.sft:
+            raise ValueError("'sft' names no source PL")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
-    if not roles.sft:
-        raise ValueError(f"{path}: 'sft' is empty; name at least the source PL")
     return roles
 
 
@@ -906,25 +882,20 @@ def read_roles(folder: str | Path) -> Roles:
 @dataclass(frozen=True)
 class CorpusSettings:
     out: str = flag("runs/data", "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into")
-    sft: tuple = flag(
-        (), "SFT PLs, the source PL of RL first (default: up to four of our choice that have a toolchain here)"
-    )
+    sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that have a toolchain here)")
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
     seed: int = flag(0, "seed of everything in the corpus")
     train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
     rl: int = flag(400, "RL problems, with reserved wordings", least=1)
     eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    operations: int = flag(2, "most operations in a problem with known wordings", least=1)
-    rl_operations: int = flag(2, "most operations in a problem with reserved wordings", least=1)
+    operations: int = flag(2, "most operations in a problem", least=1)
     rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum"),
-        "operations whose reserved wordings RL and evaluation use; each such problem has at least one of them",
+        "operations whose reserved wordings RL and evaluation use, each problem there at least one of them",
     )
-    new_share: float = flag(
-        0.7, "share of the phrases of reworded operations that take a reserved wording in RL problems"
-    )
+    new_share: float = flag(0.7, "share of the phrases of reworded operations that take a reserved wording")
     held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
@@ -936,14 +907,13 @@ def neighbours(function: Function) -> list[Function]:
     near = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
     near += [(*steps[:i], (n, k), *steps[i + 1 :]) for i, (n, _) in enumerate(steps) for k in OPERATIONS[n].params]
     near += [(*steps[:i], steps[i + 1], steps[i], *steps[i + 2 :]) for i in range(len(steps) - 1)]
-    fits = [s for s in near if functools.reduce(lambda t, step: t and result_type(t, step[0]), s, kind)]
-    return [(kind, s) for s in fits if s and s != steps]
+    return [(kind, s) for s in near if s and s != steps and result_type(kind, *(name for name, _ in s))]
 
 
 def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]:
     """`count` tests that tell `function` from its neighbours, as far as 20 draws of them can."""
     near = [f for f in neighbours(function) if fingerprint(f) != fingerprint(function)]
-    best, least = [], None
+    best, least = [], len(near) + 1
     for _ in range(20):
         tests = []
         while len(tests) < count:
@@ -952,7 +922,7 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
             if expected is not None and expected.strip():
                 tests.append({"stdin": line, "stdout": expected})
         fooled = sum(all(interpret(f, t["stdin"]) == t["stdout"] for t in tests) for f in near)
-        if least is None or fooled < least:
+        if fooled < least:
             best, least = tests, fooled
         if not fooled:
             break
@@ -975,12 +945,6 @@ def make_problem(function: Function, name: str, s: CorpusSettings, rng: random.R
     }
 
 
-def with_comments(record: dict, function: Function, rng: random.Random) -> dict:
-    """The record and its programs once more, a known wording above each step: documents for base."""
-    comments, _ = wordings(function, rng, 0.0, ())
-    return record | {"commented": {language: emit(function, language, comments) for language in SNIPPETS}}
-
-
 def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float) -> list[dict]:
     """`count` problems of 1 to `most` operations from the held-out functions or from the others.
 
@@ -993,15 +957,17 @@ def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: in
         if len(problems) == count:
             return problems
         function = random_function(rng, rng.randint(1, most), s.rare, must)
-        print_ = fingerprint(function)
-        if held_out(print_, s.held_out) != hold or (hold and print_ in seen):
+        behaviour = fingerprint(function)
+        held_out = int(behaviour, 16) % 1000 < 1000 * s.held_out
+        if held_out != hold or (hold and behaviour in seen):
             continue
         problem = make_problem(function, f"{name}-{len(problems)}", s, rng, new_share)
         if hold and new_share and not problem["difficulty"]["new"]:
             continue
-        if name == "train":
-            problem = with_comments(problem, function, rng)
-        seen.add(print_)
+        if name == "train":  # for base: the programs once more, with a known wording above each step
+            comments, _ = wordings(function, rng, 0.0, ())
+            problem["commented"] = {language: emit(function, language, comments) for language in SNIPPETS}
+        seen.add(behaviour)
         problems.append(problem)
     fail(f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations")
 
@@ -1009,15 +975,14 @@ def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: in
 def make(s: CorpusSettings) -> None:
     """Writes the corpus and its tokenizer into `s.out`."""
     out = Path(s.out)
-    unknown = set(s.reworded) - set(OPERATIONS)
-    if unknown:
-        fail(f"--reworded: no operation {', '.join(sorted(unknown))}; there are {', '.join(OPERATIONS)}")
+    if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
+        fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
     roles = choose_roles(s.sft, s.unseen)
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
-    evaluation += make_problems(s, "new", s.eval, True, s.rl_operations, s.new_share)
+    evaluation += make_problems(s, "new", s.eval, True, s.operations, s.new_share)
     write_records(out / "train.jsonl.gz", train)
-    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.rl_operations, s.new_share))
+    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.operations, s.new_share))
     write_records(out / "eval.jsonl.gz", evaluation)
     if s.tokenizer:
         Tokenizer(s.tokenizer).save(out)
@@ -1087,16 +1052,12 @@ class Tokenizer:
     def __init__(self, folder: str | Path, format: str = ""):
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
-            raise FileNotFoundError(
-                f"{self.path}: no such file; copy the model's own (`python data.py make` writes the embedded corpus's)"
-            )
+            raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
         self.text = self.path.read_text(encoding="utf-8")
         self.core = tokenizers.Tokenizer.from_str(self.text)
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
-        self.bos, self.eos, self.start, self.end, self.eot = map(
-            self._special,
-            ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        )
+        names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+        self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         config = self.path.with_name("tokenizer_config.json")
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
@@ -1213,10 +1174,8 @@ class Mixture:
         needed = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
         needed = dict.fromkeys((*needed, *(self.everything if self.general else ())))
         for record in self.records:
-            if missing := [p for p in needed if p not in record["solutions"]]:
-                raise RecordError(
-                    f"record {record['id']!r}: field 'solutions': lacks {', '.join(missing)}; add it or leave the PL out"
-                )
+            if missing := ", ".join(p for p in needed if p not in record["solutions"]):
+                raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are
@@ -1247,10 +1206,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
     if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
-    programs = record["solutions"]
-    if language in record.get("commented", {}):
-        programs = record["commented"]
-    tokens = m.tokenizer.encode(answer(programs, [language]))
+    tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
 
 
@@ -1273,9 +1229,7 @@ def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     return example(m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel")
 
 
-MIXTURES: dict[str, Callable[[Mixture, int, random.Random], Example]] = {
-    "base": base, "source": source, "multi": multi, "parallel": parallel,
-}  # fmt: skip
+MIXTURES = {f.__name__: f for f in (base, source, multi, parallel)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1300,37 +1254,38 @@ def verify(s: VerifySettings) -> None:
     jobs = [(r, p) for r in records for p in wanted if p in r["solutions"]]
     with sandbox.Sandbox() as box:
         results = box.map([(r["solutions"][p], p, r["tests"]) for r, p in jobs], progress="verify")
-    runs, failures = Counter(p for _, p in jobs), Counter()
+    runs, passes = Counter(), Counter()
     for (record, language), result in zip(jobs, results, strict=True):
-        if not result.passed:
-            if not failures[language]:
-                print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
-            failures[language] += 1
+        if not result.passed and passes[language] == runs[language]:  # the PL's first
+            print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
+        runs[language] += 1
+        passes[language] += result.passed
     for language in wanted:
-        print(f"{language:<12} {runs[language] - failures[language]:>6} of {runs[language]} programs pass")
-    absent = {p for r in records for p in r["solutions"]} - set(here)
-    if absent:
-        print(f"not run, no toolchain: {', '.join(sorted(absent))} (`python sandbox.py languages` names the packages)")
-    if failures:
+        print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
+    if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
+        print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
+    if passes != runs:
         sys.exit(1)
 
 
-def beside(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
-    """The texts in columns side by side, in as many rows of columns as `width` characters need."""
-    rows, row, used = [], [], 0
-    for title, text in zip(titles, texts, strict=True):
+def beside(texts: dict[str, str], width: int) -> str:
+    """The texts under their titles side by side, in as many rows of columns as `width` characters need."""
+    rows, room = [], 0
+    for title, text in texts.items():
         lines = [f"[{title}]", *text.expandtabs(4).splitlines()]
         wide = max(map(len, lines)) + 3
-        if row and used + wide > width:
-            rows, row, used = [*rows, row], [], 0
-        row, used = [*row, [line.ljust(wide) for line in lines]], used + wide
-    return "\n\n".join(_columns(row) for row in [*rows, row])
-
-
-def _columns(blocks: Sequence[Sequence[str]]) -> str:
-    height = max(map(len, blocks))
-    padded = [[*block, *[" " * len(block[0])] * (height - len(block))] for block in blocks]
-    return "\n".join("".join(cells).rstrip() for cells in zip(*padded, strict=True))
+        if wide > room:
+            rows.append([])
+            room = width
+        rows[-1].append((wide, lines))
+        room -= wide
+    out = []
+    for row in rows:
+        widths, columns = zip(*row, strict=True)
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            out.append("".join(map(str.ljust, cells, widths)).rstrip())
+        out.append("")
+    return "\n".join(out).rstrip()
 
 
 @dataclass(frozen=True)
@@ -1345,7 +1300,7 @@ def show(s: ShowSettings, name: str) -> None:
             if record["id"] == name:
                 print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")
                 width = shutil.get_terminal_size((160, 50)).columns
-                print(beside(list(record["solutions"]), list(record["solutions"].values()), width))
+                print(beside(record["solutions"], width))
                 return
     fail(f"{s.data}: no record {name!r}; the embedded corpus has train-N, rl-N, known-N and new-N")
 

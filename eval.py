@@ -39,6 +39,7 @@ Our choices:
 import contextlib
 import itertools
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -56,7 +57,7 @@ import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
 from model import PREFILL_TOKENS, Llama, generate, wide
-from sft import World, collate, newest_checkpoint, open_checkpoint, pack, starting_point
+from sft import DTYPES, World, collate, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -137,10 +138,7 @@ def pass_at_k(samples: int, passes: int, k: int) -> float:
     """Probability that one of k draws without replacement from the samples passes (eq. 1 there)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs at least {k} samples; there are {samples}")
-    miss = 1.0
-    for i in range(k):
-        miss *= max(0, samples - passes - i) / (samples - i)
-    return 1.0 - miss
+    return 1.0 - math.comb(samples - passes, k) / math.comb(samples, k)
 
 
 def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]:
@@ -188,18 +186,16 @@ def evaluate(
     truncation: top_k and top_p of `generate`.
     """
     tasks = [(record, language) for language in languages for record in records]
-    mine = world.deal(tasks)
+    mine = world.deal(range(len(tasks)))
     quiet = None if name and world.rank == 0 else True
     with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:
         seed = seed * world.size + world.rank
-        rollouts = sample(
-            model, tokenizer, mine, max_new_tokens, temperature, samples, seed, rows, bar.update, **truncation
-        )
+        job = (model, tokenizer, [tasks[i] for i in mine], max_new_tokens)
+        rollouts = sample(*job, temperature, samples, seed, rows, bar.update, **truncation)
     grade(rollouts, tokenizer, box, known, None if quiet else f"{name} running")
     verdicts = [tuple(r.verdict for r in rollouts[i : i + samples]) for i in range(0, len(rollouts), samples)]
-    places = world.deal(range(len(tasks)))
     outcomes = []
-    for i, own in sorted(world.gather(list(zip(places, verdicts, strict=True)))):
+    for i, own in sorted(world.gather(list(zip(mine, verdicts, strict=True)))):
         record, language = tasks[i]
         if "internal_error" in own:
             tqdm.write(f"{record['id']} in {language}: the sandbox itself failed; the problem is left out")
@@ -256,23 +252,21 @@ def represent(model: Llama, rows: Sequence[tuple[list[int], int]], budget: int =
     Float32 (float64 for such a model), on the CPU. Rows are packed into forward passes of `budget` tokens.
     ValueError for a row longer than the model's positions.
     """
-    limit = model.config.max_position_embeddings
-    if (longest := max(len(tokens) for tokens, _ in rows)) > limit:
-        raise ValueError(f"a program of {longest} tokens, the model takes {limit}; leave its record out")
+    lengths, limit = [len(tokens) for tokens, _ in rows], model.config.max_position_embeddings
+    if max(lengths) > limit:
+        raise ValueError(f"a program of {max(lengths)} tokens, the model takes {limit}; leave its record out")
     vectors: list[list[Tensor]] = [[] for _ in rows]  # of each row, its layers
+
+    def keep(module, inputs, stream: Tensor) -> None:
+        for i, part in zip(group, stream[0].split([lengths[i] for i in group]), strict=True):
+            vectors[i].append(wide(part[rows[i][1] :]).mean(0).cpu())
+
     with contextlib.ExitStack() as hooks:
-
-        def keep(module, inputs, stream: Tensor) -> None:
-            for i, end in ends.items():
-                tokens, first = rows[i]
-                vectors[i].append(wide(stream[0, end - len(tokens) + first : end]).mean(0).cpu())
-
         for module in (model.model.embed_tokens, *model.model.layers):
             hooks.enter_context(module.register_forward_hook(keep))
-        for group in pack([len(tokens) for tokens, _ in rows], budget):
-            ends = dict(zip(group, itertools.accumulate(len(rows[i][0]) for i in group), strict=True))
+        for group in pack(lengths, budget):
             # What follows a row's last token is no input, and no target counts: the head has nothing to do.
-            whole = [([*tokens, 0], len(tokens) + 1) for tokens, _ in (rows[i] for i in group)]
+            whole = [([*rows[i][0], 0], lengths[i] + 1) for i in group]
             tokens, targets, start = collate(whole, 0, model.head().device)
             model(tokens, targets, start=start)
     return torch.stack([torch.stack(layers) for layers in vectors])
@@ -300,9 +294,11 @@ def parts(roles: Roles, languages: Sequence[str]) -> dict[str, list[tuple[str, s
     """Column title -> the ordered pairs of PLs that it averages."""
     sft, unseen = ([p for p in own if p in languages] for own in (roles.sft, roles.unseen))
     across = list(itertools.product(unseen, {roles.source} & set(sft)))
-    titles = {"within SFT PLs": list(itertools.permutations(sft, 2))}
-    titles |= {f"{roles.source} and unseen PLs": across + [pair[::-1] for pair in across]}
-    titles |= {"within unseen PLs": list(itertools.permutations(unseen, 2))}
+    titles = {
+        "within SFT PLs": list(itertools.permutations(sft, 2)),
+        f"{roles.source} and unseen PLs": across + [pair[::-1] for pair in across],
+        "within unseen PLs": list(itertools.permutations(unseen, 2)),
+    }
     return {title: pairs for title, pairs in titles.items() if pairs}
 
 
@@ -361,15 +357,11 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
     return rows
 
 
-PLACE = ("measure", "group", "model", "column")  # what tells a cell from the others
-
-
 def join(runs: Sequence[list[dict]]) -> list[dict]:
     """The cells of runs with several seeds as one: the mean value, and from the least to the greatest."""
     places = defaultdict(list)
-    for cells in runs:
-        for c in cells:
-            places[tuple(c[name] for name in PLACE)].append(c)
+    for c in itertools.chain(*runs):
+        places[c["measure"], c["group"], c["model"], c["column"]].append(c)
     joined = []
     for same in places.values():
         values, problems = [c["value"] for c in same], sum(c["problems"] for c in same)
@@ -422,34 +414,35 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def draw(cells: Sequence[dict], panel: str, x: str, down: bool, label: str):
-    """A figure of all models: a panel for each value of the field `panel`, one below or beside the other.
-
-    Bars over the values of the field `x`, or lines where those are numbers.
-    """
+def draw(cells: Sequence[dict]):
+    """A figure of all models: lines over layers, a panel for each column; or bars over PLs, one for each group."""
+    lines = "layer" in cells[0]
+    panel, x = ("column", "layer") if lines else ("group", "column")
     panels, places, models = (list(dict.fromkeys(c[name] for c in cells)) for name in (panel, x, "model"))
-    shape, size = ((len(panels), 1), (9, 0.7 + 2.5 * len(panels))) if down else ((1, len(panels)), (9, 3.8))
+    shape, size = ((1, len(panels)), (9, 3.8)) if lines else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot().subplots(*shape, figsize=size, **options)
-    width = 0.06 if x == "layer" else 0.84 / len(models)
+    width = 0.06 if lines else 0.84 / len(models)
     for (axis, title), (i, model) in itertools.product(zip(axes.flat, panels, strict=True), enumerate(models)):
         own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
         at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
         values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
         spread = [[max(0, b - a) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        if x == "column":
-            axis.bar(at, values, width, color=look["color"], label=model)
-            look = {"fmt": "none", "ecolor": "black", "capsize": 1.5}
-        elif model == "chance":
+        if model == "chance":
             look = {"color": "black", "linestyle": ":"}
-        axis.errorbar(at, values, spread, elinewidth=0.7, label="" if x == "column" else model, **look)
+        if lines:
+            axis.errorbar(at, values, spread, elinewidth=0.7, label=model, **look)
+        else:
+            axis.bar(at, values, width, color=look["color"], label=model)
+            axis.errorbar(at, values, spread, elinewidth=0.7, fmt="none", ecolor="black", capsize=1.5)
         axis.set_title(title, fontsize="medium")
-    axes[0, 0].set(xmargin=0.02, ylim=(0, 100 if x == "column" else None))
-    ticks = range(0, len(places), 1 + len(places) // 12 if x == "layer" else 1)
-    axes[0, 0].set_xticks(ticks, [str(places[i]).replace(" (", "\n(") for i in ticks])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False)
+    first, step = axes[0, 0], 1 + len(places) // 12 if lines else 1
+    first.set(xmargin=0.02, ylim=(0, None if lines else 100))
+    first.set_xticks(range(0, len(places), step), [str(place).replace(" (", "\n(") for place in places[::step]])
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False)
     figure.supylabel(f"{cells[0]['measure']}, percent", fontsize="medium")
+    label = "layer (0: embedding, n: after block n)" if lines else "PL"
     figure.supxlabel(f"{label}; {meaning(cells[0])}", fontsize="medium")
     return figure
 
@@ -458,14 +451,11 @@ def plot(cells: Sequence[dict], out: Path) -> list[str]:
     """Draws what the cells hold; returns the paths of the files."""
     passes = [c for c in cells if c["measure"] == "greedy pass@1" and not c["column"].endswith(" mean")]
     retrieval = [c for c in cells if c["measure"] == RETRIEVAL]
-    kinds = {"passes.png": (passes, "group", "column", True, "PL")}
-    kinds |= {"retrieval.png": (retrieval, "column", "layer", False, "layer (0: embedding, n: after block n)")}
-    paths = [out / name for name, (own, *_) in kinds.items() if own]
-    for path in paths:
-        figure = draw(*kinds[path.name])
+    figures = {out / name: draw(own) for name, own in (("passes.png", passes), ("retrieval.png", retrieval)) if own}
+    for path, figure in figures.items():
         data.write_atomically(path, lambda p, figure=figure: figure.savefig(p, format="png"))
         pyplot().close(figure)
-    return list(map(str, paths))
+    return list(map(str, figures))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,9 +464,7 @@ def plot(cells: Sequence[dict], out: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    models: tuple = flag(
-        (), "checkpoints or run folders, NAME=FOLDER or FOLDER (default: every run under runs/ with a checkpoint)"
-    )
+    models: tuple = flag((), "checkpoints or run folders, FOLDER or NAME=FOLDER (default: every run under runs/)")
     data: str = flag("runs/data", "folder of the corpus")
     out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
     join: tuple = flag((), "eval.json files of runs with other seeds: print their mean and range, and evaluate nothing")
@@ -497,9 +485,7 @@ class Settings:
     time_limit: float = flag(5.0, "seconds that a program may take for a test")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag(
-        "", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=("float32", "bfloat16")
-    )
+    precision: str = flag("", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=DTYPES)
     format: str = flag("", "prompt format (default: the checkpoint's)", choices=tuple(FORMATS))
 
 
@@ -510,9 +496,8 @@ def check_lengths(
     limit = model.config.max_position_embeddings
     for record in records:
         if (length := max(len(tokenizer.prompt(record["prompt"], [p])) for p in languages)) + budget > limit:
-            raise ValueError(
-                f"record {record['id']!r}: a prompt of {length} tokens and {budget} new ones, the model takes {limit}; leave it out or lower --max-new-tokens"
-            )
+            what = f"a prompt of {length} tokens and {budget} new ones, the model takes {limit}"
+            raise ValueError(f"record {record['id']!r}: {what}; leave it out or lower --max-new-tokens")
 
 
 def find_models(s: Settings) -> dict[str, Path]:
@@ -530,10 +515,9 @@ def find_models(s: Settings) -> dict[str, Path]:
 
 def wanted_languages(s: Settings, roles: Roles) -> list[str]:
     wanted = [sandbox.canonical(p) for p in s.languages] or list(roles.everything)
-    if strange := [p for p in wanted if p not in roles.everything]:
-        raise ValueError(
-            f"--languages: {', '.join(strange)}: not in {s.data}/languages.json; there are {', '.join(roles.everything)}"
-        )
+    if strange := ", ".join(p for p in wanted if p not in roles.everything):
+        there = ", ".join(roles.everything)
+        raise ValueError(f"--languages: {strange}: not in {s.data}/languages.json; there are {there}")
     return wanted
 
 
@@ -545,12 +529,12 @@ def present_languages(wanted: Sequence[str]) -> list[str]:
     return [p for p in wanted if p not in absent] or data.fail("none of the PLs has a toolchain here")
 
 
-def choose_records(s: Settings) -> list[dict]:
-    """The held-out problems, the first `s.problems` of each kind."""
+def choose_records(folder: str, problems: int, by: str = "wording") -> list[dict]:
+    """The held-out problems, the first `problems` of each kind; 0 takes all."""
     kinds = defaultdict(list)
-    for record in data.read_split(s.data, "eval"):
-        kinds[group_of(record, s.by)].append(record)
-    return [r for _, records in sorted(kinds.items()) for r in records[: s.problems or None]]
+    for record in data.read_split(folder, "eval"):
+        kinds[group_of(record, by)].append(record)
+    return [r for _, records in sorted(kinds.items()) for r in records[: problems or None]]
 
 
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
@@ -561,21 +545,19 @@ def open_sandbox(s, world: World) -> sandbox.Sandbox:
 
 def measure(s: Settings, world: World, models: dict[str, Path], records: list[dict], languages: list[str]) -> dict:
     """Title of each measure -> (k, outcomes by model)."""
-    measures = {"greedy pass@1": (1, {})}
-    measures |= {f"pass@{k} of {s.samples} samples": (k, {}) for k in s.k if s.samples}
+    greedy, drawn = {}, {}
     shared = {"max_new_tokens": s.max_new_tokens, "by": s.by, "seed": s.seed, "rows": s.rows, "known": {}}
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
             check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
-            measures["greedy pass@1"][1][name] = evaluate(*job, name=name, **shared)
+            greedy[name] = evaluate(*job, name=name, **shared)
             if s.samples:
                 limits = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
-                drawn = evaluate(*job, name=name, samples=s.samples, **limits, **shared)
-                for title in list(measures)[1:]:
-                    measures[title][1][name] = drawn
-    return measures
+                drawn[name] = evaluate(*job, name=name, samples=s.samples, **limits, **shared)
+    several = {f"pass@{k} of {s.samples} samples": (k, drawn) for k in s.k if s.samples}
+    return {"greedy pass@1": (1, greedy)} | several
 
 
 def measure_representations(
@@ -599,10 +581,10 @@ def evaluate_models(s: Settings) -> list[dict]:
     began = time.perf_counter()
     if not (s.sampling or s.representations):
         raise ValueError("--no-sampling: leaves nothing to measure without --representations")
+    if s.samples and max(s.k) > s.samples:
+        raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
-        if s.samples and max(s.k) > s.samples:
-            raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
-        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s)
+        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s.data, s.problems, s.by)
         wanted, measures, cells, pairs = wanted_languages(s, roles), {}, [], {}
         if s.sampling:
             languages = present_languages(wanted)
@@ -614,13 +596,10 @@ def evaluate_models(s: Settings) -> list[dict]:
             added, pairs = measure_representations(s, world, models, records, roles, wanted)
             cells += added
     text = tables(cells)
-    outcomes = {
-        title: {name: [asdict(o) for o in own] for name, own in results.items()}
-        for title, (_, results) in measures.items()
-    }
+    outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
-    whole = {"settings": asdict(s), "seconds": seconds, "cells": cells, "outcomes": outcomes, "representations": pairs}
-    for name, content in {"table.md": text, "eval.json": json.dumps(whole)}.items():
+    whole = {"settings": s, "seconds": seconds, "cells": cells, "outcomes": outcomes, "representations": pairs}
+    for name, content in {"table.md": text, "eval.json": json.dumps(whole, default=asdict)}.items():
         data.write_atomically(Path(s.out) / name, lambda p, content=content: p.write_text(content + "\n"))
     print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
     return cells

@@ -40,7 +40,6 @@ import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
 from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
-from eval import Settings as EvalSettings
 from model import IGNORE, Llama
 from sft import (
     Hardware,
@@ -50,7 +49,6 @@ from sft import (
     World,
     flops,
     open_checkpoint,
-    pack,
     starting_point,
     to_device,
     trained_tokens,
@@ -140,25 +138,20 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
-    # Read at the end: a GPU is to have its next work before it is done.
-    figures: dict[str, list[Tensor]] = {"entropy": [], "clipped": [], "drift": []}
-    groups = pack([len(tokens) - 1 for tokens, _ in rows], s.micro_tokens)
-    for group, (tokens, targets, start) in learner.micro_batches(rows, groups):
+    # Summed on the device, read at the very end: a GPU is to have its next work before it is done.
+    totals = torch.zeros(3, dtype=torch.float64, device=learner.world.device)
+    for group, (tokens, targets, start) in learner.micro_batches(rows):
         on = targets != IGNORE  # its true entries are the response tokens, in order
         old = per_token([used[i][0].logprobs for i in group], on)
         weight = per_token([[used[i][1]] * len(used[i][0].tokens) for i in group], on)
         logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
         gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
         learner.backward(-gain.sum() / count)
-        for values, x in zip(figures.values(), (entropy, clipped, (logprobs.detach() - old).abs()), strict=True):
-            values.append(x.sum())
-    totals = (sum(x.item() for x in values) for values in figures.values())
-    sums = dict(zip(figures, learner.world.sum(*totals), strict=True)) | {"trained": trained}
+        totals += torch.stack([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
+    norm = {"grad_norm": learner.step(s.lr)} if trained else {}
     operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
-    sums["flops"] = learner.world.sum(operations)[0]
-    if trained:
-        sums["grad_norm"] = learner.step(s.lr)
-    return sums
+    names, sums = ("entropy", "clipped", "drift", "flops"), learner.world.sum(*totals.tolist(), operations)
+    return dict(zip(names, sums, strict=True)) | {"trained": trained} | norm
 
 
 def learn(learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings) -> dict:
@@ -272,13 +265,13 @@ def step_once(
 SHOWN = ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")  # on the progress bar
 
 
-def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, step: int, tokens: int) -> None:
-    """The steps from number `step` on; `tokens` have been trained so far."""
+def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
+    """The steps, from where `run` is."""
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
-    held, sampler, stopping = choose_records(EvalSettings(data=s.data, problems=s.eval_problems)), Sampler(learner), 0
+    held, sampler, stopping = choose_records(s.data, s.eval_problems), Sampler(learner), False
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
     check_lengths(sampler.model, tokenizer, records, [roles.source], s.max_new_tokens)
-    bar = tqdm(total=s.steps, initial=step, desc=run.out.name, disable=True if world.rank else None)
+    bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:
         with run.phase("evaluate"):
@@ -286,27 +279,27 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, step: in
             return measure(sampler.model, tokenizer, held, languages, box, known, world, s)
 
     with open_sandbox(s, world) as box:
-        if run.saved is None:
-            run.log(step=0, held_out=evaluation())
-        while step < s.steps and not stopping:
-            order = range(step * s.prompts, (step + 1) * s.prompts)
+        if run.step == 0:
+            run.log(held_out=evaluation())
+        while run.step < s.steps and not stopping:
+            order = range(run.step * s.prompts, (run.step + 1) * s.prompts)
             tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], roles.source) for i in order]
-            figures, text = step_once(step, learner, sampler, tokenizer, tasks, box, run, s)
-            step, tokens = step + 1, tokens + figures["trained_tokens"]
+            figures, text = step_once(run.step, learner, sampler, tokenizer, tasks, box, run, s)
+            run.step, run.tokens = run.step + 1, run.tokens + figures["trained_tokens"]
             bar.update()
             bar.set_postfix({k: f"{figures[k] or 0:.2g}" for k in SHOWN})
-            if step % s.eval_every == 0 or step == s.steps:
+            if run.step % s.eval_every == 0 or run.step == s.steps:
                 figures["held_out"] = evaluation()
-                run.write_text(f"rollouts/step-{step}.txt", text)
-            run.log(step=step, **figures)
-            if step % s.save_every == 0:
-                run.save(step, learner, tokenizer, tokens=tokens)
-            stopping = world.max(run.stopping)[0]
+                run.write_text(f"rollouts/step-{run.step}.txt", text)
+            run.log(**figures)
+            if run.step % s.save_every == 0:
+                run.save(learner, tokenizer)
+            stopping = world.sum(run.stopping)[0] > 0
     bar.close()
-    run.save(step, learner, tokenizer, tokens=tokens)
-    if step < s.steps:
-        run.stop(step)
-    run.finish(tokens, steps=step)
+    run.save(learner, tokenizer)
+    if run.step < s.steps:
+        run.stop()
+    run.finish(steps=run.step)
 
 
 def train(s: Settings, world: World) -> None:
@@ -316,12 +309,12 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        checkpoint, state = run.start()
+        checkpoint, optimizer = run.start()
         source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)
-        learner.restore(state.get("optimizer"))
-        loop(s, run, learner, tokenizer, state.get("step", 0), state.get("tokens", 0))
+        learner.restore(optimizer)
+        loop(s, run, learner, tokenizer)
 
 
 def main(s: Settings) -> None:

@@ -45,12 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -176,16 +171,10 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks, in float64."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, *values: float) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.MAX)
-
-    def _reduce(self, values: Sequence[float], op) -> list[float]:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, op)
+        dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, items: list) -> list:
@@ -199,12 +188,6 @@ class World:
     def deal(self, items: Sequence) -> Sequence:
         """This rank's share of items that every rank has: each size-th."""
         return items[self.rank :: self.size]
-
-    def agree(self, what: str, value: int) -> None:
-        """ValueError unless `value` is the same on all ranks."""
-        high, low = self.max(value, -value)
-        if high != -low:
-            raise ValueError(f"rank {self.rank} sees {what} {value}, others see another; all hosts must share --out")
 
 
 def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> Llama:
@@ -278,27 +261,19 @@ def schedule(progress: float, warmup: float) -> float:
 # --------------------------------------------------------------------------------------------------
 # Learner: a model in training on all ranks. rl.py uses the same.
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Hardware:
     """The flags that say how an update is computed, which sft.py and rl.py share."""
 
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag(
-        "",
-        "what to compute in; master weights are float32 (default: bfloat16 on a GPU, float32 on a CPU)",
-        choices=("float32", "bfloat16"),
-    )
-    shard: int = flag(
-        0, "ranks that share one copy of the weights: 1 is data parallelism, 0 means all of them", least=0
-    )
-    micro_tokens: int = flag(
-        1024, "tokens packed into one forward pass, on each rank; a longer sequence goes alone", least=1
-    )
+    precision: str = flag("", "what to compute in (default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES)
+    shard: int = flag(0, "ranks that share a copy of the weights: 1 is data parallelism, 0 means all", least=0)
+    micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
-    optimizer_state: str = flag(
-        "float32", "type of AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=("float32", "bfloat16")
-    )
+    optimizer_state: str = flag("float32", "AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=DTYPES)
     clip: float = flag(1.0, "largest global gradient norm")
 
 
@@ -316,14 +291,16 @@ class Learner:
         self.optimizer = make_optimizer(self.model, 0.0, weight_decay, s.optimizer_state == "bfloat16")
         self.world, self.s, self.pad = world, s, pad
 
-    def micro_batches(self, rows: Sequence[Row], groups: list[list[int]]) -> Iterator[tuple[list[int], MicroBatch]]:
-        """(indices, tensors) of each of this rank's `groups` of `rows`.
+    def micro_batches(self, rows: Sequence[Row], shared: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
+        """(indices, tensors) of each micro-batch of `rows`: this rank's own, or `shared` out if all ranks have them.
 
         All ranks get as many as the one with the most: gathering and reducing needs every rank, so one
         that has no rows left computes a pad that trains nothing. Gradients add up where they are
         sharded; replicas exchange theirs after the last.
         """
-        rounds = int(self.world.max(len(groups))[0])
+        groups = pack([len(tokens) - 1 for tokens, _ in rows], self.s.micro_tokens)
+        groups = self.world.deal(groups) if shared else groups
+        rounds = max(self.world.gather([len(groups)]))
         for i in range(rounds):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_all_reduce(i == rounds - 1)
@@ -347,23 +324,20 @@ class Learner:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what is outside of the blocks stays gathered after a forward pass without a backward
-        gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = {}
+        options, optimizer = states.StateDictOptions(full_state_dict=True, cpu_offload=True), {}
         if self.optimizer.state:  # else the getter would make one, by a step that counts
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=gather)
-        if not isinstance(self.model, FSDPModule):
-            return self.model, optimizer
+            optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
         with torch.device("meta"):
             model = Llama(self.model.config)
-        if weights := get_model_state_dict(self.model, options=gather):
+        if weights := states.get_model_state_dict(self.model, options=options):
             model.load_state_dict(weights, assign=True)
         return model, optimizer
 
     def restore(self, optimizer: dict | None) -> None:
         """Takes up an optimizer state from `state`, of any number of ranks, if there is one."""
         if optimizer:
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+            options = states.StateDictOptions(full_state_dict=True)
+            states.set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -389,10 +363,10 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 
     A run that is not finished serves too, but not unnoticed.
     """
-    checkpoint = newest_checkpoint(folder) or data.fail(
-        f"{folder}: holds no checkpoint, neither config.json nor step-N; {advice}"
-    )
-    if (Path(folder) / "settings.json").exists() and not (Path(folder) / "summary.json").exists():
+    folder = Path(folder)
+    if not (checkpoint := newest_checkpoint(folder)):
+        data.fail(f"{folder}: holds no checkpoint, neither config.json nor step-N; {advice}")
+    if (folder / "settings.json").exists() and not (folder / "summary.json").exists():
         print(f"note: the run in {folder} is not finished; going on from its {checkpoint.name}")
     return checkpoint
 
@@ -420,13 +394,15 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    `seconds` counts the time of each phase, `flops` the operations that the model needed, over all ranks.
+    What is done so far: `step`, `tokens` trained on, `seconds` of each phase, `flops` that the model needed, over
+    all ranks.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
-        self.seconds, self.flops, self.saved, self.held = defaultdict(float), 0.0, None, None
+        self.step, self.tokens, self.seconds, self.flops = 0, 0, defaultdict(float), 0.0
+        self.saved, self.held = None, None
 
     def __enter__(self):
         def stop(*_):
@@ -472,62 +448,64 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self) -> tuple[Path | None, dict]:
-        """(newest checkpoint folder, its trainer state), or (None, {}) for a new run.
+    def start(self) -> tuple[Path | None, dict | None]:
+        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run.
 
         ValueError if the checkpoint was made with other settings: it would not be the same run.
         """
         self.lock()
-        checkpoint = newest_checkpoint(self.out)
-        self.world.agree("checkpoint", int(checkpoint.name[5:]) if checkpoint else -1)
-        state = {}
+        checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
+        if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
+            raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
         if checkpoint:
             state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-        for name, old in state.get("settings", {}).items():
-            new = asdict(self.settings).get(name)
-            if old != new and name not in FREE:
-                flag_ = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{self.out}: began with {flag_} {old}, not {new}; give that, or another --out")
-        self.seconds.update(state.get("seconds", {}))
-        self.flops, self.saved = state.get("flops", 0.0), state.get("step")
+            for name, old in state["settings"].items():
+                new = getattr(self.settings, name, None)
+                if old != new and name not in FREE:
+                    name = name.replace("_", "-")
+                    raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+            self.step, self.tokens, self.flops = (state[name] for name in ("step", "tokens", "flops"))
+            self.seconds.update(state["seconds"])
+            self.saved = self.step
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
         if self.world.rank == 0:
             with open(self.metrics, "ab") as file:
-                file.truncate(min(file.tell(), state.get("metrics_bytes", 0)))
-        return checkpoint, state
+                file.truncate(min(file.tell(), state["metrics_bytes"]))
+        return checkpoint, state["optimizer"]
 
     def log(self, **figures) -> None:
-        """Appends one line of figures to metrics.jsonl; shows held-out figures."""
+        """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
         if self.world.rank:
             return
-        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
-            tqdm.write(f"{self.out} step {figures['step']}: held-out {figures['held_out']}")
+            tqdm.write(f"{self.out} step {self.step}: held-out {figures['held_out']}")
 
     def write_text(self, name: str, text: str) -> None:
         """A file in the run folder."""
         if self.world.rank == 0:
             data.write_atomically(self.out / name, lambda p: p.write_text(text))
 
-    def save(self, step: int, learner: Learner, tokenizer: Tokenizer, **state) -> None:
+    def save(self, learner: Learner, tokenizer: Tokenizer) -> None:
         """Writes checkpoint step-N and removes the older ones."""
-        if step == self.saved:  # a moment ago, and nothing was learned since
+        if self.step == self.saved:  # a moment ago, and nothing was learned since
             return
         with self.phase("save"):
             model, optimizer = learner.state()
-            self.saved = step
+            self.saved = self.step
             if self.world.rank == 0:
-                state |= {"step": step, "optimizer": optimizer, "seconds": dict(self.seconds), "flops": self.flops}
-                self.write(step, model, tokenizer, state)
+                self.write(model, tokenizer, optimizer)
 
-    def write(self, step: int, model: Llama, tokenizer: Tokenizer, state: dict) -> None:
+    def write(self, model: Llama, tokenizer: Tokenizer, optimizer: dict) -> None:
         """The files of `save`."""
-        final, temporary = self.out / f"step-{step}", self.out / f".step-{step}.tmp"
+        final, temporary = self.out / f"step-{self.step}", self.out / f".step-{self.step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         save(model, temporary)
         tokenizer.save(temporary)
+        state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
+        state |= {"seconds": dict(self.seconds), "flops": self.flops}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
@@ -538,20 +516,19 @@ class Run:
         for old in older:
             shutil.rmtree(old)
 
-    def stop(self, step: int):
+    def stop(self):
         """Ends the program after Ctrl-C, as one that was interrupted."""
-        print(f"{self.out}: stopped after step {step}; the same command goes on from there")
+        print(f"{self.out}: stopped after step {self.step}; the same command goes on from there")
         sys.exit(130)
 
-    def finish(self, tokens: int, **totals) -> None:
+    def finish(self, **totals) -> None:
         """Prints the line of totals and writes summary.json, which marks the run as finished.
 
-        `tokens` are those trained on; their rate, and the share of the devices' peak, are over the
-        seconds of the phase "train".
+        The rate of tokens, and the share of the devices' peak, are over the seconds of the phase "train".
         """
         name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else ""
         peak = next((rate for part, rate in PEAK.items() if part in name), None)
-        totals |= {"tokens": tokens, "tokens_per_s": round(tokens / self.seconds["train"])}
+        totals |= {"tokens": self.tokens, "tokens_per_s": round(self.tokens / self.seconds["train"])}
         totals["mfu"] = peak and round(self.flops / (self.seconds["train"] * peak * self.world.size), 3)
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
@@ -566,17 +543,12 @@ class Run:
 class Settings(Hardware):
     mixture: str = flag("parallel", "what to train on", choices=tuple(data.MIXTURES))
     data: str = flag("runs/data", "folder that `python data.py make` wrote; made first if it is missing")
-    model: str = flag(
-        "",
-        "checkpoint or run folder to start from (default: runs/base, trained first if missing; base starts from scratch)",
-    )
+    model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
-    tokens: int = flag(
-        0, "training tokens, prompts included; 0 means 3,500,000 for base and 400,000 otherwise", least=0
-    )
+    tokens: int = flag(0, "tokens to train on, prompts included; 0: 3,500,000 for base, else 400,000", least=0)
     batch: int = flag(16, "sequences per update, over all ranks", least=1)
-    lr: float = flag(0.0, "peak learning rate; 0 means 3e-3 for base and 5e-4 otherwise")
+    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
     general: float = flag(0.3, "share of base documents replayed inside an SFT mixture")
@@ -626,19 +598,13 @@ def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -
     return rows
 
 
-def my_groups(rows: Sequence[Row], learner: Learner) -> list[list[int]]:
-    """This rank's share of `rows`, which every rank has, packed into micro-batches."""
-    groups = pack([len(tokens) - 1 for tokens, _ in rows], learner.s.micro_tokens)
-    return list(learner.world.deal(groups))
-
-
 @torch.no_grad()
 def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, float]:
     """Mean negative log-prob per trained token, by PL."""
     losses = {}
     for language, rows in sorted(held.items()):
         total = 0.0
-        for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+        for _, (tokens, targets, start) in learner.micro_batches(rows, shared=True):
             total -= learner.model(tokens, targets, start=start)[0].sum().item()
         losses[language] = round(learner.world.sum(total)[0] / trained_tokens(rows), 4)
     return losses
@@ -650,66 +616,62 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     Returns this rank's part of that mean, () float64: the parts of all ranks add up to it. Read it after `step`,
     since a GPU is to have its next work before it is done.
     """
-    count, losses = trained_tokens(rows), []
-    for _, (tokens, targets, start) in learner.micro_batches(rows, my_groups(rows, learner)):
+    count, total = trained_tokens(rows), 0.0
+    for _, (tokens, targets, start) in learner.micro_batches(rows, shared=True):
         loss = -learner.model(tokens, targets, start=start)[0].sum() / count
         learner.backward(loss)
-        losses.append(loss.detach())
-    return torch.stack(losses).sum(dtype=torch.float64)
+        total += loss.detach().double()
+    return total
 
 
 def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
     """The rows of update number `step`. ValueError for one longer than the model's `limit`."""
     rows = [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
-    longest = max(rows, key=lambda row: len(row[0]))[0]
-    if len(longest) > limit:
-        text = mixture.tokenizer.decode(longest[:60])
-        raise ValueError(
-            f"{s.data}: an example of {len(longest)} tokens, the model takes {limit}; leave out the record that begins {text!r}"
-        )
+    ids = max((ids for ids, _ in rows), key=len)
+    if len(ids) > limit:
+        what = f"an example of {len(ids)} tokens, the model takes {limit}"
+        raise ValueError(f"{s.data}: {what}; leave out the record of {mixture.tokenizer.decode(ids[:60])!r}")
     return rows
 
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
     """One optimizer step: (its figures, whether any rank was told to stop)."""
-    lengths = [len(tokens) - 1 for tokens, _ in rows]
+    lengths, seen = [len(ids) - 1 for ids, _ in rows], sum(len(ids) for ids, _ in rows)
     with run.phase("train") as training:
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(float(loss), run.stopping)
+    run.step, run.tokens = run.step + 1, run.tokens + seen
     run.flops += flops(learner.model.config, lengths)
-    rate = (sum(lengths) + len(rows)) / training.seconds
-    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": rate}, stopping > 0
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
 
-def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture, step: int, tokens: int) -> None:
-    """The updates from `step` on, `tokens` tokens into the run."""
-    tokenizer, config, stopping = mixture.tokenizer, learner.model.config, False
+def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
+    """The updates, from where `run` is."""
+    tokenizer, limit, stopping = mixture.tokenizer, learner.model.config.max_position_embeddings, False
     held = held_out_rows(s, tokenizer, mixture.everything)
     quiet = True if run.world.rank else None
-    bar = tqdm(total=s.tokens, initial=tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
-    while tokens < s.tokens and not stopping:
+    bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
+    while run.tokens < s.tokens and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, step, s, config.max_position_embeddings)
-        lr = s.lr * schedule(tokens / s.tokens, s.warmup)
+            rows = draw(mixture, run.step, s, limit)
+        lr = s.lr * schedule(run.tokens / s.tokens, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
-        seen = sum(len(ids) for ids, _ in rows)
-        step, tokens = step + 1, tokens + seen
-        bar.update(seen)
-        bar.set_postfix(step=step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
-        if step % s.eval_every == 0:
+        bar.update(run.tokens - bar.n)
+        bar.set_postfix(step=run.step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
+        if run.step % s.eval_every == 0:
             with run.phase("evaluate"):
                 figures["held_out"] = held_out_losses(learner, held)
-        run.log(step=step, tokens=tokens, **figures)
-        if step % s.save_every == 0:
-            run.save(step, learner, tokenizer, tokens=tokens)
+        run.log(tokens=run.tokens, **figures)
+        if run.step % s.save_every == 0:
+            run.save(learner, tokenizer)
     bar.close()
-    run.save(step, learner, tokenizer, tokens=tokens)
-    if tokens < s.tokens:
-        run.stop(step)
+    run.save(learner, tokenizer)
+    if run.tokens < s.tokens:
+        run.stop()
     with run.phase("evaluate"):
         losses = held_out_losses(learner, held)
-    run.finish(tokens, updates=step, held_out=losses)
+    run.finish(updates=run.step, held_out=losses)
 
 
 def train(s: Settings, world: World) -> None:
@@ -717,19 +679,20 @@ def train(s: Settings, world: World) -> None:
 
     The tokenizer is the starting model's own; only a model from scratch takes the corpus's.
     """
-    roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
     with Run(s.out, s, world) as run:
-        checkpoint, state = run.start()
-        source = checkpoint or (
-            starting_point(s.model, "train one with `python sft.py --mixture base`") if s.model else None
-        )
+        if run.finished():
+            return
+        roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
+        source, optimizer = run.start()
+        if s.model and not source:
+            source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
         mixture = Mixture(
             s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
         )
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
-        learner.restore(state.get("optimizer"))
-        loop(s, run, learner, mixture, state.get("step", 0), state.get("tokens", 0))
+        learner.restore(optimizer)
+        loop(s, run, learner, mixture)
 
 
 def main(s: Settings) -> None:
@@ -744,8 +707,7 @@ def main(s: Settings) -> None:
         if s.model == "runs/base" and not Path("runs/base/summary.json").exists():
             print("runs/base: no finished base model yet; training it first (minutes on a CPU)")
             train(resolve(Settings(mixture="base", data=s.data, device=s.device, seed=s.seed)), world)
-        if not Run(s.out, s, world).finished():
-            train(s, world)
+        train(s, world)
 
 
 if __name__ == "__main__":
