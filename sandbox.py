@@ -1376,14 +1376,13 @@ def _empty(directory: str) -> None:
 class _LandlockWarden(_Warden):
     """Adopts what its programs leave, and kills by descent. As root, programs get a user id that
     no one else has; otherwise they are kept from signalling by Landlock (from version 6 on) or
-    by allowing signals to the program's own process only."""
-
-    confined = True
+    by allowing signals to the program's own process only. At level `none` all that is left out."""
 
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         super().__init__(sock, group, settings)
         self.home = settings["home"]
         self.box, self.tmp = f"{self.home}/box", f"{self.home}/tmp"
+        self.confined = settings["level"] == "landlock"
         self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
         readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
         self.readable = [*filter(os.path.exists, readable), self.box]
@@ -1416,6 +1415,8 @@ class _LandlockWarden(_Warden):
 
     def confine(self, step: dict) -> None:
         _set_limits({**step, "processes": step["processes"] + self.taken})
+        if not self.confined:
+            return
         _landlock(self.readable, [self.tmp] + [self.box] * (step["cwd"] == "box"))
         if self.uid:
             _drop_to(self.uid)
@@ -1433,15 +1434,6 @@ class _LandlockWarden(_Warden):
         return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES
 
 
-class _BareWarden(_LandlockWarden):
-    """No confinement but for the limits per process."""
-
-    confined = False
-
-    def confine(self, step: dict) -> None:
-        _set_limits({**step, "processes": step["processes"] + self.taken})
-
-
 # ---------------------------------------------------------------------------------------------
 # The nurse
 
@@ -1456,8 +1448,8 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             _enter_namespaces(settings["home"], settings["paths"], sock)
         if group and not group.works():
             group = None  # the nurse removes it
-        kinds = {"namespaces": _NamespaceWarden, "landlock": _LandlockWarden, "none": _BareWarden}
-        warden = kinds[level](sock, group, settings)
+        kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
+        warden = kind(sock, group, settings)
     except OSError as error:
         _send(sock, {"level": None, "message": str(error)})
         return
