@@ -65,7 +65,6 @@ from pathlib import Path
 _IN_HELPER = sys.argv[1:] == ["sandbox helper"]
 if not _IN_HELPER:
     import argparse
-    import atexit
     import hashlib
     import queue
     import shutil
@@ -73,18 +72,6 @@ if not _IN_HELPER:
     import tempfile
     import warnings
     from concurrent.futures import Future, ThreadPoolExecutor
-
-VERDICTS = (
-    "ok",
-    "wrong_answer",
-    "compile_error",
-    "runtime_error",
-    "time_limit",
-    "memory_limit",
-    "output_limit",
-    "no_toolchain",
-    "internal_error",
-)
 
 
 @dataclass(frozen=True)
@@ -395,7 +382,7 @@ Checker = Callable[[dict, str], bool]  # (test, stdout) -> right?
 
 
 def _lines(text: str) -> list[str]:
-    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n").split("\n")
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def same_lines(test: dict, stdout: str) -> bool:
@@ -406,17 +393,12 @@ def same_lines(test: dict, stdout: str) -> bool:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def _number(token: str) -> float | None:
-    """None for what is no number in digits, or too great to be told from infinity."""
-    value = float(token) if _NUMBER.fullmatch(token) else math.inf
-    return None if math.isinf(value) else value
-
-
 def _same_token(expected: str, got: str, tolerance: float) -> bool:
-    numbers = _number(expected), _number(got)
-    if expected == got or None in numbers:
+    """A number too great to be told from infinity is equal to none but the same text."""
+    if expected == got or not (_NUMBER.fullmatch(expected) and _NUMBER.fullmatch(got)):
         return expected == got
-    return math.isclose(*numbers, rel_tol=tolerance, abs_tol=tolerance)
+    number = float(expected)
+    return math.isfinite(number) and math.isclose(number, float(got), rel_tol=tolerance, abs_tol=tolerance)
 
 
 def close_numbers(tolerance: float = 1e-6) -> Checker:
@@ -440,7 +422,9 @@ class TestResult:
     """One test, or the compilation."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name
-    verdict: str
+    verdict: (
+        str  # ok, wrong_answer, compile_error, runtime_error, time_limit, memory_limit, output_limit, internal_error
+    )
     stdout: str = ""  # the head, Limits.keep characters
     stderr: str = ""
     exit_code: int | None = None  # None when ended by a signal or never started
@@ -453,7 +437,7 @@ class TestResult:
 
 @dataclass(frozen=True)
 class Result:
-    """All tests of one program; the verdict is that of the first test that is not ok."""
+    """All tests of one program; the verdict is that of the first test that is not ok, or no_toolchain."""
 
     verdict: str
     language: str
@@ -1893,27 +1877,6 @@ def _watched(futures: "list[Future]", progress: str | None) -> "Iterable[Future]
     except ImportError:
         return futures
     return tqdm(futures, desc=progress, unit="program")
-
-
-@functools.cache
-def _default() -> Sandbox:
-    sandbox = Sandbox(workers=1)
-    atexit.register(sandbox.close)
-    return sandbox
-
-
-def run(
-    program: str,
-    language: str,
-    tests: Sequence[dict],
-    limits: Limits = Limits(),
-    *,
-    stop_at_failure: bool = False,
-    checker: Checker = same_lines,
-) -> Result:
-    """Runs one program in a sandbox kept for such calls; for many use Sandbox."""
-    options = {"limits": limits, "stop_at_failure": stop_at_failure, "checker": checker}
-    return _default().run(program, language, tests, **options)
 
 
 # ---------------------------------------------------------------------------------------------
