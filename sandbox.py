@@ -419,12 +419,11 @@ def close_numbers(tolerance: float = 1e-6) -> Checker:
 
 @dataclass(frozen=True)
 class TestResult:
-    """One test, or the compilation."""
+    """One test, or the compilation. Verdicts: ok, wrong_answer, compile_error, runtime_error, time_limit,
+    memory_limit, output_limit and internal_error, which is the sandbox's own."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name
-    verdict: (
-        str  # ok, wrong_answer, compile_error, runtime_error, time_limit, memory_limit, output_limit, internal_error
-    )
+    verdict: str
     stdout: str = ""  # the head, Limits.keep characters
     stderr: str = ""
     exit_code: int | None = None  # None when ended by a signal or never started
@@ -952,11 +951,11 @@ def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
 class _Warden:
     """Runs steps, one at a time. What differs between the levels is in the subclasses."""
 
-    box = tmp = ""  # directories as the programs see them
     seccomp = None
 
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
-        self.sock, self.group, self.settings = sock, group, settings
+        self.sock, self.group = sock, group
+        self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
 
     # Of the subclasses:
     def new_box(self) -> None: ...
@@ -1027,12 +1026,9 @@ class _Warden:
                 os.dup2(fd, target)
             every, on_exec = 0xFFFFFFFF, 4
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
-            fill = {"box": self.box, "tmp": self.tmp}
-            os.chdir(fill[step["cwd"]])
-            argv = [word.format_map(fill) for word in step["argv"]] + step["args"]
-            env = {key: value.format_map(fill) for key, value in step["env"].items()}
+            os.chdir(step["cwd"])
             self.confine(step)
-            os.execve(argv[0], argv, env)
+            os.execve(step["argv"][0], step["argv"], step["env"])
         except BaseException as error:
             os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
@@ -1267,8 +1263,6 @@ class _NamespaceWarden(_Warden):
     """Process 1 of a world that it alone outlives: work directories are file systems of their
     own and kill(-1) reaches every program."""
 
-    box, tmp = "/box", "/tmp"
-
     def __init__(self, *args):
         super().__init__(*args)
         _prctl(_PR_NO_NEW_PRIVS, 1)
@@ -1364,13 +1358,11 @@ class _LandlockWarden(_Warden):
 
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         super().__init__(sock, group, settings)
-        self.home = settings["home"]
-        self.box, self.tmp = f"{self.home}/box", f"{self.home}/tmp"
         self.confined = settings["level"] == "landlock"
         self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
         readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
         self.readable = [*filter(os.path.exists, readable), self.box]
-        os.chmod(self.home, 0o711)
+        os.chmod(settings["home"], 0o711)
         for path in (self.box, self.tmp):
             os.mkdir(path)
             if self.uid:
@@ -1401,7 +1393,7 @@ class _LandlockWarden(_Warden):
         _set_limits({**step, "processes": step["processes"] + self.taken})
         if not self.confined:
             return
-        _landlock(self.readable, [self.tmp] + [self.box] * (step["cwd"] == "box"))
+        _landlock(self.readable, {self.tmp, step["cwd"]})  # a compiler works in the box
         if self.uid:
             _drop_to(self.uid)
         _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid(), truncate=self.truncate))
@@ -1434,6 +1426,10 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             group = None  # the nurse removes it
         kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
         warden = kind(sock, group, settings)
+        trial = {**vars(Limits()), "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": warden.tmp}
+        outcome, _ = warden.execute(trial, b"")
+        if outcome["verdict"] != "ok":
+            raise OSError(outcome["message"])
     except OSError as error:
         _send(sock, {"level": None, "message": str(error)})
         return
@@ -1475,7 +1471,7 @@ def _helper(fd: int) -> None:
 # The caller's side
 
 LEVELS = ("namespaces", "landlock", "none")
-_ENV_PATH = dict.fromkeys(("/usr/local/bin", "/usr/bin", "/bin"))
+_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
@@ -1583,6 +1579,8 @@ class _Worker:
     def __init__(self, level: str, cgroups: bool):
         self.sock, theirs = socket.socketpair()
         self.home = tempfile.mkdtemp(prefix=f"parallel-sft-{os.getpid()}-")
+        root = "" if level == "namespaces" else self.home
+        self.places = {"box": f"{root}/box", "tmp": f"{root}/tmp"}  # as the programs see them
         here = Path(__file__).resolve()
         lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
         code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
@@ -1596,7 +1594,7 @@ class _Worker:
                 start_new_session=True,
             )
         settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
-        hello, *_ = self.ask(_message(settings), 60, math.inf)
+        hello, *_ = self.ask(_message({**settings, **self.places}), 60, math.inf)
         if hello["level"] is None:
             self.close()
             raise _Refused(hello["message"])
@@ -1632,23 +1630,14 @@ def _sweep() -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-_TRUE = {"argv": ["/bin/true"], "args": [], "env": {}, "cwd": "tmp", "wall": 20, "cpu": 20}
-_TRUE |= {"memory": 256, "output": 1, "processes": 16, "files": 1}
-
-
 @functools.cache
 def best_level(cgroups: bool = True) -> str:
-    """The strongest confinement that works here, found by running a program in it.
-    Raises RuntimeError saying what was refused."""
+    """The strongest confinement that works here. Raises RuntimeError saying what was refused."""
     refusals = []
     for level in LEVELS[:2]:
         try:
-            worker = _Worker(level, cgroups)
-            answer, *_ = worker.ask(_message({"op": "test", "step": _TRUE}, b""), 60, math.inf)
-            worker.close()
-            if answer["verdict"] == "ok":
-                return level
-            refusals.append(f"{level}: {answer['message']}")
+            _Worker(level, cgroups).close()
+            return level
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
     raise RuntimeError(
@@ -1667,61 +1656,43 @@ class _Job:
     expires: float  # on the monotonic clock
     level: str
 
-    def steps(self, line: str, args: Iterable = (), **limits) -> list[dict]:
-        """What a helper needs to know to run one of the language's command lines."""
-        tools = toolchain(self.language.name, self.level)
-        source, stem = _source_name(self.language, self.program)
-        fill = {"box": "{box}", "tmp": "{tmp}", "file": "{box}/" + source, "stem": stem}
-        fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name, self.level))}
-        places = dict.fromkeys(map(os.path.dirname, tools.values())) | _ENV_PATH
-        env = {**_ENV, "PATH": ":".join(places), **self.language.env}
-        step = {**limits, "args": [str(arg) for arg in args]}
+    def steps(self, worker: _Worker, line: str, limits: Limits, cwd: str) -> list[dict]:
+        """What a helper needs to know to run one of the language's command lines. cwd: "box" or "tmp"."""
+        language, tools = self.language, toolchain(self.language.name, self.level)
+        source, stem = _source_name(language, self.program)
+        fill = {**worker.places, "file": f"{worker.places['box']}/{source}", "stem": stem}
+        fill |= {"mb": limits.memory, "cache": cache(language.name, self.level)}
+        path = dict.fromkeys([*map(os.path.dirname, tools.values()), *_PATH])
+        env = {**_ENV, "PATH": ":".join(path), **language.env}
+        step = {**vars(limits), "memory": limits.memory + language.overhead, "cwd": worker.places[cwd]}
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
-        step["memory"] += self.language.overhead
         lines = [[tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)]
         return [{**step, "argv": words} for words in lines]
 
     def compile(self, worker: _Worker) -> TestResult:
         """Writes the program into the worker's box and compiles it."""
-        limits, language = self.limits, self.language
+        language, wall, processes = self.language, self.limits.compile_wall, max(self.limits.processes, 256)
+        limits = Limits(wall, 2 * wall, self.limits.compile_memory, output=1 << 20, processes=processes, files=256)
         program, flags = _with_test_runner(language, self.program)
-        steps = self.steps(
-            language.compile + flags,
-            cwd="box",
-            wall=limits.compile_wall,
-            cpu=limits.compile_wall * 2,
-            memory=limits.compile_memory,
-            output=1 << 20,
-            processes=max(limits.processes, 256),
-            files=256,
-        )
+        steps = self.steps(worker, language.compile + flags, limits, "box")
         name, _ = _source_name(language, program)
         request = _message({"op": "open", "file": name, "steps": steps}, _bytes(program))
-        result, _ = self.ask(worker, request, limits.compile_wall)
+        result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
         return result
 
-    def request(self, test: dict) -> bytes:
-        """What makes a helper run the program on one test."""
-        limits = self.limits
-        (step,) = self.steps(
-            self.language.run,
-            test.get("args", ()),
-            cwd="tmp",
-            wall=limits.wall,
-            cpu=limits.cpu,
-            memory=limits.memory,
-            output=limits.output,
-            processes=limits.processes,
-            files=limits.files,
-        )
-        return _message({"op": "test", "step": step}, _bytes(test.get("stdin", "")))
+    def requests(self, worker: _Worker) -> Iterator[bytes]:
+        """What makes a helper run the program on each test."""
+        (step,) = self.steps(worker, self.language.run, self.limits, "tmp")
+        for test in self.tests:
+            argv = [*step["argv"], *map(str, test.get("args", ()))]
+            yield _message({"op": "test", "step": {**step, "argv": argv}}, _bytes(test.get("stdin", "")))
 
     def run(self, worker: _Worker) -> Iterator[TestResult]:
         """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
         it all, the helper has the next request before it answers, and needn't wait for the caller."""
-        requests, sent = itertools.chain(map(self.request, self.tests), [b""]), False
+        requests, sent = itertools.chain(self.requests(worker), [b""]), False
         for test, (request, following) in zip(self.tests, itertools.pairwise(requests), strict=True):
             early = not self.stop_at_failure and len(following) <= _AHEAD
             messages = (b"" if sent else request) + (following if early else b"")
