@@ -358,9 +358,9 @@ def cache(name: str, level: str = "namespaces") -> Path:
 
 @functools.cache
 def _warm(name: str, level: str) -> None:
-    """Prepares a language's cache unless it is there. Raises OSError if that fails."""
+    """Prepares a language's cache, if it has one, unless it is there. Raises OSError if that fails."""
     place, language = cache(name, level), LANGUAGES[name]
-    if place.exists():
+    if not language.warm or place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="warm-", dir=place.parent) as temporary:
@@ -420,7 +420,7 @@ def close_numbers(tolerance: float = 1e-6) -> Checker:
 @dataclass(frozen=True)
 class TestResult:
     """One test, or the compilation. Verdicts: ok, wrong_answer, compile_error, runtime_error, time_limit,
-    memory_limit, output_limit and internal_error, which is the sandbox's own."""
+    memory_limit, output_limit."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name
     verdict: str
@@ -436,7 +436,8 @@ class TestResult:
 
 @dataclass(frozen=True)
 class Result:
-    """All tests of one program; the verdict is that of the first test that is not ok, or no_toolchain."""
+    """All tests of one program. The verdict is that of the first that is not ok, or no_toolchain, or
+    internal_error where the sandbox itself failed."""
 
     verdict: str
     language: str
@@ -461,10 +462,6 @@ def _message(header: dict, *blobs: bytes) -> bytes:
     return struct.pack("!I", len(head)) + head + b"".join(blobs)
 
 
-def _send(sock: socket.socket, header: dict, *blobs: bytes) -> None:
-    sock.sendall(_message(header, *blobs))
-
-
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
@@ -478,7 +475,7 @@ def _receive_exactly(sock: socket.socket, count: int) -> bytes:
 def _receive(sock: socket.socket) -> tuple[dict, list[bytes]]:
     (length,) = struct.unpack("!I", _receive_exactly(sock, 4))
     header = json.loads(_receive_exactly(sock, length))
-    return header, [_receive_exactly(sock, size) for size in header["blobs"]]
+    return header, [_receive_exactly(sock, size) for size in header.pop("blobs")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -948,6 +945,9 @@ def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
     return "runtime_error", message
 
 
+_NO_STREAMS = (b"", b"")
+
+
 class _Warden:
     """Runs steps, one at a time. What differs between the levels is in the subclasses."""
 
@@ -975,8 +975,8 @@ class _Warden:
                 try:
                     reply, streams = self.answer(request, blobs[0])
                 except OSError as error:
-                    reply, streams = {"verdict": "internal_error", "message": str(error)}, ()
-                _send(self.sock, reply, *(streams or (b"", b"")))
+                    reply, streams = {"verdict": "internal_error", "message": str(error)}, _NO_STREAMS
+                self.sock.sendall(_message(reply, *streams))
 
     def answer(self, request: dict, blob: bytes) -> tuple[dict, tuple]:
         """Runs one test, or writes a program and compiles it: (what came of it, its streams)."""
@@ -984,7 +984,7 @@ class _Warden:
             return self.execute(request["step"], blob)
         self.new_box()
         Path(self.box, request["file"]).write_bytes(blob)
-        answer: tuple[dict, tuple] = {"verdict": "ok"}, ()
+        answer: tuple[dict, tuple] = {"verdict": "ok"}, _NO_STREAMS
         for step in request["steps"]:
             answer = self.execute(step, b"")
             if answer[0]["verdict"] != "ok":
@@ -1431,10 +1431,9 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
         if outcome["verdict"] != "ok":
             raise OSError(outcome["message"])
     except OSError as error:
-        _send(sock, {"level": None, "message": str(error)})
+        sock.sendall(_message({"refused": str(error)}))
         return
-    accounting = f"cgroup v{group.version}" if group else "polling"
-    _send(sock, {"level": level, "accounting": accounting})
+    sock.sendall(_message({"accounting": f"cgroup v{group.version}" if group else "polling"}))
     warden.serve()
 
 
@@ -1476,10 +1475,6 @@ _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 _AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy
-
-
-class _Deadline(Exception):
-    """The caller's time is over."""
 
 
 class _Refused(Exception):
@@ -1594,23 +1589,17 @@ class _Worker:
                 start_new_session=True,
             )
         settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
-        hello, *_ = self.ask(_message({**settings, **self.places}), 60, math.inf)
-        if hello["level"] is None:
+        hello, *_ = self.ask(_message({**settings, **self.places}), 60)
+        if "refused" in hello:
             self.close()
-            raise _Refused(hello["message"])
-        self.level, self.accounting = level, hello["accounting"]
+            raise _Refused(hello["refused"])
+        self.accounting = hello["accounting"]
 
-    def ask(self, messages: bytes, seconds: float, expires: float) -> tuple:
-        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises _Deadline, OSError or EOFError."""
-        self.sock.settimeout(max(0.001, min(seconds, expires - time.monotonic())))
-        try:
-            self.sock.sendall(messages)
-            header, blobs = _receive(self.sock)
-        except TimeoutError:
-            if time.monotonic() >= expires:
-                raise _Deadline from None
-            raise
-        header.pop("blobs")
+    def ask(self, messages: bytes, seconds: float) -> tuple:
+        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises OSError or EOFError."""
+        self.sock.settimeout(seconds)
+        self.sock.sendall(messages)
+        header, blobs = _receive(self.sock)
         return header, *blobs
 
     def close(self) -> None:
@@ -1701,6 +1690,8 @@ class _Job:
             if result.verdict == "ok" and not self.right(test, stdout):
                 result = replace(result, verdict="wrong_answer")
             yield result
+            if result.verdict != "ok" and self.stop_at_failure:
+                return
 
     def right(self, test: dict, stdout: str) -> bool:
         """Asks the checker. Unit tests that pass say so, in words that differ by language and even
@@ -1713,27 +1704,21 @@ class _Job:
         return self.checker(test, stdout)
 
     def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
-        """The helper's next answer, and the whole of stdout for the checker."""
-        answer, out, err = worker.ask(messages, wall + _PATIENCE + _GRACE, self.expires)
+        """The helper's next answer, and the whole of stdout for the checker. Raises OSError or EOFError where
+        the sandbox failed."""
+        seconds = min(wall + _PATIENCE + _GRACE, self.expires - time.monotonic())
+        answer, out, err = worker.ask(messages, max(0.001, seconds))
+        if answer["verdict"] == "internal_error":
+            raise OSError(answer["message"])
         stdout, keep = _text(out), self.limits.keep
         return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
-
-    def result(self, verdict: str, worker: _Worker | None = None, **more) -> Result:
-        more["accounting"] = worker.accounting if worker else ""
-        return Result(verdict, self.language.name, level=self.level, **more)
 
     def grade(self, worker: _Worker) -> Result:
         """Compiles once, then runs the tests."""
         built = self.compile(worker)
-        if built.verdict != "ok":
-            return self.result(built.verdict, worker, compile=built, message=built.message)
-        results: list[TestResult] = []
-        for result in self.run(worker):
-            results.append(result)
-            if result.verdict != "ok" and self.stop_at_failure:
-                break
-        first = next((r for r in results if r.verdict != "ok"), TestResult("ok"))
-        return self.result(first.verdict, worker, tests=tuple(results), compile=built, message=first.message)
+        tests = tuple(self.run(worker)) if built.verdict == "ok" else ()
+        first = next((result for result in (built, *tests) if result.verdict != "ok"), built)
+        return Result(first.verdict, self.language.name, tests, built, self.level, worker.accounting, first.message)
 
 
 class Sandbox:
@@ -1808,25 +1793,20 @@ class Sandbox:
         return [future.result() for future in _watched(futures, progress)]
 
     def _grade(self, job: _Job) -> Result:
+        failed = functools.partial(Result, language=job.language.name, level=self.level)
         if toolchain(job.language.name, self.level) is None:
-            return job.result("no_toolchain", message=_missing(job.language))
-        result = job.result("internal_error")
+            return failed("no_toolchain", message=_missing(job.language))
         for _ in range(1 + _RETRIES):
+            if time.monotonic() >= job.expires:
+                return failed("internal_error", message="deadline")
             try:
-                result = self._attempt(job)
-            except _Deadline:
-                return job.result("internal_error", message="deadline")
+                return self._attempt(job)
             except (OSError, EOFError, _Refused) as error:
-                result = job.result("internal_error", message=repr(error))
-            if result.verdict != "internal_error":
-                break
+                result = failed("internal_error", message=str(error))
         return result
 
     def _attempt(self, job: _Job) -> Result:
-        if job.language.warm:
-            _warm(job.language.name, self.level)
-        if time.monotonic() > job.expires:
-            raise _Deadline
+        _warm(job.language.name, self.level)
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
