@@ -294,38 +294,31 @@ def toolchain(name: str, level: str = "namespaces") -> dict[str, str] | None:
     return None if None in paths.values() else paths
 
 
-def _key(name: str, level: str = "namespaces") -> str:
-    """Names a language's toolchain as it is now, and the commands used with it."""
-    language, tools = LANGUAGES[name], toolchain(name, level) or {}
-    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
-    return f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
+@functools.cache
+def installed() -> list[str]:
+    """The languages whose toolchain is here, in the order of LANGUAGES."""
+    return [name for name in LANGUAGES if toolchain(name)]
 
 
-def _ask_version(name: str) -> str:
+def _missing(language: Language) -> str:
+    return f"Debian package {language.package}" if language.package else "not in Debian"
+
+
+def _version(name: str) -> str:
+    """What a language's toolchain says of itself; where there is none, what would bring it."""
+    if name not in installed():
+        return f"- ({_missing(LANGUAGES[name])})"
     tool, *arguments = _commands(LANGUAGES[name].version)[0]
-    settings = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "timeout": 30}
-    if name == "tcl":  # has no such flag
-        settings |= {"stdin": None, "input": b"puts [info patchlevel]"}
+    command, for_tcl = [toolchain(name)[tool], *arguments], "puts [info patchlevel]"  # which has no such flag
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = [toolchain(name)[tool], *arguments]
-        output = subprocess.run(command, stdout=subprocess.PIPE, **settings).stdout
-        if found := re.search(rb"\d+(\.\d+)+\w*", output):
-            return found[0].decode()
+        done = subprocess.run(command, input=for_tcl, capture_output=True, encoding="latin-1", timeout=30)
+        if found := re.search(r"\d+(\.\d+)+\w*", done.stdout + done.stderr):
+            return found[0]
     return "?"
 
 
-def _version(name: str) -> str | None:
-    """None without a toolchain. Asking some takes seconds: the answer is kept on the disk."""
-    if toolchain(name) is None:
-        return None
-    note = _cache_root() / f"{_key(name)}.version"
-    with contextlib.suppress(OSError):
-        return note.read_text()
-    version = _ask_version(name)
-    with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(version)
-    return version
+# ---------------------------------------------------------------------------------------------
+# Caches: what a toolchain can prepare once for all programs, which may only read it
 
 
 def _cache_root() -> Path:
@@ -335,25 +328,11 @@ def _cache_root() -> Path:
 
 
 @functools.cache
-def installed() -> dict[str, str]:
-    """Version of each language whose toolchain is here, in the order of LANGUAGES."""
-    with ThreadPoolExecutor(8) as pool:
-        versions = zip(LANGUAGES, pool.map(_version, LANGUAGES), strict=True)
-        return {name: version for name, version in versions if version is not None}
-
-
-def _missing(language: Language) -> str:
-    return f"Debian package {language.package}" if language.package else "not in Debian"
-
-
-# ---------------------------------------------------------------------------------------------
-# Caches: what a toolchain can prepare once for all programs, which may only read it
-
-
-@functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
-    """Where a language's prepared files are, for this toolchain and these commands."""
-    return _cache_root() / _key(name, level)
+    """Where a language's prepared files are, for the toolchain as it is now and these commands."""
+    language, tools = LANGUAGES[name], toolchain(name, level) or {}
+    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
+    return _cache_root() / f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
 
 
 @functools.cache
@@ -1835,9 +1814,9 @@ def _watched(futures: "list[Future]", progress: str | None) -> "Iterable[Future]
 
 
 def _cmd_languages(_) -> int:
-    versions = installed()
-    for name, language in LANGUAGES.items():
-        print(f"{name:12} {versions.get(name) or f'- ({_missing(language)})'}")
+    with ThreadPoolExecutor(8) as pool:
+        for name, version in zip(LANGUAGES, pool.map(_version, LANGUAGES), strict=True):
+            print(f"{name:12} {version}")
     return 0
 
 
