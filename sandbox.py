@@ -723,15 +723,16 @@ class _Group:
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
         return int(found[1])
 
-    def remove(self) -> None:
-        """Once no process is left in it."""
-        for place in self.places:
-            with contextlib.suppress(OSError):
-                place.rmdir()
+
+def _remove_groups(places: Iterable[Path | None]) -> None:
+    """Those that there are and that have no process left."""
+    for place in filter(None, places):
+        with contextlib.suppress(OSError):
+            place.rmdir()
 
 
-def _own_cgroups() -> dict[str, Path]:
-    """Directory of this process's group by controller; "" for version 2."""
+def _own_cgroups() -> dict[str, tuple[Path, Path]]:
+    """Where each controller is mounted, and this process's group there; "" stands for version 2."""
     mounts = {}
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, place, kind, options = line.split()[:4]
@@ -742,9 +743,8 @@ def _own_cgroups() -> dict[str, Path]:
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        for name in controllers.split(","):
-            if name in mounts:
-                own[name] = (Path(mounts[name]), Path(mounts[name] + path))
+        for name in mounts.keys() & controllers.split(","):
+            own[name] = (Path(mounts[name]), Path(mounts[name] + path))
     return own
 
 
@@ -757,40 +757,34 @@ def _owner_gone(path: Path) -> bool:
 def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
     """A new group under the process's own, or else under the nearest parent that allows it."""
     for parent in (own, *own.parents):
+        _remove_groups(filter(_owner_gone, parent.glob("sandbox-*")))
+        with contextlib.suppress(OSError):  # version 1 has none; in version 2 it may be on already
+            (parent / "cgroup.subtree_control").write_text("+memory +pids")
         place = parent / f"sandbox-{os.getpid()}"
-        for left in filter(_owner_gone, parent.glob("sandbox-*")):
-            with contextlib.suppress(OSError):
-                left.rmdir()
         with contextlib.suppress(OSError):
-            if probes[0] == _GROUP_FILES[2][0]:
-                with contextlib.suppress(OSError):  # may be on already
-                    (parent / "cgroup.subtree_control").write_text("+memory +pids")
             place.mkdir()
             if all((place / probe).exists() for probe in probes):
                 return place
             place.rmdir()
         if parent == top:
-            return None
+            break
     return None
 
 
 def _make_group() -> _Group | None:
     """None where control groups can't be had."""
     own = _own_cgroups()
+    memory = pids = None
     if "memory" in own and "pids" in own:
         version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
         pids = _make_directory(*own["pids"], "pids.max")
     elif "" in own:
         version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")
         pids = memory
-    else:
-        return None
     if memory and pids:
         with contextlib.suppress(OSError):
             return _Group(version, memory, pids)
-    for place in {memory, pids} - {None}:
-        with contextlib.suppress(OSError):
-            place.rmdir()
+    _remove_groups((memory, pids))
     return None
 
 
@@ -1442,7 +1436,7 @@ def _helper(fd: int) -> None:
         _empty(settings["home"])
         os.rmdir(settings["home"])
     if group:
-        group.remove()
+        _remove_groups(group.places)
 
 
 # ---------------------------------------------------------------------------------------------
