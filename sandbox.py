@@ -469,8 +469,8 @@ _PIVOT_ROOT = (155, 41)
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 32, 4096, 16384
 _MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
-_NEW_NS, _NEW_PID = 0x00020000, 0x20000000
-_NEW_ALL = 0x10000000 | _NEW_NS | _NEW_PID | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
+_NEW_NS, _NEW_TIME = 0x00020000, 0x80
+_NEW_ALL = 0x10000000 | _NEW_NS | 0x20000000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = (1, 4, 22, 36, 38)
 
 
@@ -571,9 +571,8 @@ _TRUNCATE, _OPEN, _OPENAT, _OPENAT2 = (76, 45), (2, None), (257, 56), (437, 437)
 
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_REFUSE = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
-_PERMIT = (_RETURN, 0, 0, _ALLOW)
+_PERMIT, _KILL = (_RETURN, 0, 0, 0x7FFF0000), (_RETURN, 0, 0, 0x80000000)
+_REFUSE, _LACK, _IGNORE = ((_RETURN, 0, 0, 0x00050000 | error) for error in (errno.EPERM, errno.ENOSYS, 0))
 _FIRST_ARGUMENT = (_LOAD, 0, 0, 16)
 
 
@@ -584,18 +583,17 @@ def _rules(own_files: bool, own_pid: int | None, truncate: bool = True) -> dict[
         return [_FIRST_ARGUMENT, (_JUMP_EQUAL, 0, 1, value), _PERMIT, _REFUSE]
 
     rules = {numbers[_ARCH]: [_REFUSE] for numbers in _REFUSED.values()}
-    rules |= {numbers[_ARCH]: [(_RETURN, 0, 0, _ERRNO)] for numbers in _IGNORED.values()}
+    rules |= {numbers[_ARCH]: [_IGNORE] for numbers in _IGNORED.values()}
     rules |= {numbers[_ARCH]: only(value) for numbers, value in _ONLY.values()}
-    new_namespaces = (_NEW_ALL | 0x80, _FIRST_ARGUMENT)  # 0x80 is CLONE_NEWTIME
-    rules[_CLONE[_ARCH]] = [new_namespaces[1], (_JUMP_BITS, 0, 1, new_namespaces[0]), _REFUSE, _PERMIT]
-    rules[_CLONE3[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # libc falls back to clone
+    rules[_CLONE[_ARCH]] = [_FIRST_ARGUMENT, (_JUMP_BITS, 0, 1, _NEW_ALL | _NEW_TIME), _REFUSE, _PERMIT]
+    rules[_CLONE3[_ARCH]] = [_LACK]  # libc falls back to clone
     if own_files:
         rules |= {numbers[_ARCH]: [_REFUSE] for numbers in _OWN_FILES.values()}
     if own_pid is not None:
         rules |= {numbers[_ARCH]: only(own_pid) for numbers in _SIGNALLING.values()}
     if not truncate:
         rules[_TRUNCATE[_ARCH]] = [_REFUSE]
-        rules[_OPENAT2[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # its flags are in memory
+        rules[_OPENAT2[_ARCH]] = [_LACK]  # its flags are in memory
         for numbers, index in ((_OPEN, 1), (_OPENAT, 2)):
             flags, both = (_LOAD, 0, 0, 16 + 8 * index), (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)
             neither = [(_JUMP_EQUAL, 1, 0, os.O_TRUNC), (_JUMP_EQUAL, 0, 1, os.O_TRUNC | os.O_ACCMODE)]
@@ -617,8 +615,8 @@ def _search(rules: list[tuple[int, list[tuple]]]) -> list[tuple]:
 def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool = True):
     """The struct sock_fprog, to be given to _seccomp. Foreign calling conventions, which number
     the calls differently, end the program."""
-    start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), (_RETURN, 0, 0, _KILL)]
-    x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)] if _ARCH == 0 else []
+    start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), _KILL]
+    x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), _KILL] if _ARCH == 0 else []
     body = _search(sorted(_rules(own_files, own_pid, truncate).items()))
     code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
@@ -630,7 +628,7 @@ def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool 
 # ---------------------------------------------------------------------------------------------
 # Landlock: which files a program may open, where there are no mount namespaces
 
-_READ, _READ_FILE, _WRITE_FILE = 1 | 4 | 8, 1 | 4, 2
+_READ, _WRITE_FILE = 1 | 4 | 8, 2
 _ALL_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # 5 and later: 0xFFFF
 _FILE_ONLY = 1 | 2 | 4 | 0x4000
 
@@ -644,24 +642,19 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
     """Confines this process and its children to these files, for good."""
     version = _landlock_version()
     everything = _ALL_BY_VERSION.get(version, 0xFFFF)
+    # Older kernels know fewer of these fields, and take the longer structure while the rest is zero.
     attributes = struct.pack("QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
-    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, size, 0)
-    for paths, allowed in ((readable, _READ), (writable, everything)):
-        for path in paths:
-            _landlock_allow(rules, path, allowed)
-    for device in ("null", "zero", "full"):
-        _landlock_allow(rules, f"/dev/{device}", _READ_FILE | _WRITE_FILE)
+    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, len(attributes), 0)
+    access = dict.fromkeys(readable, _READ) | dict.fromkeys(writable, everything)
+    access |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/full"), _READ | _WRITE_FILE)
+    for path, allowed in access.items():
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not os.path.isdir(path):
+            allowed &= _FILE_ONLY
+        _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+        os.close(place)
     _syscall("landlock", _LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
-
-
-def _landlock_allow(rules: int, path: str, allowed: int) -> None:
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    if not os.path.isdir(path):
-        allowed &= _FILE_ONLY
-    _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
-    os.close(place)
 
 
 # ---------------------------------------------------------------------------------------------
