@@ -465,9 +465,8 @@ _ARCH = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 
 # Numbers on x86-64 and 64-bit ARM of what the helper itself calls by number.
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
-_PIVOT_ROOT = (155, 41)
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 32, 4096, 16384
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC = 2, 4, 4096, 16384
 _MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
 _NEW_NS, _NEW_TIME = 0x00020000, 0x80
 _NEW_ALL = 0x10000000 | _NEW_NS | 0x20000000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
@@ -805,6 +804,7 @@ class _Watch:
     """What is known of a program while it runs."""
 
     step: dict
+    streams: dict[int, bytearray]  # what was read so far from stdout, stderr and of troubles, by descriptor
     start: float
     verdict: str = ""
     message: str = ""
@@ -819,6 +819,28 @@ class _Watch:
     def end(self, verdict: str, message: str) -> None:
         if not self.verdict:
             self.verdict, self.message = verdict, message
+
+    def read(self, fd: int) -> bool:
+        """False at the end of the stream, or beyond what may be written."""
+        stream, limit = self.streams[fd], self.step["output"]
+        part = os.read(fd, min(1 << 16, limit + 1 - len(stream)))
+        stream += part
+        if len(stream) > limit:
+            self.end("output_limit", f"more than {limit} bytes")
+            del stream[limit:]
+            return False
+        return bool(part)
+
+    def excused(self, members: list[int]) -> bool:
+        """Whether a program past its wall limit only waited for a busy processor. Waiting is
+        counted once it is over: one that is ready and hasn't run since the last look, waits."""
+        schedules = _each(_schedule, members)
+        ran = sum(schedule[0] for schedule in schedules)
+        ready = any(schedule[2] for schedule in schedules)
+        starved = ready and (self.ran < 0 or ran == self.ran)
+        self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
+        now = time.monotonic()
+        return now < self.start + self.step["wall"] + _PATIENCE and (starved or now < self.due())
 
 
 def _ticks(pid: int) -> float:
@@ -895,13 +917,11 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
-    """Verdict and message of a program that ended by itself."""
-    code = os.waitstatus_to_exitcode(status)
+def _classify(code: int, stderr: bytes, full: bool) -> tuple[str, str]:
+    """Verdict and message of a program that ended by itself. full: it had taken most of its memory."""
     if code == 0:
         return "ok", ""
     message = f"exit code {code}" if code > 0 else f"ended by {_signal_name(-code)}"
-    full = watch.memory > 0.9 * (watch.step["memory"] << 20)
     if code == -signal.SIGXCPU:
         return "time_limit", message
     if code == -signal.SIGXFSZ:
@@ -917,11 +937,10 @@ _NO_STREAMS = (b"", b"")
 class _Warden:
     """Runs steps, one at a time. What differs between the levels is in the subclasses."""
 
-    seccomp = None
-
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         self.sock, self.group = sock, group
         self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
+        _prctl(_PR_NO_NEW_PRIVS, 1)
 
     # Of the subclasses:
     def new_box(self) -> None: ...
@@ -931,7 +950,9 @@ class _Warden:
     def confine(self, step: dict) -> None: ...
     def members(self) -> list[int]: ...
     def kill_all(self) -> None: ...
-    def stored_too_much(self, step: dict) -> bool: ...
+
+    def stored_too_much(self, step: dict) -> bool:
+        return False  # where the file systems are sized
 
     def serve(self) -> None:
         """Answers requests until the caller goes."""
@@ -964,22 +985,23 @@ class _Warden:
         if self.group:
             self.group.begin(step["memory"] << 20, step["processes"])
         source, out, err, trouble = _sealed(stdin), os.pipe(), os.pipe(), os.pipe()
-        watch = _Watch(step, time.monotonic())
+        streams = {pipe[0]: bytearray() for pipe in (out, err, trouble)}
+        watch = _Watch(step, streams, time.monotonic())
         pid = os.fork()
         if pid == 0:
             self.become(step, (source, out[1], err[1]), trouble[1])
         for fd in (source, out[1], err[1], trouble[1]):
             os.close(fd)
-        streams = {out[0]: bytearray(), err[0]: bytearray(), trouble[0]: bytearray()}
         try:
-            self.watch(pid, watch, streams)
+            self.watch(pid, watch)
         finally:
             status, cpu = self.reap(pid, watch)
-            for fd, stream in streams.items():
-                self.drain(fd, stream, watch)
+            for fd in streams:
+                while watch.read(fd):  # what is left in the pipe
+                    pass
                 os.close(fd)
             self.end_scratch()
-        return self.report(watch, status, cpu, [bytes(stream) for stream in streams.values()])
+        return self.report(watch, os.waitstatus_to_exitcode(status), cpu)
 
     def become(self, step: dict, streams: tuple[int, int, int], trouble: int) -> None:
         """In the new process: gives up all it can and turns into the program. Whatever can't be
@@ -999,10 +1021,10 @@ class _Warden:
             os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
 
-    def watch(self, pid: int, watch: _Watch, streams: dict[int, bytearray]) -> None:
+    def watch(self, pid: int, watch: _Watch) -> None:
         """Collects output until the program ends or a limit is passed."""
         alive, poll = os.pidfd_open(pid), select.poll()
-        for fd in (*streams, alive):
+        for fd in (*watch.streams, alive):
             poll.register(fd, select.POLLIN)
         poll.register(self.sock, select.POLLRDHUP)
         next_look = watch.start + _TICK
@@ -1014,7 +1036,7 @@ class _Warden:
                 if alive in ready:
                     return
                 for fd in ready:
-                    if not self.read(fd, streams[fd], watch):
+                    if not watch.read(fd):
                         poll.unregister(fd)
                 if time.monotonic() >= next_look:
                     self.look(watch)
@@ -1022,28 +1044,11 @@ class _Warden:
         finally:
             os.close(alive)
 
-    def read(self, fd: int, stream: bytearray, watch: _Watch) -> bool:
-        """False at the end of the stream."""
-        limit = watch.step["output"]
-        part = os.read(fd, min(1 << 16, limit + 1 - len(stream)))
-        stream += part
-        if len(stream) > limit:
-            watch.end("output_limit", f"more than {limit} bytes")
-            del stream[limit:]
-            return False
-        return bool(part)
-
-    def drain(self, fd: int, stream: bytearray, watch: _Watch) -> None:
-        """Takes what is left in the pipe of a program that has ended."""
-        while len(stream) < watch.step["output"] or not watch.verdict:
-            if not self.read(fd, stream, watch):
-                return
-
     def look(self, watch: _Watch) -> None:
         """Ends the watch if the program has passed a limit."""
         step, elapsed = watch.step, time.monotonic() - watch.start
         members = self.members()
-        if time.monotonic() > watch.due() and not self.excused(watch, members):
+        if time.monotonic() > watch.due() and not watch.excused(members):
             watch.end("time_limit", f"{step['wall']} s by the clock")
         if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
             watch.end("time_limit", f"{step['cpu']} s of processor time")
@@ -1051,17 +1056,6 @@ class _Warden:
             watch.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
             watch.end("output_limit", f"more than {step['files']} MB in files")
-
-    def excused(self, watch: _Watch, members: list[int]) -> bool:
-        """Whether a program past its wall limit only waited for a busy processor. Waiting is
-        counted once it is over: one that is ready and hasn't run since the last look, waits."""
-        schedules = _each(_schedule, members)
-        ran = sum(schedule[0] for schedule in schedules)
-        ready = any(schedule[2] for schedule in schedules)
-        starved = ready and (watch.ran < 0 or ran == watch.ran)
-        watch.ran, watch.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
-        elapsed = time.monotonic() - watch.start
-        return elapsed < watch.step["wall"] + _PATIENCE and (starved or time.monotonic() < watch.due())
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1089,14 +1083,13 @@ class _Warden:
             watch.end("memory_limit", f"{watch.step['memory']} MB")
         return statuses[pid], cpu
 
-    def report(self, watch: _Watch, status: int, cpu: float, streams: list[bytes]) -> tuple:
+    def report(self, watch: _Watch, code: int, cpu: float) -> tuple[dict, tuple]:
         """What is sent back of a program that has ended: (verdict and figures, its streams)."""
-        out, err, trouble = streams
-        code = os.waitstatus_to_exitcode(status)
+        out, err, trouble = map(bytes, watch.streams.values())
         if trouble:
             watch.verdict, watch.message = "internal_error", trouble.decode("utf-8", "replace")
-        elif not watch.verdict:
-            watch.end(*_classify(watch, status, err))
+        else:
+            watch.end(*_classify(code, err, watch.memory > 0.9 * (watch.step["memory"] << 20)))
         outcome = {
             "verdict": watch.verdict,
             "message": watch.message,
@@ -1143,7 +1136,8 @@ def _etc() -> list[str]:
 
 
 def _build_root(top: str, paths: Iterable[str]) -> None:
-    """A root directory with the toolchains and a few devices, and nothing else of the host."""
+    """A root directory with the toolchains and a few devices, and nothing else of the host; the host doesn't see it."""
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", top, "tmpfs", _MS_NOSUID, "size=4m,nr_inodes=8192,mode=755")
     for name in ("box", "tmp", "proc", "dev", "etc"):
         os.mkdir(f"{top}/{name}")
@@ -1185,22 +1179,19 @@ def _die_with_parent() -> None:
 def _enter_namespaces(top: str, paths: Iterable[str], sock: socket.socket) -> None:
     """Returns in a new process: the first of its own process namespace, in a private root."""
     _die_with_parent()
-    if os.geteuid() == 0:
-        # As root the tree is built first, from directories that others may not enter.
+    as_root = os.geteuid() == 0
+    if as_root:  # builds first, from directories that others may not enter
         _unshare(_NEW_NS)
-        _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
         _build_root(top, paths)
         _drop_to(_spare_uid())
         _prctl(_PR_SET_DUMPABLE, 1)  # /proc/self/uid_map must be ours to write
         _die_with_parent()
-        paths = None
     uid, gid = os.getuid(), os.getgid()
     _unshare(_NEW_ALL)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
-    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    if paths is not None:
+    if not as_root:
         _build_root(top, paths)
     pid = os.fork()
     if pid:
@@ -1217,7 +1208,7 @@ def _settle(top: str) -> None:
     noexec, hide_others = 8, "hidepid=2"
     _mount("proc", f"{top}/proc", "proc", _MS_NOSUID | _MS_NODEV | noexec, hide_others)
     os.chdir(top)
-    _syscall("pivot_root", _PIVOT_ROOT[_ARCH], b".", b".")
+    _syscall("pivot_root", _REFUSED["pivot_root"][_ARCH], b".", b".")
     _unmount(".")
     os.chdir("/")
     _read_only("/", recursive=False)
@@ -1231,7 +1222,6 @@ class _NamespaceWarden(_Warden):
 
     def __init__(self, *args):
         super().__init__(*args)
-        _prctl(_PR_NO_NEW_PRIVS, 1)
         self.seccomp = _filter()
 
     def new_box(self) -> None:
@@ -1240,8 +1230,7 @@ class _NamespaceWarden(_Warden):
         _mount("tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755")
 
     def close_box(self) -> None:
-        flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
-        _mount("", self.box, "", flags)
+        _read_only(self.box, recursive=False)
 
     def new_scratch(self, step: dict) -> None:
         size = f"size={step['files']}m,nr_inodes=4096,mode=755"
@@ -1260,9 +1249,6 @@ class _NamespaceWarden(_Warden):
     def kill_all(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
-
-    def stored_too_much(self, step: dict) -> bool:
-        return False  # the file systems are sized
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1334,9 +1320,8 @@ class _LandlockWarden(_Warden):
             if self.uid:
                 os.chown(path, self.uid, self.uid)
         _prctl(_PR_SUBREAPER, 1)
-        _prctl(_PR_NO_NEW_PRIVS, 1)
         version = _landlock_version() if self.confined else 0
-        self.truncate = version >= 3
+        self.truncate, self.seccomp = version >= 3, None
         if self.confined and (self.uid or version >= 6):
             self.seccomp = _filter(own_files=not self.uid, truncate=self.truncate)
 
