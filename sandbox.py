@@ -698,18 +698,6 @@ class _Group:
         for member in self.members:
             os.write(member, b"0")
 
-    def works(self) -> bool:
-        """Whether programs started from here can join: who may make a group need not be allowed to
-        move processes into it."""
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self.join()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        return os.waitpid(pid, 0)[1] == 0
-
     def kills(self) -> int:
         """Processes killed so far for want of memory."""
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
@@ -1373,18 +1361,19 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
             _enter_namespaces(settings["home"], settings["paths"], sock)
-        if group and not group.works():
-            group = None  # the nurse removes it
         kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
         warden = kind(sock, group, settings)
         trial = {**vars(Limits()), "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": warden.tmp}
         outcome, _ = warden.execute(trial, b"")
+        if outcome["verdict"] != "ok" and group:
+            warden.group = None  # who may make a group need not be allowed to move processes into it
+            outcome, _ = warden.execute(trial, b"")
         if outcome["verdict"] != "ok":
             raise OSError(outcome["message"])
     except OSError as error:
         sock.sendall(_message({"refused": str(error)}))
         return
-    sock.sendall(_message({"accounting": f"cgroup v{group.version}" if group else "polling"}))
+    sock.sendall(_message({"accounting": f"cgroup v{warden.group.version}" if warden.group else "polling"}))
     warden.serve()
 
 
