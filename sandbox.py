@@ -71,6 +71,7 @@ if not _IN_HELPER:
     import subprocess
     import tempfile
     import warnings
+    from collections import Counter
     from concurrent.futures import Future, ThreadPoolExecutor
 
 
@@ -1500,14 +1501,6 @@ def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
     return program, ""
 
 
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
 class _Worker:
     """One helper process and the talk with it; used by one thread at a time."""
 
@@ -1517,12 +1510,11 @@ class _Worker:
         root = "" if level == "namespaces" else self.home
         self.places = {"box": f"{root}/box", "tmp": f"{root}/tmp"}  # as the programs see them
         here = Path(__file__).resolve()
-        lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
-        code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
+        code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); from {here.stem} import _helper"
         library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, "sandbox helper"],
+                [sys.executable, "-I", "-S", "-c", f"{code}; _helper({theirs.fileno()})", "sandbox helper"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
@@ -1605,7 +1597,7 @@ class _Job:
         program, flags = _with_test_runner(language, self.program)
         steps = self.steps(worker, language.compile + flags, limits, "box")
         name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "steps": steps}, _bytes(program))
+        request = _message({"op": "open", "file": name, "steps": steps}, program.encode("utf-8", "surrogateescape"))
         result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
@@ -1615,8 +1607,8 @@ class _Job:
         """What makes a helper run the program on each test."""
         (step,) = self.steps(worker, self.language.run, self.limits, "tmp")
         for test in self.tests:
-            argv = [*step["argv"], *map(str, test.get("args", ()))]
-            yield _message({"op": "test", "step": {**step, "argv": argv}}, _bytes(test.get("stdin", "")))
+            argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
+            yield _message({"op": "test", "step": {**step, "argv": argv}}, stdin.encode("utf-8", "surrogateescape"))
 
     def run(self, worker: _Worker) -> Iterator[TestResult]:
         """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
@@ -1650,8 +1642,9 @@ class _Job:
         answer, out, err = worker.ask(messages, max(0.001, seconds))
         if answer["verdict"] == "internal_error":
             raise OSError(answer["message"])
-        stdout, keep = _text(out), self.limits.keep
-        return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
+        stdout, stderr = (stream.decode("utf-8", "replace") for stream in (out, err))
+        keep = self.limits.keep
+        return TestResult(**answer, stdout=stdout[:keep], stderr=stderr[:keep]), stdout
 
     def grade(self, worker: _Worker) -> Result:
         """Compiles once, then runs the tests."""
@@ -1730,7 +1723,12 @@ class Sandbox:
         """Results of (program, language, tests) in the order given; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
-        return [future.result() for future in _watched(futures, progress)]
+        if progress is not None:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                futures = tqdm(futures, desc=progress, unit="program")
+        return [future.result() for future in futures]
 
     def _grade(self, job: _Job) -> Result:
         failed = functools.partial(Result, language=job.language.name, level=self.level)
@@ -1760,16 +1758,6 @@ class Sandbox:
         return result
 
 
-def _watched(futures: "list[Future]", progress: str | None) -> "Iterable[Future]":
-    if progress is None:
-        return futures
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return futures
-    return tqdm(futures, desc=progress, unit="program")
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 
@@ -1791,7 +1779,7 @@ def _cmd_toolchains(options) -> int:
 
 def _open_sandbox(options) -> Sandbox:
     limits = Limits(wall=options.wall, cpu=options.cpu, memory=options.memory)
-    return Sandbox(getattr(options, "workers", 1), limits, options.level)
+    return Sandbox(options.workers, limits, options.level)
 
 
 def _json_lines(path: str, parse: Callable[[object], object]) -> list:
@@ -1799,7 +1787,8 @@ def _json_lines(path: str, parse: Callable[[object], object]) -> list:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            rows.append(parse(json.loads(line))) if line.strip() else None
+            if line.strip():
+                rows.append(parse(json.loads(line)))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return rows
@@ -1838,14 +1827,11 @@ def _cmd_check(options) -> int:
     rows = _json_lines(options.file, _parse_program)
     with _open_sandbox(options) as sandbox:
         results = sandbox.map([job for _, job in rows], progress="programs")
-    counts: dict[str, dict[str, int]] = {}
     for (identity, _), result in zip(rows, results, strict=True):
         row = {"id": identity, "language": result.language, "verdict": result.verdict}
         print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}))
-        count = counts.setdefault(result.language, {})
-        count[result.verdict] = count.get(result.verdict, 0) + 1
-    for language, count in counts.items():
-        print(f"{language:12}", *(f"{verdict} {n}" for verdict, n in count.items()), file=sys.stderr)
+    for (language, verdict), count in Counter((result.language, result.verdict) for result in results).items():
+        print(f"{language:12} {verdict:14} {count}", file=sys.stderr)
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -1881,7 +1867,7 @@ def _parser() -> "argparse.ArgumentParser":
     add.add_argument("--tests", required=True, help='JSON lines of {"stdin", "stdout"}')
     add.add_argument("--language", help="the language, where the extension does not name it")
     _add_limits(add)
-    add.set_defaults(call=_cmd_run)
+    add.set_defaults(call=_cmd_run, workers=1)
     add = commands.add_parser("check", help="grade a file of programs")
     add.add_argument("file", help='JSON lines of {"program", "language", "tests"} and perhaps "id"')
     add.add_argument("--workers", type=_positive(int), help="programs at a time (one per processor)")
