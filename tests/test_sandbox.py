@@ -395,22 +395,19 @@ def test_many_runs_leave_nothing():
 
 def _accounting(group, home: Path) -> str:
     """How a warden that was given the group watches memory, once it has tried itself out."""
-    places = {name: str(home / name) for name in ("box", "tmp")}
-    settings = {"level": "none", "paths": [], "home": str(home), **places}
+    settings = {"level": "none", "paths": [], "home": str(home), "box": str(home / "box"), "tmp": str(home / "tmp")}
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        if (pid := os.fork()) == 0:
+    pid = os.fork()
+    if pid == 0:
+        try:
             ours.close()
-            try:
-                sandbox._warden(theirs, group, settings)
-            finally:
-                os._exit(0)
-        theirs.close()
+            sandbox._warden(theirs, group, settings)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
         hello, _ = sandbox._receive(ours)
-        ours.shutdown(socket.SHUT_RDWR)
-        os.waitpid(pid, 0)
-    for place in places.values():
-        os.rmdir(place)
+    os.waitpid(pid, 0)
     return hello["accounting"]
 
 
@@ -429,9 +426,12 @@ def test_control_groups_of_version_2(tmp_path, monkeypatch):
     assert (tmp_path / "pids.max").read_text().startswith("64")
     assert (tmp_path / "memory.swap.max").read_text() == "0"
     assert (tmp_path / "cgroup.procs").read_text() == "0"
-    assert _accounting(group, tmp_path) == "cgroup v2"
+    homes = [tmp_path / "joins", tmp_path / "can't join"]
+    for home in homes:
+        home.mkdir()
+    assert _accounting(group, homes[0]) == "cgroup v2"
     group.members = [os.open(tmp_path / "cgroup.procs", os.O_RDONLY)]
-    assert _accounting(group, tmp_path) == "polling"
+    assert _accounting(group, homes[1]) == "polling"
 
 
 def test_a_group_that_lacks_a_file_is_removed_and_done_without(tmp_path, monkeypatch):
