@@ -67,7 +67,6 @@ if not _IN_HELPER:
     import argparse
     import hashlib
     import queue
-    import shutil
     import subprocess
     import tempfile
     import warnings
@@ -1281,15 +1280,31 @@ def _tasks_of(uid: int) -> int:
     return count
 
 
+def _below(directory: str) -> Iterator[os.DirEntry]:
+    """All that is in a directory and in those below."""
+    places = [directory]
+    for place in places:  # grows on the way
+        with contextlib.suppress(OSError):  # it has just been removed
+            for entry in list(os.scandir(place)):
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    places.append(entry.path)
+
+
 def _empty(directory: str) -> None:
-    """Removes what is in a directory, whatever its modes. No program may be running in it."""
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            os.chmod(entry.path, 0o700)
-            _empty(entry.path)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+    """Removes what is in a directory, whatever its modes. No program may be running in it. Directories are first
+    moved to the top: they may be nested more deeply than a path can tell."""
+    places = [directory]
+    for place in places:  # grows on the way
+        for entry in list(os.scandir(place)):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                places.append(f"{directory}/{os.urandom(16).hex()}")
+                os.rename(entry.path, places[-1])
+            else:
+                os.unlink(entry.path)
+    for place in places[1:]:
+        os.rmdir(place)
 
 
 class _LandlockWarden(_Warden):
@@ -1345,9 +1360,11 @@ class _LandlockWarden(_Warden):
         _end_descendants(os.getpid())
 
     def stored_too_much(self, step: dict) -> bool:
-        files = [Path(place, name) for place, _, names in os.walk(self.tmp) for name in names]
-        sizes = _each(lambda path: path.lstat().st_blocks * 512, files)
-        return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES
+        """Or so deep that the next look might not see it: a path can have 4096 bytes."""
+        entries = list(_below(self.tmp))
+        sizes = _each(lambda entry: entry.stat(follow_symlinks=False).st_blocks * 512, entries)
+        deep = any(len(os.fsencode(entry.path)) > 2048 for entry in entries)
+        return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES or deep
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1501,6 +1518,12 @@ def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
     return program, ""
 
 
+def _remove(homes: Iterable[Path]) -> None:
+    """What a helper was kept from removing. By rm, which neither follows links nor minds depth."""
+    if left := [home for home in homes if home.exists()]:
+        subprocess.run(["rm", "-rf", *left], stderr=subprocess.DEVNULL)
+
+
 class _Worker:
     """One helper process and the talk with it; used by one thread at a time."""
 
@@ -1542,13 +1565,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.home, ignore_errors=True)
-
-
-def _sweep() -> None:
-    """Removes what was left where caller and helper were killed together."""
-    for path in filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove([Path(self.home)])
 
 
 @functools.cache
@@ -1671,7 +1688,7 @@ class Sandbox:
         if level == "none":
             warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
         self.limits, self.cgroups = limits, cgroups
-        _sweep()
+        _remove(filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")))
         self.level = level or best_level(cgroups)
         if self.level == "namespaces" and _cache_root().is_relative_to("/tmp"):
             raise ValueError(
