@@ -99,7 +99,7 @@ class Language:
 
     In the command lines {box} is the program's directory, {file} its source, {stem} its class or
     unit, {tmp} a scratch directory, {cache} what `warm` prepared and {mb} the memory limit.
-    a|b is the first of the two that is found; && joins lines."""
+    a|b is the first of the two that is found. Compilers work in {box}."""
 
     name: str
     file: str
@@ -126,6 +126,10 @@ _JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto"
 _JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m"
 _JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": f"{_JAVA} -Xss256m -Xmx{{mb}}m"}
 _CPP = "g++ -std=gnu++20 -O1 -w"
+_GO = (
+    '"$0/compile" -p main -c=1 -importcfg "$0/packages" -o main.o main.go'
+    ' && "$0/link" -s -w -importcfg "$0/packages" -o main main.o'
+)
 _GO_PACKAGES = "{{if .Export}}packagefile {{.ImportPath}}={{.Export}}{{end}}"
 
 # fmt: off
@@ -153,8 +157,7 @@ _TABLE = (
                   "javac -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -J-XX:TieredStopAtLevel=1"
                   " -J-XX:+UseSerialGC -J-XX:-UsePerfData -proc:none -nowarn -d . Main.java"),
     Language("go", "main.go", "{box}/main", "go version", "golang-go",
-             "{cache}/compile -p main -c=1 -importcfg {cache}/packages -o {box}/main.o {file}"
-             " && {cache}/link -s -w -importcfg {cache}/packages -o {box}/main {box}/main.o",
+             f"sh -c {shlex.quote(_GO)} {{cache}}",
              aliases=("golang",), env={"GOMEMLIMIT": "{mb}MiB"}, overhead=32,
              warm="export GOCACHE=$OUT/build GO111MODULE=off GOPATH=/usr/share/gocode GOFLAGS= CGO_ENABLED=0\n"
                   "assert=github.com/stretchr/testify/assert; test -d $GOPATH/src/$assert || assert=\n"
@@ -247,16 +250,10 @@ def canonical(name: str) -> str:
         raise ValueError(f"unknown language {name!r}; known: {', '.join(LANGUAGES)}") from None
 
 
-@functools.cache
-def _commands(line: str) -> list[list[str]]:
-    """The words of each command of a line."""
-    return [shlex.split(command) for command in line.split("&&") if command]
-
-
 def _tools(language: Language) -> list[str]:
     """The commands that the language's lines begin with, but for the program itself."""
     lines = (language.version, language.compile, language.run)
-    words = [command[0] for line in lines for command in _commands(line)]
+    words = [line.split()[0] for line in lines if line]
     return list(dict.fromkeys(word for word in words if "{" not in word))
 
 
@@ -308,7 +305,7 @@ def _version(name: str) -> str:
     """What a language's toolchain says of itself; where there is none, what would bring it."""
     if name not in installed():
         return f"- ({_missing(LANGUAGES[name])})"
-    tool, *arguments = _commands(LANGUAGES[name].version)[0]
+    tool, *arguments = shlex.split(LANGUAGES[name].version)
     command, for_tcl = [toolchain(name)[tool], *arguments], "puts [info patchlevel]"  # which has no such flag
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, input=for_tcl, capture_output=True, encoding="latin-1", timeout=30)
@@ -712,19 +709,13 @@ def _remove_groups(places: Iterable[Path | None]) -> None:
 
 
 def _own_cgroups() -> dict[str, tuple[Path, Path]]:
-    """Where each controller is mounted, and this process's group there; "" stands for version 2."""
-    mounts = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, place, kind, options = line.split()[:4]
-        if kind == "cgroup":
-            mounts |= dict.fromkeys(options.split(","), place)
-        elif kind == "cgroup2":
-            mounts.setdefault("", place)
+    """Where each controller is mounted by custom, and this process's group there; "" stands for version 2."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        for name in mounts.keys() & controllers.split(","):
-            own[name] = (Path(mounts[name]), Path(mounts[name] + path))
+        for name in controllers.split(","):
+            top = Path("/sys/fs/cgroup", name)
+            own[name] = top, top / path.lstrip("/")
     return own
 
 
@@ -959,11 +950,7 @@ class _Warden:
             return self.execute(request["step"], blob)
         self.new_box()
         Path(self.box, request["file"]).write_bytes(blob)
-        answer: tuple[dict, tuple] = {"verdict": "ok"}, _NO_STREAMS
-        for step in request["steps"]:
-            answer = self.execute(step, b"")
-            if answer[0]["verdict"] != "ok":
-                break
+        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, _NO_STREAMS)
         self.close_box()
         return answer
 
@@ -1594,7 +1581,7 @@ class _Job:
     expires: float  # on the monotonic clock
     level: str
 
-    def steps(self, worker: _Worker, line: str, limits: Limits, cwd: str) -> list[dict]:
+    def step(self, worker: _Worker, line: str, limits: Limits, cwd: str) -> dict:
         """What a helper needs to know to run one of the language's command lines. cwd: "box" or "tmp"."""
         language, tools = self.language, toolchain(self.language.name, self.level)
         source, stem = _source_name(language, self.program)
@@ -1604,17 +1591,17 @@ class _Job:
         env = {**_ENV, "PATH": ":".join(path), **language.env}
         step = {**vars(limits), "memory": limits.memory + language.overhead, "cwd": worker.places[cwd]}
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
-        lines = [[tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)]
-        return [{**step, "argv": words} for words in lines]
+        step["argv"] = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
+        return step
 
     def compile(self, worker: _Worker) -> TestResult:
         """Writes the program into the worker's box and compiles it."""
         language, wall, processes = self.language, self.limits.compile_wall, max(self.limits.processes, 256)
         limits = Limits(wall, 2 * wall, self.limits.compile_memory, output=1 << 20, processes=processes, files=256)
         program, flags = _with_test_runner(language, self.program)
-        steps = self.steps(worker, language.compile + flags, limits, "box")
+        step = self.step(worker, language.compile + flags, limits, "box") if language.compile else None
         name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "steps": steps}, program.encode("utf-8", "surrogateescape"))
+        request = _message({"op": "open", "file": name, "step": step}, program.encode("utf-8", "surrogateescape"))
         result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
@@ -1622,7 +1609,7 @@ class _Job:
 
     def requests(self, worker: _Worker) -> Iterator[bytes]:
         """What makes a helper run the program on each test."""
-        (step,) = self.steps(worker, self.language.run, self.limits, "tmp")
+        step = self.step(worker, self.language.run, self.limits, "tmp")
         for test in self.tests:
             argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
             yield _message({"op": "test", "step": {**step, "argv": argv}}, stdin.encode("utf-8", "surrogateescape"))
