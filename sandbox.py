@@ -1095,15 +1095,18 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 def _show(path: str, top: str) -> None:
     """Makes a host file or directory appear, read-only, at its own path under top."""
     target = top + path
+    if os.path.lexists(target) or not os.path.lexists(path):
+        return  # it lies in one that is there already, or the host has none
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
-        return os.symlink(os.readlink(path), target)
+        os.symlink(os.readlink(path), target)
+        return
     if os.path.isdir(path):
-        os.makedirs(target, exist_ok=True)
+        os.mkdir(target)
     else:
         Path(target).touch()
     _mount(path, target, "", _MS_BIND | _MS_REC)
-    return _read_only(target)
+    _read_only(target)
 
 
 def _etc() -> list[str]:
@@ -1111,14 +1114,13 @@ def _etc() -> list[str]:
 
 
 def _build_root(top: str, paths: Iterable[str]) -> None:
-    """A root directory with the toolchains and a few devices, and nothing else of the host; the host doesn't see it."""
+    """A root directory with the toolchains and a few devices, and nothing else of the host."""
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", top, "tmpfs", _MS_NOSUID, "size=4m,nr_inodes=8192,mode=755")
     for name in ("box", "tmp", "proc", "dev", "etc"):
         os.mkdir(f"{top}/{name}")
     for path in (*_SYSTEM, *_etc(), *paths):
-        if os.path.lexists(path):
-            _show(path, top)
+        _show(path, top)
     for name in _DEVICES:
         Path(f"{top}/dev/{name}").touch()
         _mount(f"/dev/{name}", f"{top}/dev/{name}", "", _MS_BIND)
@@ -1426,24 +1428,21 @@ class _Refused(Exception):
     """A level of confinement can't be had here."""
 
 
-def _home_of(tool: str) -> str | None:
-    """What must be visible for a tool to work; None if the system's directories are enough."""
-    real = os.path.realpath(tool)
-    if real.startswith(tuple(f"{place}/" for place in _SYSTEM)):
-        return None
-    prefix = str(Path(real).parent.parent)
+def _home_of(tool: str) -> str:
+    """What must be visible for a tool to work."""
+    real = Path(os.path.realpath(tool))
+    prefix = real.parent.parent
     # Nobody's whole home, nor the whole disk, for a program that lies in ~/bin.
-    return real if Path.home().is_relative_to(prefix) else prefix
+    return str(real if Path.home().is_relative_to(prefix) else prefix)
 
 
 @functools.cache
 def _visible_paths() -> list[str]:
-    """Directories outside the system's that toolchains live in, none inside another."""
+    """Directories that toolchains and caches live in, each before those inside it."""
     with contextlib.suppress(OSError):
         _cache_root().mkdir(parents=True, exist_ok=True)  # what is prepared later shall show too
-    tools = [tool for name in LANGUAGES for tool in (toolchain(name) or {}).values()]
-    homes = sorted({home for tool in tools if (home := _home_of(tool))} | {str(_cache_root())})
-    return [path for path in homes if not any(path.startswith(f"{other}/") for other in homes)]
+    tools = [tool for name in installed() for tool in toolchain(name).values()]
+    return sorted({str(_cache_root()), *map(_home_of, tools)})
 
 
 def _java_names(program: str) -> tuple[str, str]:
@@ -1530,8 +1529,8 @@ class _Worker:
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
-        hello, *_ = self.ask(_message({**settings, **self.places}), 60)
+        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home, **self.places}
+        hello, *_ = self.ask(_message(settings), 60)
         if "refused" in hello:
             self.close()
             raise _Refused(hello["refused"])
@@ -1681,8 +1680,7 @@ class Sandbox:
             raise ValueError(
                 f"{_cache_root()}: programs have a /tmp of their own; set XDG_CACHE_HOME to a directory elsewhere"
             )
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self.workers, "sandbox")
+        self._pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "sandbox")
         self._idle = queue.SimpleQueue()
 
     def __enter__(self) -> "Sandbox":
