@@ -25,7 +25,8 @@ What a program is kept from (each claim is a case in tests/sandbox_cases.py):
    that it started, daemons included.
 2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
    host's processes can be seen, not touched; files' names and sizes can be seen; the size of
-   the scratch directory is only watched. Before its version 3 truncate() is refused everywhere. Root's programs run as a user of their own.
+   the scratch directory is only watched. Before its version 3 truncate() is refused everywhere.
+   Root's programs run as a user of their own.
 3. Both: system calls filtered (no network, no memory outside the limits, no large or young parts
    of the kernel), no privileges, no environment, no descriptors, limits per process, and watched
    limits on time and memory of all processes together; on memory by control groups too where
@@ -306,9 +307,10 @@ def _version(name: str) -> str:
     if name not in installed():
         return f"- ({_missing(LANGUAGES[name])})"
     tool, *arguments = shlex.split(LANGUAGES[name].version)
-    command, for_tcl = [toolchain(name)[tool], *arguments], "puts [info patchlevel]"  # which has no such flag
+    command = [toolchain(name)[tool], *arguments]
+    tcl = "puts [info patchlevel]"  # it has no flag for that; the others don't read
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, input=for_tcl, capture_output=True, encoding="latin-1", timeout=30)
+        done = subprocess.run(command, input=tcl, capture_output=True, encoding="latin-1", timeout=30)
         if found := re.search(r"\d+(\.\d+)+\w*", done.stdout + done.stderr):
             return found[0]
     return "?"
@@ -729,8 +731,10 @@ def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
     """A new group under the process's own, or else under the nearest parent that allows it."""
     for parent in (own, *own.parents):
         _remove_groups(filter(_owner_gone, parent.glob("sandbox-*")))
-        with contextlib.suppress(OSError):  # version 1 has none; in version 2 it may be on already
-            (parent / "cgroup.subtree_control").write_text("+memory +pids")
+        switch = parent / "cgroup.subtree_control"  # version 1 has none
+        if switch.exists():
+            with contextlib.suppress(OSError):  # may be on already
+                switch.write_text("+memory +pids")
         place = parent / f"sandbox-{os.getpid()}"
         with contextlib.suppress(OSError):
             place.mkdir()
@@ -822,10 +826,14 @@ class _Watch:
         return now < self.start + self.step["wall"] + _PATIENCE and (starved or now < self.due())
 
 
+def _stat(place: str | Path) -> list[str]:
+    """Of a process or thread, what follows its name, which may hold anything; its state comes first."""
+    return Path(place, "stat").read_text().rpartition(")")[2].split()
+
+
 def _ticks(pid: int) -> float:
     """Processor time of a process and the children it has waited for, seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, _stat(f"/proc/{pid}")[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _private_memory(pid: int) -> int:
@@ -846,17 +854,16 @@ def _fair_memory(pid: int) -> int:
 def _schedule(pid: int) -> tuple[float, float, bool]:
     """Seconds that a process's threads ran, the longest that one of them was ready but had no
     processor, and whether one is running or ready now."""
-    threads = [path.parent for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    times = [[int(word) / 1e9 for word in (t / "schedstat").read_text().split()[:2]] for t in threads]
-    ready = any((t / "stat").read_text().rpartition(")")[2][1] == "R" for t in threads)
-    ran, waited = zip(*times, strict=True)
-    return sum(ran), max(waited), ready
+    threads = list(Path(f"/proc/{pid}/task").iterdir())
+    times = [list(map(int, (thread / "schedstat").read_text().split())) for thread in threads]
+    ready = any(_stat(thread)[0] == "R" for thread in threads)
+    return sum(ran for ran, *_ in times) / 1e9, max(waited for _, waited, _ in times) / 1e9, ready
 
 
 def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
     values = []
     for pid in pids:
-        with contextlib.suppress(OSError, IndexError):  # it has just ended
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
             values.append(measure(pid))
     return values
 
@@ -1080,8 +1087,9 @@ class _Warden:
 # ---------------------------------------------------------------------------------------------
 # Level `namespaces`
 
-_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf", "java-*", "mono", "php", "R",
-        "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
+_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf",
+        "java-*", "mono", "php", "R", "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*",
+        "prolog*")  # fmt: skip
 _MADE_UP = {
     "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
     "group": "user:x:1000:\n",
@@ -1244,7 +1252,7 @@ def _descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").glob("*/children"):
                 parents += map(int, task.read_text().split())
-            if parent != pid and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2][1] not in "ZX":
+            if parent != pid and _stat(f"/proc/{parent}")[0] not in "ZX":
                 found.append(parent)
     return found
 
@@ -1571,6 +1579,8 @@ def best_level(cgroups: bool = True) -> str:
 
 @dataclass(frozen=True)
 class _Job:
+    """A program and what was asked of it, as for Sandbox.submit."""
+
     program: str
     language: Language
     tests: Sequence[dict]
