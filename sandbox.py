@@ -25,7 +25,8 @@ What a program is kept from (each claim is a case in tests/sandbox_cases.py):
    that it started, daemons included.
 2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
    host's processes can be seen, not touched; files' names and sizes can be seen; the size of
-   the scratch directory is only watched. Before its version 3 truncate() is refused everywhere. Root's programs run as a user of their own.
+   the scratch directory is only watched. Before its version 3 truncate() is refused everywhere.
+   Root's programs run as a user of their own.
 3. Both: system calls filtered (no network, no memory outside the limits, no large or young parts
    of the kernel), no privileges, no environment, no descriptors, limits per process, and watched
    limits on time and memory of all processes together; on memory by control groups too where
@@ -65,26 +66,13 @@ from pathlib import Path
 _IN_HELPER = sys.argv[1:] == ["sandbox helper"]
 if not _IN_HELPER:
     import argparse
-    import atexit
     import hashlib
     import queue
-    import shutil
     import subprocess
     import tempfile
     import warnings
+    from collections import Counter
     from concurrent.futures import Future, ThreadPoolExecutor
-
-VERDICTS = (
-    "ok",
-    "wrong_answer",
-    "compile_error",
-    "runtime_error",
-    "time_limit",
-    "memory_limit",
-    "output_limit",
-    "no_toolchain",
-    "internal_error",
-)
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ class Language:
 
     In the command lines {box} is the program's directory, {file} its source, {stem} its class or
     unit, {tmp} a scratch directory, {cache} what `warm` prepared and {mb} the memory limit.
-    a|b is the first of the two that is found; && joins lines."""
+    a|b is the first of the two that is found. Compilers work in {box}."""
 
     name: str
     file: str
@@ -139,6 +127,10 @@ _JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto"
 _JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m"
 _JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": f"{_JAVA} -Xss256m -Xmx{{mb}}m"}
 _CPP = "g++ -std=gnu++20 -O1 -w"
+_GO = (
+    '"$0/compile" -p main -c=1 -importcfg "$0/packages" -o main.o main.go'
+    ' && "$0/link" -s -w -importcfg "$0/packages" -o main main.o'
+)
 _GO_PACKAGES = "{{if .Export}}packagefile {{.ImportPath}}={{.Export}}{{end}}"
 
 # fmt: off
@@ -166,8 +158,7 @@ _TABLE = (
                   "javac -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -J-XX:TieredStopAtLevel=1"
                   " -J-XX:+UseSerialGC -J-XX:-UsePerfData -proc:none -nowarn -d . Main.java"),
     Language("go", "main.go", "{box}/main", "go version", "golang-go",
-             "{cache}/compile -p main -c=1 -importcfg {cache}/packages -o {box}/main.o {file}"
-             " && {cache}/link -s -w -importcfg {cache}/packages -o {box}/main {box}/main.o",
+             f"sh -c {shlex.quote(_GO)} {{cache}}",
              aliases=("golang",), env={"GOMEMLIMIT": "{mb}MiB"}, overhead=32,
              warm="export GOCACHE=$OUT/build GO111MODULE=off GOPATH=/usr/share/gocode GOFLAGS= CGO_ENABLED=0\n"
                   "assert=github.com/stretchr/testify/assert; test -d $GOPATH/src/$assert || assert=\n"
@@ -260,16 +251,10 @@ def canonical(name: str) -> str:
         raise ValueError(f"unknown language {name!r}; known: {', '.join(LANGUAGES)}") from None
 
 
-@functools.cache
-def _commands(line: str) -> list[list[str]]:
-    """The words of each command of a line."""
-    return [shlex.split(command) for command in line.split("&&") if command]
-
-
 def _tools(language: Language) -> list[str]:
     """The commands that the language's lines begin with, but for the program itself."""
     lines = (language.version, language.compile, language.run)
-    words = [command[0] for line in lines for command in _commands(line)]
+    words = [line.split()[0] for line in lines if line]
     return list(dict.fromkeys(word for word in words if "{" not in word))
 
 
@@ -307,38 +292,32 @@ def toolchain(name: str, level: str = "namespaces") -> dict[str, str] | None:
     return None if None in paths.values() else paths
 
 
-def _key(name: str, level: str = "namespaces") -> str:
-    """Names a language's toolchain as it is now, and the commands used with it."""
-    language, tools = LANGUAGES[name], toolchain(name, level) or {}
-    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
-    return f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
+@functools.cache
+def installed() -> list[str]:
+    """The languages whose toolchain is here, in the order of LANGUAGES."""
+    return [name for name in LANGUAGES if toolchain(name)]
 
 
-def _ask_version(name: str) -> str:
-    tool, *arguments = _commands(LANGUAGES[name].version)[0]
-    settings = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "timeout": 30}
-    if name == "tcl":  # has no such flag
-        settings |= {"stdin": None, "input": b"puts [info patchlevel]"}
+def _missing(language: Language) -> str:
+    return f"Debian package {language.package}" if language.package else "not in Debian"
+
+
+def _version(name: str) -> str:
+    """What a language's toolchain says of itself; where there is none, what would bring it."""
+    if name not in installed():
+        return f"- ({_missing(LANGUAGES[name])})"
+    tool, *arguments = shlex.split(LANGUAGES[name].version)
+    command = [toolchain(name)[tool], *arguments]
+    tcl = "puts [info patchlevel]"  # it has no flag for that; the others don't read
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = [toolchain(name)[tool], *arguments]
-        output = subprocess.run(command, stdout=subprocess.PIPE, **settings).stdout
-        if found := re.search(rb"\d+(\.\d+)+\w*", output):
-            return found[0].decode()
+        done = subprocess.run(command, input=tcl, capture_output=True, encoding="latin-1", timeout=30)
+        if found := re.search(r"\d+(\.\d+)+\w*", done.stdout + done.stderr):
+            return found[0]
     return "?"
 
 
-def _version(name: str) -> str | None:
-    """None without a toolchain. Asking some takes seconds: the answer is kept on the disk."""
-    if toolchain(name) is None:
-        return None
-    note = _cache_root() / f"{_key(name)}.version"
-    with contextlib.suppress(OSError):
-        return note.read_text()
-    version = _ask_version(name)
-    with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(version)
-    return version
+# ---------------------------------------------------------------------------------------------
+# Caches: what a toolchain can prepare once for all programs, which may only read it
 
 
 def _cache_root() -> Path:
@@ -348,32 +327,18 @@ def _cache_root() -> Path:
 
 
 @functools.cache
-def installed() -> dict[str, str]:
-    """Version of each language whose toolchain is here, in the order of LANGUAGES."""
-    with ThreadPoolExecutor(8) as pool:
-        versions = zip(LANGUAGES, pool.map(_version, LANGUAGES), strict=True)
-        return {name: version for name, version in versions if version is not None}
-
-
-def _missing(language: Language) -> str:
-    return f"Debian package {language.package}" if language.package else "not in Debian"
-
-
-# ---------------------------------------------------------------------------------------------
-# Caches: what a toolchain can prepare once for all programs, which may only read it
-
-
-@functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
-    """Where a language's prepared files are, for this toolchain and these commands."""
-    return _cache_root() / _key(name, level)
+    """Where a language's prepared files are, for the toolchain as it is now and these commands."""
+    language, tools = LANGUAGES[name], toolchain(name, level) or {}
+    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
+    return _cache_root() / f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
 
 
 @functools.cache
 def _warm(name: str, level: str) -> None:
-    """Prepares a language's cache unless it is there. Raises OSError if that fails."""
+    """Prepares a language's cache, if it has one, unless it is there. Raises OSError if that fails."""
     place, language = cache(name, level), LANGUAGES[name]
-    if place.exists():
+    if not language.warm or place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="warm-", dir=place.parent) as temporary:
@@ -395,7 +360,7 @@ Checker = Callable[[dict, str], bool]  # (test, stdout) -> right?
 
 
 def _lines(text: str) -> list[str]:
-    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n").split("\n")
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def same_lines(test: dict, stdout: str) -> bool:
@@ -406,17 +371,12 @@ def same_lines(test: dict, stdout: str) -> bool:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def _number(token: str) -> float | None:
-    """None for what is no number in digits, or too great to be told from infinity."""
-    value = float(token) if _NUMBER.fullmatch(token) else math.inf
-    return None if math.isinf(value) else value
-
-
 def _same_token(expected: str, got: str, tolerance: float) -> bool:
-    numbers = _number(expected), _number(got)
-    if expected == got or None in numbers:
+    """A number too great to be told from infinity is equal to none but the same text."""
+    if expected == got or not (_NUMBER.fullmatch(expected) and _NUMBER.fullmatch(got)):
         return expected == got
-    return math.isclose(*numbers, rel_tol=tolerance, abs_tol=tolerance)
+    number = float(expected)
+    return math.isfinite(number) and math.isclose(number, float(got), rel_tol=tolerance, abs_tol=tolerance)
 
 
 def close_numbers(tolerance: float = 1e-6) -> Checker:
@@ -437,7 +397,8 @@ def close_numbers(tolerance: float = 1e-6) -> Checker:
 
 @dataclass(frozen=True)
 class TestResult:
-    """One test, or the compilation."""
+    """One test, or the compilation. Verdicts: ok, wrong_answer, compile_error, runtime_error, time_limit,
+    memory_limit, output_limit."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name
     verdict: str
@@ -453,7 +414,8 @@ class TestResult:
 
 @dataclass(frozen=True)
 class Result:
-    """All tests of one program; the verdict is that of the first test that is not ok."""
+    """All tests of one program. The verdict is that of the first that is not ok, or no_toolchain, or
+    internal_error where the sandbox itself failed."""
 
     verdict: str
     language: str
@@ -478,10 +440,6 @@ def _message(header: dict, *blobs: bytes) -> bytes:
     return struct.pack("!I", len(head)) + head + b"".join(blobs)
 
 
-def _send(sock: socket.socket, header: dict, *blobs: bytes) -> None:
-    sock.sendall(_message(header, *blobs))
-
-
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
@@ -495,7 +453,7 @@ def _receive_exactly(sock: socket.socket, count: int) -> bytes:
 def _receive(sock: socket.socket) -> tuple[dict, list[bytes]]:
     (length,) = struct.unpack("!I", _receive_exactly(sock, 4))
     header = json.loads(_receive_exactly(sock, length))
-    return header, [_receive_exactly(sock, size) for size in header["blobs"]]
+    return header, [_receive_exactly(sock, size) for size in header.pop("blobs")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -506,12 +464,11 @@ _ARCH = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 
 # Numbers on x86-64 and 64-bit ARM of what the helper itself calls by number.
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
-_PIVOT_ROOT = (155, 41)
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 32, 4096, 16384
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC = 2, 4, 4096, 16384
 _MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
-_NEW_NS, _NEW_PID = 0x00020000, 0x20000000
-_NEW_ALL = 0x10000000 | _NEW_NS | _NEW_PID | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
+_NEW_NS, _NEW_TIME = 0x00020000, 0x80
+_NEW_ALL = 0x10000000 | _NEW_NS | 0x20000000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = (1, 4, 22, 36, 38)
 
 
@@ -612,9 +569,8 @@ _TRUNCATE, _OPEN, _OPENAT, _OPENAT2 = (76, 45), (2, None), (257, 56), (437, 437)
 
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_REFUSE = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
-_PERMIT = (_RETURN, 0, 0, _ALLOW)
+_PERMIT, _KILL = (_RETURN, 0, 0, 0x7FFF0000), (_RETURN, 0, 0, 0x80000000)
+_REFUSE, _LACK, _IGNORE = ((_RETURN, 0, 0, 0x00050000 | error) for error in (errno.EPERM, errno.ENOSYS, 0))
 _FIRST_ARGUMENT = (_LOAD, 0, 0, 16)
 
 
@@ -625,18 +581,17 @@ def _rules(own_files: bool, own_pid: int | None, truncate: bool = True) -> dict[
         return [_FIRST_ARGUMENT, (_JUMP_EQUAL, 0, 1, value), _PERMIT, _REFUSE]
 
     rules = {numbers[_ARCH]: [_REFUSE] for numbers in _REFUSED.values()}
-    rules |= {numbers[_ARCH]: [(_RETURN, 0, 0, _ERRNO)] for numbers in _IGNORED.values()}
+    rules |= {numbers[_ARCH]: [_IGNORE] for numbers in _IGNORED.values()}
     rules |= {numbers[_ARCH]: only(value) for numbers, value in _ONLY.values()}
-    new_namespaces = (_NEW_ALL | 0x80, _FIRST_ARGUMENT)  # 0x80 is CLONE_NEWTIME
-    rules[_CLONE[_ARCH]] = [new_namespaces[1], (_JUMP_BITS, 0, 1, new_namespaces[0]), _REFUSE, _PERMIT]
-    rules[_CLONE3[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # libc falls back to clone
+    rules[_CLONE[_ARCH]] = [_FIRST_ARGUMENT, (_JUMP_BITS, 0, 1, _NEW_ALL | _NEW_TIME), _REFUSE, _PERMIT]
+    rules[_CLONE3[_ARCH]] = [_LACK]  # libc falls back to clone
     if own_files:
         rules |= {numbers[_ARCH]: [_REFUSE] for numbers in _OWN_FILES.values()}
     if own_pid is not None:
         rules |= {numbers[_ARCH]: only(own_pid) for numbers in _SIGNALLING.values()}
     if not truncate:
         rules[_TRUNCATE[_ARCH]] = [_REFUSE]
-        rules[_OPENAT2[_ARCH]] = [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]  # its flags are in memory
+        rules[_OPENAT2[_ARCH]] = [_LACK]  # its flags are in memory
         for numbers, index in ((_OPEN, 1), (_OPENAT, 2)):
             flags, both = (_LOAD, 0, 0, 16 + 8 * index), (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)
             neither = [(_JUMP_EQUAL, 1, 0, os.O_TRUNC), (_JUMP_EQUAL, 0, 1, os.O_TRUNC | os.O_ACCMODE)]
@@ -658,8 +613,8 @@ def _search(rules: list[tuple[int, list[tuple]]]) -> list[tuple]:
 def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool = True):
     """The struct sock_fprog, to be given to _seccomp. Foreign calling conventions, which number
     the calls differently, end the program."""
-    start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), (_RETURN, 0, 0, _KILL)]
-    x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)] if _ARCH == 0 else []
+    start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), _KILL]
+    x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), _KILL] if _ARCH == 0 else []
     body = _search(sorted(_rules(own_files, own_pid, truncate).items()))
     code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
@@ -671,7 +626,7 @@ def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool 
 # ---------------------------------------------------------------------------------------------
 # Landlock: which files a program may open, where there are no mount namespaces
 
-_READ, _READ_FILE, _WRITE_FILE = 1 | 4 | 8, 1 | 4, 2
+_READ, _WRITE_FILE = 1 | 4 | 8, 2
 _ALL_BY_VERSION = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # 5 and later: 0xFFFF
 _FILE_ONLY = 1 | 2 | 4 | 0x4000
 
@@ -685,24 +640,19 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
     """Confines this process and its children to these files, for good."""
     version = _landlock_version()
     everything = _ALL_BY_VERSION.get(version, 0xFFFF)
+    # Older kernels know fewer of these fields, and take the longer structure while the rest is zero.
     attributes = struct.pack("QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
-    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, size, 0)
-    for paths, allowed in ((readable, _READ), (writable, everything)):
-        for path in paths:
-            _landlock_allow(rules, path, allowed)
-    for device in ("null", "zero", "full"):
-        _landlock_allow(rules, f"/dev/{device}", _READ_FILE | _WRITE_FILE)
+    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, len(attributes), 0)
+    access = dict.fromkeys(readable, _READ) | dict.fromkeys(writable, everything)
+    access |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/full"), _READ | _WRITE_FILE)
+    for path, allowed in access.items():
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not os.path.isdir(path):
+            allowed &= _FILE_ONLY
+        _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+        os.close(place)
     _syscall("landlock", _LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
-
-
-def _landlock_allow(rules: int, path: str, allowed: int) -> None:
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    if not os.path.isdir(path):
-        allowed &= _FILE_ONLY
-    _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
-    os.close(place)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -747,45 +697,27 @@ class _Group:
         for member in self.members:
             os.write(member, b"0")
 
-    def works(self) -> bool:
-        """Whether programs started from here can join: who may make a group need not be allowed to
-        move processes into it."""
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self.join()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        return os.waitpid(pid, 0)[1] == 0
-
     def kills(self) -> int:
         """Processes killed so far for want of memory."""
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
         return int(found[1])
 
-    def remove(self) -> None:
-        """Once no process is left in it."""
-        for place in self.places:
-            with contextlib.suppress(OSError):
-                place.rmdir()
+
+def _remove_groups(places: Iterable[Path | None]) -> None:
+    """Those that there are and that have no process left."""
+    for place in filter(None, places):
+        with contextlib.suppress(OSError):
+            place.rmdir()
 
 
-def _own_cgroups() -> dict[str, Path]:
-    """Directory of this process's group by controller; "" for version 2."""
-    mounts = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, place, kind, options = line.split()[:4]
-        if kind == "cgroup":
-            mounts |= dict.fromkeys(options.split(","), place)
-        elif kind == "cgroup2":
-            mounts.setdefault("", place)
+def _own_cgroups() -> dict[str, tuple[Path, Path]]:
+    """Where each controller is mounted by custom, and this process's group there; "" stands for version 2."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
-            if name in mounts:
-                own[name] = (Path(mounts[name]), Path(mounts[name] + path))
+            top = Path("/sys/fs/cgroup", name)
+            own[name] = top, top / path.lstrip("/")
     return own
 
 
@@ -798,40 +730,36 @@ def _owner_gone(path: Path) -> bool:
 def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
     """A new group under the process's own, or else under the nearest parent that allows it."""
     for parent in (own, *own.parents):
+        _remove_groups(filter(_owner_gone, parent.glob("sandbox-*")))
+        switch = parent / "cgroup.subtree_control"  # version 1 has none
+        if switch.exists():
+            with contextlib.suppress(OSError):  # may be on already
+                switch.write_text("+memory +pids")
         place = parent / f"sandbox-{os.getpid()}"
-        for left in filter(_owner_gone, parent.glob("sandbox-*")):
-            with contextlib.suppress(OSError):
-                left.rmdir()
         with contextlib.suppress(OSError):
-            if probes[0] == _GROUP_FILES[2][0]:
-                with contextlib.suppress(OSError):  # may be on already
-                    (parent / "cgroup.subtree_control").write_text("+memory +pids")
             place.mkdir()
             if all((place / probe).exists() for probe in probes):
                 return place
             place.rmdir()
         if parent == top:
-            return None
+            break
     return None
 
 
 def _make_group() -> _Group | None:
     """None where control groups can't be had."""
     own = _own_cgroups()
+    memory = pids = None
     if "memory" in own and "pids" in own:
         version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
         pids = _make_directory(*own["pids"], "pids.max")
     elif "" in own:
         version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")
         pids = memory
-    else:
-        return None
     if memory and pids:
         with contextlib.suppress(OSError):
             return _Group(version, memory, pids)
-    for place in {memory, pids} - {None}:
-        with contextlib.suppress(OSError):
-            place.rmdir()
+    _remove_groups((memory, pids))
     return None
 
 
@@ -859,6 +787,7 @@ class _Watch:
     """What is known of a program while it runs."""
 
     step: dict
+    streams: dict[int, bytearray]  # what was read so far from stdout, stderr and of troubles, by descriptor
     start: float
     verdict: str = ""
     message: str = ""
@@ -874,11 +803,37 @@ class _Watch:
         if not self.verdict:
             self.verdict, self.message = verdict, message
 
+    def read(self, fd: int) -> bool:
+        """False at the end of the stream, or beyond what may be written."""
+        stream, limit = self.streams[fd], self.step["output"]
+        part = os.read(fd, min(1 << 16, limit + 1 - len(stream)))
+        stream += part
+        if len(stream) > limit:
+            self.end("output_limit", f"more than {limit} bytes")
+            del stream[limit:]
+            return False
+        return bool(part)
+
+    def excused(self, members: list[int]) -> bool:
+        """Whether a program past its wall limit only waited for a busy processor. Waiting is
+        counted once it is over: one that is ready and hasn't run since the last look, waits."""
+        schedules = _each(_schedule, members)
+        ran = sum(schedule[0] for schedule in schedules)
+        ready = any(schedule[2] for schedule in schedules)
+        starved = ready and (self.ran < 0 or ran == self.ran)
+        self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
+        now = time.monotonic()
+        return now < self.start + self.step["wall"] + _PATIENCE and (starved or now < self.due())
+
+
+def _stat(place: str | Path) -> list[str]:
+    """Of a process or thread, what follows its name, which may hold anything; its state comes first."""
+    return Path(place, "stat").read_text().rpartition(")")[2].split()
+
 
 def _ticks(pid: int) -> float:
     """Processor time of a process and the children it has waited for, seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, _stat(f"/proc/{pid}")[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _private_memory(pid: int) -> int:
@@ -899,17 +854,16 @@ def _fair_memory(pid: int) -> int:
 def _schedule(pid: int) -> tuple[float, float, bool]:
     """Seconds that a process's threads ran, the longest that one of them was ready but had no
     processor, and whether one is running or ready now."""
-    threads = [path.parent for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    times = [[int(word) / 1e9 for word in (t / "schedstat").read_text().split()[:2]] for t in threads]
-    ready = any((t / "stat").read_text().rpartition(")")[2][1] == "R" for t in threads)
-    ran, waited = zip(*times, strict=True)
-    return sum(ran), max(waited), ready
+    threads = list(Path(f"/proc/{pid}/task").iterdir())
+    times = [list(map(int, (thread / "schedstat").read_text().split())) for thread in threads]
+    ready = any(_stat(thread)[0] == "R" for thread in threads)
+    return sum(ran for ran, *_ in times) / 1e9, max(waited for _, waited, _ in times) / 1e9, ready
 
 
 def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
     values = []
     for pid in pids:
-        with contextlib.suppress(OSError, IndexError):  # it has just ended
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
             values.append(measure(pid))
     return values
 
@@ -949,13 +903,11 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
-    """Verdict and message of a program that ended by itself."""
-    code = os.waitstatus_to_exitcode(status)
+def _classify(code: int, stderr: bytes, full: bool) -> tuple[str, str]:
+    """Verdict and message of a program that ended by itself. full: it had taken most of its memory."""
     if code == 0:
         return "ok", ""
     message = f"exit code {code}" if code > 0 else f"ended by {_signal_name(-code)}"
-    full = watch.memory > 0.9 * (watch.step["memory"] << 20)
     if code == -signal.SIGXCPU:
         return "time_limit", message
     if code == -signal.SIGXFSZ:
@@ -965,14 +917,16 @@ def _classify(watch: _Watch, status: int, stderr: bytes) -> tuple[str, str]:
     return "runtime_error", message
 
 
+_NO_STREAMS = (b"", b"")
+
+
 class _Warden:
     """Runs steps, one at a time. What differs between the levels is in the subclasses."""
 
-    box = tmp = ""  # directories as the programs see them
-    seccomp = None
-
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
-        self.sock, self.group, self.settings = sock, group, settings
+        self.sock, self.group = sock, group
+        self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
+        _prctl(_PR_NO_NEW_PRIVS, 1)
 
     # Of the subclasses:
     def new_box(self) -> None: ...
@@ -982,7 +936,9 @@ class _Warden:
     def confine(self, step: dict) -> None: ...
     def members(self) -> list[int]: ...
     def kill_all(self) -> None: ...
-    def stored_too_much(self, step: dict) -> bool: ...
+
+    def stored_too_much(self, step: dict) -> bool:
+        return False  # where the file systems are sized
 
     def serve(self) -> None:
         """Answers requests until the caller goes."""
@@ -992,8 +948,8 @@ class _Warden:
                 try:
                     reply, streams = self.answer(request, blobs[0])
                 except OSError as error:
-                    reply, streams = {"verdict": "internal_error", "message": str(error)}, ()
-                _send(self.sock, reply, *(streams or (b"", b"")))
+                    reply, streams = {"verdict": "internal_error", "message": str(error)}, _NO_STREAMS
+                self.sock.sendall(_message(reply, *streams))
 
     def answer(self, request: dict, blob: bytes) -> tuple[dict, tuple]:
         """Runs one test, or writes a program and compiles it: (what came of it, its streams)."""
@@ -1001,11 +957,7 @@ class _Warden:
             return self.execute(request["step"], blob)
         self.new_box()
         Path(self.box, request["file"]).write_bytes(blob)
-        answer: tuple[dict, tuple] = {"verdict": "ok"}, ()
-        for step in request["steps"]:
-            answer = self.execute(step, b"")
-            if answer[0]["verdict"] != "ok":
-                break
+        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, _NO_STREAMS)
         self.close_box()
         return answer
 
@@ -1015,22 +967,23 @@ class _Warden:
         if self.group:
             self.group.begin(step["memory"] << 20, step["processes"])
         source, out, err, trouble = _sealed(stdin), os.pipe(), os.pipe(), os.pipe()
-        watch = _Watch(step, time.monotonic())
+        streams = {pipe[0]: bytearray() for pipe in (out, err, trouble)}
+        watch = _Watch(step, streams, time.monotonic())
         pid = os.fork()
         if pid == 0:
             self.become(step, (source, out[1], err[1]), trouble[1])
         for fd in (source, out[1], err[1], trouble[1]):
             os.close(fd)
-        streams = {out[0]: bytearray(), err[0]: bytearray(), trouble[0]: bytearray()}
         try:
-            self.watch(pid, watch, streams)
+            self.watch(pid, watch)
         finally:
             status, cpu = self.reap(pid, watch)
-            for fd, stream in streams.items():
-                self.drain(fd, stream, watch)
+            for fd in streams:
+                while watch.read(fd):  # what is left in the pipe
+                    pass
                 os.close(fd)
             self.end_scratch()
-        return self.report(watch, status, cpu, [bytes(stream) for stream in streams.values()])
+        return self.report(watch, os.waitstatus_to_exitcode(status), cpu)
 
     def become(self, step: dict, streams: tuple[int, int, int], trouble: int) -> None:
         """In the new process: gives up all it can and turns into the program. Whatever can't be
@@ -1043,20 +996,17 @@ class _Warden:
                 os.dup2(fd, target)
             every, on_exec = 0xFFFFFFFF, 4
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
-            fill = {"box": self.box, "tmp": self.tmp}
-            os.chdir(fill[step["cwd"]])
-            argv = [word.format_map(fill) for word in step["argv"]] + step["args"]
-            env = {key: value.format_map(fill) for key, value in step["env"].items()}
+            os.chdir(step["cwd"])
             self.confine(step)
-            os.execve(argv[0], argv, env)
+            os.execve(step["argv"][0], step["argv"], step["env"])
         except BaseException as error:
             os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
 
-    def watch(self, pid: int, watch: _Watch, streams: dict[int, bytearray]) -> None:
+    def watch(self, pid: int, watch: _Watch) -> None:
         """Collects output until the program ends or a limit is passed."""
         alive, poll = os.pidfd_open(pid), select.poll()
-        for fd in (*streams, alive):
+        for fd in (*watch.streams, alive):
             poll.register(fd, select.POLLIN)
         poll.register(self.sock, select.POLLRDHUP)
         next_look = watch.start + _TICK
@@ -1068,7 +1018,7 @@ class _Warden:
                 if alive in ready:
                     return
                 for fd in ready:
-                    if not self.read(fd, streams[fd], watch):
+                    if not watch.read(fd):
                         poll.unregister(fd)
                 if time.monotonic() >= next_look:
                     self.look(watch)
@@ -1076,28 +1026,11 @@ class _Warden:
         finally:
             os.close(alive)
 
-    def read(self, fd: int, stream: bytearray, watch: _Watch) -> bool:
-        """False at the end of the stream."""
-        limit = watch.step["output"]
-        part = os.read(fd, min(1 << 16, limit + 1 - len(stream)))
-        stream += part
-        if len(stream) > limit:
-            watch.end("output_limit", f"more than {limit} bytes")
-            del stream[limit:]
-            return False
-        return bool(part)
-
-    def drain(self, fd: int, stream: bytearray, watch: _Watch) -> None:
-        """Takes what is left in the pipe of a program that has ended."""
-        while len(stream) < watch.step["output"] or not watch.verdict:
-            if not self.read(fd, stream, watch):
-                return
-
     def look(self, watch: _Watch) -> None:
         """Ends the watch if the program has passed a limit."""
         step, elapsed = watch.step, time.monotonic() - watch.start
         members = self.members()
-        if time.monotonic() > watch.due() and not self.excused(watch, members):
+        if time.monotonic() > watch.due() and not watch.excused(members):
             watch.end("time_limit", f"{step['wall']} s by the clock")
         if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
             watch.end("time_limit", f"{step['cpu']} s of processor time")
@@ -1105,17 +1038,6 @@ class _Warden:
             watch.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
             watch.end("output_limit", f"more than {step['files']} MB in files")
-
-    def excused(self, watch: _Watch, members: list[int]) -> bool:
-        """Whether a program past its wall limit only waited for a busy processor. Waiting is
-        counted once it is over: one that is ready and hasn't run since the last look, waits."""
-        schedules = _each(_schedule, members)
-        ran = sum(schedule[0] for schedule in schedules)
-        ready = any(schedule[2] for schedule in schedules)
-        starved = ready and (watch.ran < 0 or ran == watch.ran)
-        watch.ran, watch.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
-        elapsed = time.monotonic() - watch.start
-        return elapsed < watch.step["wall"] + _PATIENCE and (starved or time.monotonic() < watch.due())
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1143,14 +1065,13 @@ class _Warden:
             watch.end("memory_limit", f"{watch.step['memory']} MB")
         return statuses[pid], cpu
 
-    def report(self, watch: _Watch, status: int, cpu: float, streams: list[bytes]) -> tuple:
+    def report(self, watch: _Watch, code: int, cpu: float) -> tuple[dict, tuple]:
         """What is sent back of a program that has ended: (verdict and figures, its streams)."""
-        out, err, trouble = streams
-        code = os.waitstatus_to_exitcode(status)
+        out, err, trouble = map(bytes, watch.streams.values())
         if trouble:
             watch.verdict, watch.message = "internal_error", trouble.decode("utf-8", "replace")
-        elif not watch.verdict:
-            watch.end(*_classify(watch, status, err))
+        else:
+            watch.end(*_classify(code, err, watch.memory > 0.9 * (watch.step["memory"] << 20)))
         outcome = {
             "verdict": watch.verdict,
             "message": watch.message,
@@ -1166,8 +1087,9 @@ class _Warden:
 # ---------------------------------------------------------------------------------------------
 # Level `namespaces`
 
-_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf", "java-*", "mono", "php", "R",
-        "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*", "prolog*")  # fmt: skip
+_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf",
+        "java-*", "mono", "php", "R", "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*",
+        "prolog*")  # fmt: skip
 _MADE_UP = {
     "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
     "group": "user:x:1000:\n",
@@ -1181,15 +1103,18 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 def _show(path: str, top: str) -> None:
     """Makes a host file or directory appear, read-only, at its own path under top."""
     target = top + path
+    if os.path.lexists(target) or not os.path.lexists(path):
+        return  # it lies in one that is there already, or the host has none
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path):
-        return os.symlink(os.readlink(path), target)
+        os.symlink(os.readlink(path), target)
+        return
     if os.path.isdir(path):
-        os.makedirs(target, exist_ok=True)
+        os.mkdir(target)
     else:
         Path(target).touch()
     _mount(path, target, "", _MS_BIND | _MS_REC)
-    return _read_only(target)
+    _read_only(target)
 
 
 def _etc() -> list[str]:
@@ -1198,12 +1123,12 @@ def _etc() -> list[str]:
 
 def _build_root(top: str, paths: Iterable[str]) -> None:
     """A root directory with the toolchains and a few devices, and nothing else of the host."""
+    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", top, "tmpfs", _MS_NOSUID, "size=4m,nr_inodes=8192,mode=755")
     for name in ("box", "tmp", "proc", "dev", "etc"):
         os.mkdir(f"{top}/{name}")
     for path in (*_SYSTEM, *_etc(), *paths):
-        if os.path.lexists(path):
-            _show(path, top)
+        _show(path, top)
     for name in _DEVICES:
         Path(f"{top}/dev/{name}").touch()
         _mount(f"/dev/{name}", f"{top}/dev/{name}", "", _MS_BIND)
@@ -1239,22 +1164,19 @@ def _die_with_parent() -> None:
 def _enter_namespaces(top: str, paths: Iterable[str], sock: socket.socket) -> None:
     """Returns in a new process: the first of its own process namespace, in a private root."""
     _die_with_parent()
-    if os.geteuid() == 0:
-        # As root the tree is built first, from directories that others may not enter.
+    as_root = os.geteuid() == 0
+    if as_root:  # builds first, from directories that others may not enter
         _unshare(_NEW_NS)
-        _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
         _build_root(top, paths)
         _drop_to(_spare_uid())
         _prctl(_PR_SET_DUMPABLE, 1)  # /proc/self/uid_map must be ours to write
         _die_with_parent()
-        paths = None
     uid, gid = os.getuid(), os.getgid()
     _unshare(_NEW_ALL)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
-    _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    if paths is not None:
+    if not as_root:
         _build_root(top, paths)
     pid = os.fork()
     if pid:
@@ -1271,7 +1193,7 @@ def _settle(top: str) -> None:
     noexec, hide_others = 8, "hidepid=2"
     _mount("proc", f"{top}/proc", "proc", _MS_NOSUID | _MS_NODEV | noexec, hide_others)
     os.chdir(top)
-    _syscall("pivot_root", _PIVOT_ROOT[_ARCH], b".", b".")
+    _syscall("pivot_root", _REFUSED["pivot_root"][_ARCH], b".", b".")
     _unmount(".")
     os.chdir("/")
     _read_only("/", recursive=False)
@@ -1283,11 +1205,8 @@ class _NamespaceWarden(_Warden):
     """Process 1 of a world that it alone outlives: work directories are file systems of their
     own and kill(-1) reaches every program."""
 
-    box, tmp = "/box", "/tmp"
-
     def __init__(self, *args):
         super().__init__(*args)
-        _prctl(_PR_NO_NEW_PRIVS, 1)
         self.seccomp = _filter()
 
     def new_box(self) -> None:
@@ -1296,8 +1215,7 @@ class _NamespaceWarden(_Warden):
         _mount("tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755")
 
     def close_box(self) -> None:
-        flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
-        _mount("", self.box, "", flags)
+        _read_only(self.box, recursive=False)
 
     def new_scratch(self, step: dict) -> None:
         size = f"size={step['files']}m,nr_inodes=4096,mode=755"
@@ -1317,9 +1235,6 @@ class _NamespaceWarden(_Warden):
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
 
-    def stored_too_much(self, step: dict) -> bool:
-        return False  # the file systems are sized
-
 
 # ---------------------------------------------------------------------------------------------
 # Levels `landlock` and `none`: programs share the host's process table and file systems
@@ -1337,7 +1252,7 @@ def _descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").glob("*/children"):
                 parents += map(int, task.read_text().split())
-            if parent != pid and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2][1] not in "ZX":
+            if parent != pid and _stat(f"/proc/{parent}")[0] not in "ZX":
                 found.append(parent)
     return found
 
@@ -1362,40 +1277,52 @@ def _tasks_of(uid: int) -> int:
     return count
 
 
+def _below(directory: str) -> Iterator[os.DirEntry]:
+    """All that is in a directory and in those below."""
+    places = [directory]
+    for place in places:  # grows on the way
+        with contextlib.suppress(OSError):  # it has just been removed
+            for entry in list(os.scandir(place)):
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    places.append(entry.path)
+
+
 def _empty(directory: str) -> None:
-    """Removes what is in a directory, whatever its modes. No program may be running in it."""
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            os.chmod(entry.path, 0o700)
-            _empty(entry.path)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+    """Removes what is in a directory, whatever its modes. No program may be running in it. Directories are first
+    moved to the top: they may be nested more deeply than a path can tell."""
+    places = [directory]
+    for place in places:  # grows on the way
+        for entry in list(os.scandir(place)):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                places.append(f"{directory}/{os.urandom(16).hex()}")
+                os.rename(entry.path, places[-1])
+            else:
+                os.unlink(entry.path)
+    for place in places[1:]:
+        os.rmdir(place)
 
 
 class _LandlockWarden(_Warden):
     """Adopts what its programs leave, and kills by descent. As root, programs get a user id that
     no one else has; otherwise they are kept from signalling by Landlock (from version 6 on) or
-    by allowing signals to the program's own process only."""
-
-    confined = True
+    by allowing signals to the program's own process only. At level `none` all that is left out."""
 
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         super().__init__(sock, group, settings)
-        self.home = settings["home"]
-        self.box, self.tmp = f"{self.home}/box", f"{self.home}/tmp"
+        self.confined = settings["level"] == "landlock"
         self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
         readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
         self.readable = [*filter(os.path.exists, readable), self.box]
-        os.chmod(self.home, 0o711)
+        os.chmod(settings["home"], 0o711)
         for path in (self.box, self.tmp):
             os.mkdir(path)
             if self.uid:
                 os.chown(path, self.uid, self.uid)
         _prctl(_PR_SUBREAPER, 1)
-        _prctl(_PR_NO_NEW_PRIVS, 1)
         version = _landlock_version() if self.confined else 0
-        self.truncate = version >= 3
+        self.truncate, self.seccomp = version >= 3, None
         if self.confined and (self.uid or version >= 6):
             self.seccomp = _filter(own_files=not self.uid, truncate=self.truncate)
 
@@ -1416,7 +1343,9 @@ class _LandlockWarden(_Warden):
 
     def confine(self, step: dict) -> None:
         _set_limits({**step, "processes": step["processes"] + self.taken})
-        _landlock(self.readable, [self.tmp] + [self.box] * (step["cwd"] == "box"))
+        if not self.confined:
+            return
+        _landlock(self.readable, {self.tmp, step["cwd"]})  # a compiler works in the box
         if self.uid:
             _drop_to(self.uid)
         _seccomp(self.seccomp or _filter(own_files=True, own_pid=os.getpid(), truncate=self.truncate))
@@ -1428,18 +1357,11 @@ class _LandlockWarden(_Warden):
         _end_descendants(os.getpid())
 
     def stored_too_much(self, step: dict) -> bool:
-        files = [Path(place, name) for place, _, names in os.walk(self.tmp) for name in names]
-        sizes = _each(lambda path: path.lstat().st_blocks * 512, files)
-        return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES
-
-
-class _BareWarden(_LandlockWarden):
-    """No confinement but for the limits per process."""
-
-    confined = False
-
-    def confine(self, step: dict) -> None:
-        _set_limits({**step, "processes": step["processes"] + self.taken})
+        """Or so deep that the next look might not see it: a path can have 4096 bytes."""
+        entries = list(_below(self.tmp))
+        sizes = _each(lambda entry: entry.stat(follow_symlinks=False).st_blocks * 512, entries)
+        deep = any(len(os.fsencode(entry.path)) > 2048 for entry in entries)
+        return sum(sizes) > step["files"] << 20 or len(sizes) > _FILES or deep
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1454,15 +1376,19 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
             _enter_namespaces(settings["home"], settings["paths"], sock)
-        if group and not group.works():
-            group = None  # the nurse removes it
-        kinds = {"namespaces": _NamespaceWarden, "landlock": _LandlockWarden, "none": _BareWarden}
-        warden = kinds[level](sock, group, settings)
+        kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
+        warden = kind(sock, group, settings)
+        trial = {**vars(Limits()), "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": warden.tmp}
+        outcome, _ = warden.execute(trial, b"")
+        if outcome["verdict"] != "ok" and group:
+            warden.group = None  # who may make a group need not be allowed to move processes into it
+            outcome, _ = warden.execute(trial, b"")
+        if outcome["verdict"] != "ok":
+            raise OSError(outcome["message"])
     except OSError as error:
-        _send(sock, {"level": None, "message": str(error)})
+        sock.sendall(_message({"refused": str(error)}))
         return
-    accounting = f"cgroup v{group.version}" if group else "polling"
-    _send(sock, {"level": level, "accounting": accounting})
+    sock.sendall(_message({"accounting": f"cgroup v{warden.group.version}" if warden.group else "polling"}))
     warden.serve()
 
 
@@ -1492,46 +1418,39 @@ def _helper(fd: int) -> None:
         _empty(settings["home"])
         os.rmdir(settings["home"])
     if group:
-        group.remove()
+        _remove_groups(group.places)
 
 
 # ---------------------------------------------------------------------------------------------
 # The caller's side
 
 LEVELS = ("namespaces", "landlock", "none")
-_ENV_PATH = dict.fromkeys(("/usr/local/bin", "/usr/bin", "/bin"))
+_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 _AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy
 
 
-class _Deadline(Exception):
-    """The caller's time is over."""
-
-
 class _Refused(Exception):
     """A level of confinement can't be had here."""
 
 
-def _home_of(tool: str) -> str | None:
-    """What must be visible for a tool to work; None if the system's directories are enough."""
-    real = os.path.realpath(tool)
-    if real.startswith(tuple(f"{place}/" for place in _SYSTEM)):
-        return None
-    prefix = str(Path(real).parent.parent)
+def _home_of(tool: str) -> str:
+    """What must be visible for a tool to work."""
+    real = Path(os.path.realpath(tool))
+    prefix = real.parent.parent
     # Nobody's whole home, nor the whole disk, for a program that lies in ~/bin.
-    return real if Path.home().is_relative_to(prefix) else prefix
+    return str(real if Path.home().is_relative_to(prefix) else prefix)
 
 
 @functools.cache
 def _visible_paths() -> list[str]:
-    """Directories outside the system's that toolchains live in, none inside another."""
+    """Directories that toolchains and caches live in, each before those inside it."""
     with contextlib.suppress(OSError):
         _cache_root().mkdir(parents=True, exist_ok=True)  # what is prepared later shall show too
-    tools = [tool for name in LANGUAGES for tool in (toolchain(name) or {}).values()]
-    homes = sorted({home for tool in tools if (home := _home_of(tool))} | {str(_cache_root())})
-    return [path for path in homes if not any(path.startswith(f"{other}/") for other in homes)]
+    tools = [tool for name in installed() for tool in toolchain(name).values()]
+    return sorted({str(_cache_root()), *map(_home_of, tools)})
 
 
 def _java_names(program: str) -> tuple[str, str]:
@@ -1593,12 +1512,10 @@ def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
     return program, ""
 
 
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+def _remove(homes: Iterable[Path]) -> None:
+    """What a helper was kept from removing. By rm, which neither follows links nor minds depth."""
+    if left := [home for home in homes if home.exists()]:
+        subprocess.run(["rm", "-rf", *left], stderr=subprocess.DEVNULL)
 
 
 class _Worker:
@@ -1607,36 +1524,31 @@ class _Worker:
     def __init__(self, level: str, cgroups: bool):
         self.sock, theirs = socket.socketpair()
         self.home = tempfile.mkdtemp(prefix=f"parallel-sft-{os.getpid()}-")
+        root = "" if level == "namespaces" else self.home
+        self.places = {"box": f"{root}/box", "tmp": f"{root}/tmp"}  # as the programs see them
         here = Path(__file__).resolve()
-        lines = ["import sys", f"sys.path.insert(0, {str(here.parent)!r})", f"import {here.stem}"]
-        code = "\n".join([*lines, f"{here.stem}._helper({theirs.fileno()})"])
+        code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); from {here.stem} import _helper"
         library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, "sandbox helper"],
+                [sys.executable, "-I", "-S", "-c", f"{code}; _helper({theirs.fileno()})", "sandbox helper"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home}
-        hello, *_ = self.ask(_message(settings), 60, math.inf)
-        if hello["level"] is None:
+        settings = {"level": level, "cgroups": cgroups, "paths": _visible_paths(), "home": self.home, **self.places}
+        hello, *_ = self.ask(_message(settings), 60)
+        if "refused" in hello:
             self.close()
-            raise _Refused(hello["message"])
-        self.level, self.accounting = level, hello["accounting"]
+            raise _Refused(hello["refused"])
+        self.accounting = hello["accounting"]
 
-    def ask(self, messages: bytes, seconds: float, expires: float) -> tuple:
-        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises _Deadline, OSError or EOFError."""
-        self.sock.settimeout(max(0.001, min(seconds, expires - time.monotonic())))
-        try:
-            self.sock.sendall(messages)
-            header, blobs = _receive(self.sock)
-        except TimeoutError:
-            if time.monotonic() >= expires:
-                raise _Deadline from None
-            raise
-        header.pop("blobs")
+    def ask(self, messages: bytes, seconds: float) -> tuple:
+        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises OSError or EOFError."""
+        self.sock.settimeout(seconds)
+        self.sock.sendall(messages)
+        header, blobs = _receive(self.sock)
         return header, *blobs
 
     def close(self) -> None:
@@ -1647,32 +1559,17 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.home, ignore_errors=True)
-
-
-def _sweep() -> None:
-    """Removes what was left where caller and helper were killed together."""
-    for path in filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-_TRUE = {"argv": ["/bin/true"], "args": [], "env": {}, "cwd": "tmp", "wall": 20, "cpu": 20}
-_TRUE |= {"memory": 256, "output": 1, "processes": 16, "files": 1}
+        _remove([Path(self.home)])
 
 
 @functools.cache
 def best_level(cgroups: bool = True) -> str:
-    """The strongest confinement that works here, found by running a program in it.
-    Raises RuntimeError saying what was refused."""
+    """The strongest confinement that works here. Raises RuntimeError saying what was refused."""
     refusals = []
     for level in LEVELS[:2]:
         try:
-            worker = _Worker(level, cgroups)
-            answer, *_ = worker.ask(_message({"op": "test", "step": _TRUE}, b""), 60, math.inf)
-            worker.close()
-            if answer["verdict"] == "ok":
-                return level
-            refusals.append(f"{level}: {answer['message']}")
+            _Worker(level, cgroups).close()
+            return level
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
     raise RuntimeError(
@@ -1682,6 +1579,8 @@ def best_level(cgroups: bool = True) -> str:
 
 @dataclass(frozen=True)
 class _Job:
+    """A program and what was asked of it, as for Sandbox.submit."""
+
     program: str
     language: Language
     tests: Sequence[dict]
@@ -1691,61 +1590,43 @@ class _Job:
     expires: float  # on the monotonic clock
     level: str
 
-    def steps(self, line: str, args: Iterable = (), **limits) -> list[dict]:
-        """What a helper needs to know to run one of the language's command lines."""
-        tools = toolchain(self.language.name, self.level)
-        source, stem = _source_name(self.language, self.program)
-        fill = {"box": "{box}", "tmp": "{tmp}", "file": "{box}/" + source, "stem": stem}
-        fill |= {"mb": limits["memory"], "cache": str(cache(self.language.name, self.level))}
-        places = dict.fromkeys(map(os.path.dirname, tools.values())) | _ENV_PATH
-        env = {**_ENV, "PATH": ":".join(places), **self.language.env}
-        step = {**limits, "args": [str(arg) for arg in args]}
+    def step(self, worker: _Worker, line: str, limits: Limits, cwd: str) -> dict:
+        """What a helper needs to know to run one of the language's command lines. cwd: "box" or "tmp"."""
+        language, tools = self.language, toolchain(self.language.name, self.level)
+        source, stem = _source_name(language, self.program)
+        fill = {**worker.places, "file": f"{worker.places['box']}/{source}", "stem": stem}
+        fill |= {"mb": limits.memory, "cache": cache(language.name, self.level)}
+        path = dict.fromkeys([*map(os.path.dirname, tools.values()), *_PATH])
+        env = {**_ENV, "PATH": ":".join(path), **language.env}
+        step = {**vars(limits), "memory": limits.memory + language.overhead, "cwd": worker.places[cwd]}
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
-        step["memory"] += self.language.overhead
-        lines = [[tools.get(word, word).format_map(fill) for word in words] for words in _commands(line)]
-        return [{**step, "argv": words} for words in lines]
+        step["argv"] = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
+        return step
 
     def compile(self, worker: _Worker) -> TestResult:
         """Writes the program into the worker's box and compiles it."""
-        limits, language = self.limits, self.language
+        language, wall, processes = self.language, self.limits.compile_wall, max(self.limits.processes, 256)
+        limits = Limits(wall, 2 * wall, self.limits.compile_memory, output=1 << 20, processes=processes, files=256)
         program, flags = _with_test_runner(language, self.program)
-        steps = self.steps(
-            language.compile + flags,
-            cwd="box",
-            wall=limits.compile_wall,
-            cpu=limits.compile_wall * 2,
-            memory=limits.compile_memory,
-            output=1 << 20,
-            processes=max(limits.processes, 256),
-            files=256,
-        )
+        step = self.step(worker, language.compile + flags, limits, "box") if language.compile else None
         name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "steps": steps}, _bytes(program))
-        result, _ = self.ask(worker, request, limits.compile_wall)
+        request = _message({"op": "open", "file": name, "step": step}, program.encode("utf-8", "surrogateescape"))
+        result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
         return result
 
-    def request(self, test: dict) -> bytes:
-        """What makes a helper run the program on one test."""
-        limits = self.limits
-        (step,) = self.steps(
-            self.language.run,
-            test.get("args", ()),
-            cwd="tmp",
-            wall=limits.wall,
-            cpu=limits.cpu,
-            memory=limits.memory,
-            output=limits.output,
-            processes=limits.processes,
-            files=limits.files,
-        )
-        return _message({"op": "test", "step": step}, _bytes(test.get("stdin", "")))
+    def requests(self, worker: _Worker) -> Iterator[bytes]:
+        """What makes a helper run the program on each test."""
+        step = self.step(worker, self.language.run, self.limits, "tmp")
+        for test in self.tests:
+            argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
+            yield _message({"op": "test", "step": {**step, "argv": argv}}, stdin.encode("utf-8", "surrogateescape"))
 
     def run(self, worker: _Worker) -> Iterator[TestResult]:
         """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
         it all, the helper has the next request before it answers, and needn't wait for the caller."""
-        requests, sent = itertools.chain(map(self.request, self.tests), [b""]), False
+        requests, sent = itertools.chain(self.requests(worker), [b""]), False
         for test, (request, following) in zip(self.tests, itertools.pairwise(requests), strict=True):
             early = not self.stop_at_failure and len(following) <= _AHEAD
             messages = (b"" if sent else request) + (following if early else b"")
@@ -1754,6 +1635,8 @@ class _Job:
             if result.verdict == "ok" and not self.right(test, stdout):
                 result = replace(result, verdict="wrong_answer")
             yield result
+            if result.verdict != "ok" and self.stop_at_failure:
+                return
 
     def right(self, test: dict, stdout: str) -> bool:
         """Asks the checker. Unit tests that pass say so, in words that differ by language and even
@@ -1766,27 +1649,22 @@ class _Job:
         return self.checker(test, stdout)
 
     def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
-        """The helper's next answer, and the whole of stdout for the checker."""
-        answer, out, err = worker.ask(messages, wall + _PATIENCE + _GRACE, self.expires)
-        stdout, keep = _text(out), self.limits.keep
-        return TestResult(**answer, stdout=stdout[:keep], stderr=_text(err)[:keep]), stdout
-
-    def result(self, verdict: str, worker: _Worker | None = None, **more) -> Result:
-        more["accounting"] = worker.accounting if worker else ""
-        return Result(verdict, self.language.name, level=self.level, **more)
+        """The helper's next answer, and the whole of stdout for the checker. Raises OSError or EOFError where
+        the sandbox failed."""
+        seconds = min(wall + _PATIENCE + _GRACE, self.expires - time.monotonic())
+        answer, out, err = worker.ask(messages, max(0.001, seconds))
+        if answer["verdict"] == "internal_error":
+            raise OSError(answer["message"])
+        stdout, stderr = (stream.decode("utf-8", "replace") for stream in (out, err))
+        keep = self.limits.keep
+        return TestResult(**answer, stdout=stdout[:keep], stderr=stderr[:keep]), stdout
 
     def grade(self, worker: _Worker) -> Result:
         """Compiles once, then runs the tests."""
         built = self.compile(worker)
-        if built.verdict != "ok":
-            return self.result(built.verdict, worker, compile=built, message=built.message)
-        results: list[TestResult] = []
-        for result in self.run(worker):
-            results.append(result)
-            if result.verdict != "ok" and self.stop_at_failure:
-                break
-        first = next((r for r in results if r.verdict != "ok"), TestResult("ok"))
-        return self.result(first.verdict, worker, tests=tuple(results), compile=built, message=first.message)
+        tests = tuple(self.run(worker)) if built.verdict == "ok" else ()
+        first = next((result for result in (built, *tests) if result.verdict != "ok"), built)
+        return Result(first.verdict, self.language.name, tests, built, self.level, worker.accounting, first.message)
 
 
 class Sandbox:
@@ -1806,14 +1684,13 @@ class Sandbox:
         if level == "none":
             warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
         self.limits, self.cgroups = limits, cgroups
-        _sweep()
+        _remove(filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")))
         self.level = level or best_level(cgroups)
         if self.level == "namespaces" and _cache_root().is_relative_to("/tmp"):
             raise ValueError(
                 f"{_cache_root()}: programs have a /tmp of their own; set XDG_CACHE_HOME to a directory elsewhere"
             )
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self.workers, "sandbox")
+        self._pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "sandbox")
         self._idle = queue.SimpleQueue()
 
     def __enter__(self) -> "Sandbox":
@@ -1858,28 +1735,28 @@ class Sandbox:
         """Results of (program, language, tests) in the order given; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
-        return [future.result() for future in _watched(futures, progress)]
+        if progress is not None:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                futures = tqdm(futures, desc=progress, unit="program")
+        return [future.result() for future in futures]
 
     def _grade(self, job: _Job) -> Result:
+        failed = functools.partial(Result, language=job.language.name, level=self.level)
         if toolchain(job.language.name, self.level) is None:
-            return job.result("no_toolchain", message=_missing(job.language))
-        result = job.result("internal_error")
+            return failed("no_toolchain", message=_missing(job.language))
         for _ in range(1 + _RETRIES):
+            if time.monotonic() >= job.expires:
+                return failed("internal_error", message="deadline")
             try:
-                result = self._attempt(job)
-            except _Deadline:
-                return job.result("internal_error", message="deadline")
+                return self._attempt(job)
             except (OSError, EOFError, _Refused) as error:
-                result = job.result("internal_error", message=repr(error))
-            if result.verdict != "internal_error":
-                break
+                result = failed("internal_error", message=str(error))
         return result
 
     def _attempt(self, job: _Job) -> Result:
-        if job.language.warm:
-            _warm(job.language.name, self.level)
-        if time.monotonic() > job.expires:
-            raise _Deadline
+        _warm(job.language.name, self.level)
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
@@ -1893,45 +1770,14 @@ class Sandbox:
         return result
 
 
-def _watched(futures: "list[Future]", progress: str | None) -> "Iterable[Future]":
-    if progress is None:
-        return futures
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return futures
-    return tqdm(futures, desc=progress, unit="program")
-
-
-@functools.cache
-def _default() -> Sandbox:
-    sandbox = Sandbox(workers=1)
-    atexit.register(sandbox.close)
-    return sandbox
-
-
-def run(
-    program: str,
-    language: str,
-    tests: Sequence[dict],
-    limits: Limits = Limits(),
-    *,
-    stop_at_failure: bool = False,
-    checker: Checker = same_lines,
-) -> Result:
-    """Runs one program in a sandbox kept for such calls; for many use Sandbox."""
-    options = {"limits": limits, "stop_at_failure": stop_at_failure, "checker": checker}
-    return _default().run(program, language, tests, **options)
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 
 
 def _cmd_languages(_) -> int:
-    versions = installed()
-    for name, language in LANGUAGES.items():
-        print(f"{name:12} {versions.get(name) or f'- ({_missing(language)})'}")
+    with ThreadPoolExecutor(8) as pool:
+        for name, version in zip(LANGUAGES, pool.map(_version, LANGUAGES), strict=True):
+            print(f"{name:12} {version}")
     return 0
 
 
@@ -1945,7 +1791,7 @@ def _cmd_toolchains(options) -> int:
 
 def _open_sandbox(options) -> Sandbox:
     limits = Limits(wall=options.wall, cpu=options.cpu, memory=options.memory)
-    return Sandbox(getattr(options, "workers", 1), limits, options.level)
+    return Sandbox(options.workers, limits, options.level)
 
 
 def _json_lines(path: str, parse: Callable[[object], object]) -> list:
@@ -1953,7 +1799,8 @@ def _json_lines(path: str, parse: Callable[[object], object]) -> list:
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            rows.append(parse(json.loads(line))) if line.strip() else None
+            if line.strip():
+                rows.append(parse(json.loads(line)))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return rows
@@ -1992,14 +1839,11 @@ def _cmd_check(options) -> int:
     rows = _json_lines(options.file, _parse_program)
     with _open_sandbox(options) as sandbox:
         results = sandbox.map([job for _, job in rows], progress="programs")
-    counts: dict[str, dict[str, int]] = {}
     for (identity, _), result in zip(rows, results, strict=True):
         row = {"id": identity, "language": result.language, "verdict": result.verdict}
         print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}))
-        count = counts.setdefault(result.language, {})
-        count[result.verdict] = count.get(result.verdict, 0) + 1
-    for language, count in counts.items():
-        print(f"{language:12}", *(f"{verdict} {n}" for verdict, n in count.items()), file=sys.stderr)
+    for (language, verdict), count in Counter((result.language, result.verdict) for result in results).items():
+        print(f"{language:12} {verdict:14} {count}", file=sys.stderr)
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -2035,7 +1879,7 @@ def _parser() -> "argparse.ArgumentParser":
     add.add_argument("--tests", required=True, help='JSON lines of {"stdin", "stdout"}')
     add.add_argument("--language", help="the language, where the extension does not name it")
     _add_limits(add)
-    add.set_defaults(call=_cmd_run)
+    add.set_defaults(call=_cmd_run, workers=1)
     add = commands.add_parser("check", help="grade a file of programs")
     add.add_argument("file", help='JSON lines of {"program", "language", "tests"} and perhaps "id"')
     add.add_argument("--workers", type=_positive(int), help="programs at a time (one per processor)")

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import itertools
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def commands(name: str, directory: str) -> list[list[str]]:
     """The same compiler and interpreter lines as the sandbox's, without what it prepares."""
     language, tools = sandbox.LANGUAGES[name], sandbox.toolchain(name)
     fill = {"box": directory, "file": f"{directory}/{language.file}", "cache": directory, "mb": 512}
-    lines = [*sandbox._commands(language.compile), *sandbox._commands(language.run)]
+    lines = [shlex.split(line) for line in (language.compile, language.run) if line]
     return [[tools.get(word, word).format_map(fill) for word in line] for line in lines]
 
 

@@ -202,6 +202,16 @@ for place in ("a/b/c", "a/b", "a"):
     try: os.chmod(place, 0)
     except OSError: pass
 print("yes")"""),
+    Case("deep directories", """
+import os
+try:
+    for _ in range(3000): os.mkdir("a"); os.chdir("a")
+except OSError: pass
+print("yes")""", "ok output_limit", tests=ONE * 2),
+    Case("longer than any path", """
+import os
+for _ in range(30): os.mkdir("b" * 250); os.chdir("b" * 250)
+print("yes")""", "ok output_limit", tests=ONE * 2),
     Case("state between tests", "import os\nprint('yes' if not os.path.exists('state') else 'state')\nopen('state', 'w').close()", tests=ONE * 3),
     Case("poisons caches", refused(*[
         f"open({str(sandbox.cache(name) / 'x')!r}, 'w')" for name in ("cpp", "java", "go")])),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -392,6 +393,24 @@ def test_many_runs_leave_nothing():
         assert _leftovers() == before
 
 
+def _accounting(group, home: Path) -> str:
+    """How a warden that was given the group watches memory, once it has tried itself out."""
+    settings = {"level": "none", "paths": [], "home": str(home), "box": str(home / "box"), "tmp": str(home / "tmp")}
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            sandbox._warden(theirs, group, settings)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        hello, _ = sandbox._receive(ours)
+    os.waitpid(pid, 0)
+    return hello["accounting"]
+
+
 def test_control_groups_of_version_2(tmp_path, monkeypatch):
     """This machine may have version 1 or none: the files' names and contents at least."""
     for name, text in {
@@ -407,9 +426,12 @@ def test_control_groups_of_version_2(tmp_path, monkeypatch):
     assert (tmp_path / "pids.max").read_text().startswith("64")
     assert (tmp_path / "memory.swap.max").read_text() == "0"
     assert (tmp_path / "cgroup.procs").read_text() == "0"
-    assert group.works()
+    homes = [tmp_path / "joins", tmp_path / "can't join"]
+    for home in homes:
+        home.mkdir()
+    assert _accounting(group, homes[0]) == "cgroup v2"
     group.members = [os.open(tmp_path / "cgroup.procs", os.O_RDONLY)]
-    assert not group.works()
+    assert _accounting(group, homes[1]) == "polling"
 
 
 def test_a_group_that_lacks_a_file_is_removed_and_done_without(tmp_path, monkeypatch):
