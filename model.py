@@ -777,17 +777,24 @@ def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     weights = [layer.weight for layer in layers]
     if torch.is_grad_enabled():
         return Products.apply(x, *weights)
-    places = list(itertools.accumulate((w.nbytes for w in weights), initial=weights[0].data_ptr()))
-    if [w.data_ptr() for w in weights] != places[:-1]:
+    if not joined(weights):
         return [F.linear(x, w) for w in weights]
     sizes = list(map(len, weights))
     return F.linear(x, weights[0].data.as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)
 
 
+def joined(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights lie below each other in one piece of memory. (Pieces of their own may touch by chance.)"""
+    if len({w.untyped_storage().data_ptr() for w in weights}) > 1:
+        return False
+    places = itertools.accumulate((w.nbytes for w in weights), initial=weights[0].data_ptr())
+    return all(w.data_ptr() == place for w, place in zip(weights, places, strict=False))
+
+
 def join(*layers: nn.Linear) -> None:
     """Moves the layers' weights into one piece of memory, below each other; their values stay."""
     weights = [layer.weight for layer in layers]
-    if len({w.untyped_storage().data_ptr() for w in weights}) > 1:
+    if not joined(weights):
         parts = torch.cat([w.detach() for w in weights]).split(list(map(len, weights)))
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part

@@ -5,6 +5,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,6 +296,12 @@ def test_joined_weights_stay_parameters_of_their_own(monkeypatch):
         layers[1].weight.mul_(2)  # as an optimizer does
     check(products=1)
     layers[2].weight = torch.nn.Parameter(layers[2].weight * 3)  # no longer next to the others
+    check(products=3)
+    memory = np.random.default_rng(0).random(sum(w.weight.numel() for w in layers), dtype=np.float32)
+    for layer in layers:  # next to each other by chance, as an allocator may lay them, but not in one piece
+        rows, memory = np.split(memory, [layer.weight.numel()])
+        layer.weight = torch.nn.Parameter(torch.from_numpy(rows).view_as(layer.weight))
+    assert layers[0].weight.data_ptr() + layers[0].weight.nbytes == layers[1].weight.data_ptr()
     check(products=3)
     sum(part.sum() for part in model_py.project(x, *layers)).backward()
     torch.testing.assert_close(layers[0].weight.grad, x.sum(0).expand_as(layers[0].weight))
