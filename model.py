@@ -243,7 +243,7 @@ def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def lines(x, count, T, stride, BM: tl.constexpr):
-    """The same of `count` lines of T float32: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
+    """A descriptor of `count` lines of T numbers: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
     return tl.make_tensor_descriptor(x, [count, T], [stride, 1], [1, BM])
 
 
