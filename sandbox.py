@@ -1472,15 +1472,23 @@ def _java_names(program: str) -> tuple[str, str]:
 
 
 def _source_name(language: Language, program: str) -> tuple[str, str]:
-    """File name, and what the compiled program is called; some languages tie both to the text."""
+    """File name, and what the compiled program is called; some languages tie both to the text.
+
+    A name longer than a file's may be is cut: the compiler says what is wrong.
+    """
     if language.name == "java":
         file, main = _java_names(program)
-        return f"{file}.java", main
+        return f"{_cut(file)}.java", main
     named = language.named and re.search(language.named, program, re.M)
     if not named:
         return language.file, Path(language.file).stem
     name = named[1].lower() if language.name == "ada" else named[1]
-    return name + Path(language.file).suffix, name
+    return _cut(name) + Path(language.file).suffix, name
+
+
+def _cut(name: str) -> str:
+    """The first 240 bytes, or a little less: a file's name has at most 255."""
+    return name.encode()[:240].decode(errors="ignore")
 
 
 # What the runners of unit tests end with if all is well. A program that leaves before, lacks it.

@@ -267,6 +267,7 @@ BOMB = "template<int N, int M> struct A { static const int v = A<N - 1, M>::v + 
 NOT_BUILT = "compile_error time_limit memory_limit output_limit"
 COMPILING = [
     Case("endless header", '#include "/dev/zero"\nint main() {}', NOT_BUILT, "c"),
+    Case("name too long for a file", f"public class {300 * 'A'} {{ void main() {{ }} }}", "compile_error", "java"),
     Case("host file in the binary", '__asm__(".incbin \\"SECRET\\"");\nint main() {}', "compile_error", "c"),
     Case("host file as header", '#include "SECRET"\nint main() {}', "compile_error", "c"),
     Case("template bomb", BOMB, NOT_BUILT, "cpp"),
