@@ -78,6 +78,7 @@ def test_requests_sent_ahead_are_answered_in_order(box):
 
 
 def test_a_first_failure_keeps_later_tests_from_running(box, monkeypatch):
+    box.run(ADD, "python", [])  # starts a helper, if none is idle
     asked, ask = [], sandbox._Worker.ask
     monkeypatch.setattr(sandbox._Worker, "ask", lambda *a: asked.append(a[1].count(b'"op": "test"')) or ask(*a))
     tests = [{"stdin": f"{n} 0", "stdout": str(n % 2)} for n in range(4)]  # 2 and 3 fail
