@@ -467,7 +467,7 @@ def bench_sft(options: argparse.Namespace) -> None:
     rows = [(ids, len(ids) // 3) for ids in random_rows(count, high // 4, high, config.vocab_size)]
     hardware = sft.Hardware(device=DEVICE, micro_tokens=micro)
     learner = sft.Learner(ours, sft.World(DEVICE), hardware, 0.1, 0)
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, foreach=True)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
     ids, mask = padded([r for r, _ in rows], left=False), padded([[1] * len(r) for r, _ in rows], left=False)
     labels = padded([[model.IGNORE] * first + r[first:] for r, first in rows], left=False, value=model.IGNORE)
 
