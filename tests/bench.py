@@ -440,7 +440,7 @@ def bench_generate(options: argparse.Namespace) -> None:
         return theirs.generate(ids, attention_mask=mask, **torchs, **free)
 
     batch = model.Rows(ours, 64, 1024, lambda logits: model.sample(logits, 1.0, None), None)
-    batch.admit([[1] * 512], [64])
+    batch.admit([[1] * (512 if CUDA else 128)], [64])
     weights = sum(w.nbytes for w in ours.parameters())
     if not config.tie_word_embeddings:
         weights -= ours.model.embed_tokens.weight.nbytes  # of which a step reads a row for each token
@@ -451,6 +451,10 @@ def bench_generate(options: argparse.Namespace) -> None:
     if CUDA:
         works["launched one by one"] = lambda: batch.step(64, 1024)
     where = int(batch.position[0])
+    matrices = [ours.head(), *(w for w in ours.model.layers.parameters() if w.dim() == 2)]
+    products = [(randn(64, w.shape[1]), w) for w in matrices]
+    held = batch.cache[..., :where, :]
+    works["its products and a sum of the cache alone"] = lambda: (held.sum(), *(F.linear(x, w) for x, w in products))
     step = side_by_side(works, 2 * options.repeats)
     seen = (where + int(batch.position[0])) / 2
     what = f"a decoding step of 64 rows of {where} to {int(batch.position[0])} tokens"
