@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -73,6 +74,8 @@ SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attentio
 # What a config.json means by leaving a field out: LlamaConfig's defaults, which are not ours.
 ABSENT = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+# The names of a model's safetensors, its shards, their index, and of what is not written to its end.
+WEIGHTS = re.compile(r"\.?model((-[0-9a-f]+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 # The one value of each of these fields that this file computes; it may also be absent or null.
 SUPPORTED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
@@ -137,14 +140,20 @@ class Config:
 
 
 def read_fields(raw: dict) -> dict:
-    """The arguments of Config in a parsed config.json; ValueError for what we would get wrong."""
+    """The arguments of Config in a parsed config.json; ValueError for what we would get wrong. null means absent."""
+    if not isinstance(raw, dict):
+        raise ValueError("not an object; give a Llama's config.json")
+    raw = {name: value for name, value in raw.items() if value is not None}
     for name, value in SUPPORTED.items():
-        if raw.get(name) not in (value, None):
+        if raw.get(name, value) != value:
             raise ValueError(
                 f"{name} is {raw[name]!r}, but only {value!r} is implemented; choose a checkpoint of a plain Llama 3"
             )
     if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
+    for name in (*SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if not isinstance(raw.get(name, 1), int) or raw.get(name, 1) < 1:
+            raise ValueError(f"{name} is {raw[name]!r}: must be a whole number from 1 up")
     fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw}
     fields["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     return ABSENT | fields | read_rope(raw)
@@ -473,15 +482,16 @@ def triton_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], 
 
     q, k and v may be slices of one projection.
     """
-    (R, K, L, d), H, span = cache[0].shape, q.shape[1], 16 if INTERPRET else 512
+    (R, K, L, d), H = cache[0].shape, q.shape[1]
+    span, block, joined_at_once = (32, 16, 2) if INTERPRET else (512, 64, 16)
     S = triton.cdiv(L, span)
     part = q.new_empty(R, H, S, d, dtype=torch.float32)
     top, total = part.new_empty(2, R, H, S)
     o, scale, strides = q.new_empty(R, H, d), LOG2E / math.sqrt(d), (q.stride(0), k.stride(0), *cache.stride()[1:4])
     sizes = {"d": d, "D": max(16, triton.next_power_of_2(d)), "SPAN": span}
     decode_split[R, K, S](q, k, v, *rope, *cache, position, part, top, total, scale, *strides, K, H // K, S,
-                          GP=max(16, triton.next_power_of_2(H // K)), BN=min(span, 64), num_warps=2, num_stages=2, **sizes)  # fmt: skip
-    decode_join[(R * H,)](part, top, total, position, o, S, H, SB=16, num_warps=1, **sizes)
+                          GP=max(16, triton.next_power_of_2(H // K)), BN=block, num_warps=2, num_stages=2, **sizes)  # fmt: skip
+    decode_join[(R * H,)](part, top, total, position, o, S, H, SB=joined_at_once, num_warps=1, **sizes)
     return o
 
 
@@ -534,7 +544,7 @@ def sample_row(logits, temperature, seed, token, logprob, V, PER_ROW: tl.constex
         y = scaled(row, columns, V, scale)
         first = tl.argmax(race(y * LN2, noise, at + LANES + n), 0)
         top, i = tl.sum(tl.where(n == first, y, 0.0), 0), tl.sum(tl.where(n == first, columns, 0), 0)
-    tl.store(token + r, i)
+    tl.store(token + r, tl.minimum(i, V - 1))  # a row of nan has no largest logit
     tl.store(logprob + r, (top - z) * LN2)
 
 
@@ -1192,21 +1202,24 @@ class Rows:
         tail = [row for row in live if row >= len(live)]
         for hole, row in zip(holes, tail, strict=True):
             order[hole] = row
-        self.cache[:, :, holes] = self.cache[:, :, tail]
+        for layer in self.cache:  # one by one: the moved rows are copied first, and one layer's are few
+            layer[:, holes] = layer[:, tail]
         self.token[holes], self.position[holes] = self.token[tail], self.position[tail]
         self.n = len(live)
         return order
 
 
-def check_request(model, prompts, max_new_tokens: int, samples: int, temperature: float, top_k: int, top_p: float):
+def check_request(
+    model, prompts, max_new_tokens: int, samples: int, temperature: float, rows: int, top_k: int, top_p: float
+):
     """Raises ValueError for a request that `generate` cannot serve."""
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"{top_k=}, {top_p=}: give a top_k of 0 (all) or more, a top_p above 0 and up to 1 (all)")
     limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
-    if not prompts or samples < 1 or temperature < 0 or not 0 < max_new_tokens < limit:
+    if not prompts or min(samples, rows) < 1 or temperature < 0 or not 0 < max_new_tokens < limit:
         raise ValueError(
-            f"{len(prompts)} prompts, {samples=}, {temperature=}, {max_new_tokens=}: give at least "
-            f"one prompt and one sample, a temperature from 0 up, and 1 to {limit - 1} new tokens"
+            f"{len(prompts)} prompts, {samples=}, {rows=}, {temperature=}, {max_new_tokens=}: give at least "
+            f"one prompt, sample and row, a temperature from 0 up, and 1 to {limit - 1} new tokens"
         )
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
@@ -1255,7 +1268,7 @@ def generate(
     top_p as in `truncate`; not for RL, whose trainer scores all tokens. ValueError for a request it cannot
     serve.
     """
-    check_request(model, prompts, max_new_tokens, samples, temperature, top_k, top_p)
+    check_request(model, prompts, max_new_tokens, samples, temperature, rows, top_k, top_p)
 
     def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
         return sample(truncate(logits, temperature, top_k, top_p), temperature, generator)
@@ -1284,13 +1297,16 @@ def generate(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`; FileNotFoundError names a gap."""
+    """The safetensors files that make up the model in `folder`; FileNotFoundError names a gap, ValueError a bad index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise FileNotFoundError(f"{folder}: holds neither {single.name} nor {index.name}")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: no whole index of safetensors files; fetch it again") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder}: {index.name} asks for {', '.join(missing)}; fetch them")
     return [folder / name for name in names]
@@ -1333,7 +1349,7 @@ def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = No
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
         state, wrong = state | found, wrong | unfit
     wrong |= {name: "missing" for name in shapes if name not in state | wrong}
-    if twin and EMBED in state and not torch.equal(state.pop(HEAD, state[EMBED]), state[EMBED]):
+    if twin and EMBED in state and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBED]):
         wrong[HEAD] = f"differs from {EMBED}, but tie_word_embeddings is true"
     if wrong:
         lines = [f"  {name}: {what}" for name, what in sorted(wrong.items())]
@@ -1359,12 +1375,13 @@ def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> N
 
     Killed at any moment it leaves the old weights or the new ones, never a mixture. A single file is
     renamed into place. Shards get names that are not in use; they count once their index is renamed
-    into place and a model.safetensors from before, which would win over the index, is gone.
+    into place and a model.safetensors from before, which would win over the index, is gone. config.json
+    goes first: a model of another shape or other rotary positions wants a folder of its own.
     """
     folder, state = Path(folder), model.state_dict()
     model.config.torch_dtype = str(model.head().dtype).removeprefix("torch.")
     # What a killed save left included, finished or not.
-    old = [*folder.glob("model*.safetensors*"), *folder.glob(".model*.tmp")]
+    old = [path for path in folder.glob("*") if WEIGHTS.fullmatch(path.name)]
     shards = split_shards(state, shard_bytes)
     tag = f"-{time.time_ns():x}" if old else ""
     names = [f"model{tag}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]

@@ -94,6 +94,27 @@ def test_attention_forward_and_backward(shape, dtype):
 
 
 @runs
+@pytest.mark.parametrize("size", [0, 1] if model_py.INTERPRET else range(4))
+def test_attention_with_every_size_of_blocks(size, monkeypatch):
+    """Those that the autotuner did not pick here it may pick elsewhere."""
+    B, H, K, d, documents = SHAPES["ragged" if model_py.INTERPRET else "several blocks"]
+    for kernel in (model_py.attention_forward, model_py.attention_backward_q, model_py.attention_backward_kv):
+        small = [triton.Config({"BM": m, "BN": 48 - m}) for m in (16, 32)]
+        sizes = small if model_py.INTERPRET else kernel.configs
+        monkeypatch.setattr(kernel, "configs", [sizes[size % len(sizes)]])
+    start, dtype = torch.cat([starts(*row) for row in documents]), torch.bfloat16
+    inputs = [random(B, heads, start.shape[1], d, dtype=dtype, seed=i) for i, heads in enumerate((H, K, K, H))]
+    results = []
+    for attention, kind in ((model_py.reference_attention, torch.float64), (model_py.triton_attention, dtype)):
+        *qkv, weight = (x.to(kind, copy=True).requires_grad_() for x in inputs)
+        output = attention(*qkv, start)
+        (output * weight).sum().backward()
+        results.append([output, *(x.grad for x in qkv)])
+    for exact, ours in zip(*results, strict=True):
+        close(ours, exact, PRECISION[dtype])
+
+
+@runs
 def test_large_scores_do_not_overflow():
     q, k, v = (random(1, 2, 20, 64, seed=i, scale=30.0) for i in range(3))
     exact = model_py.reference_attention(q.double(), k.double(), v.double())
@@ -104,7 +125,9 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize(("heads", "groups", "d"), [(4, 2, 64), (8, 1, 128), (3, 3, 24)])
 def test_decode_attention_over_a_slice_of_a_cache(heads, groups, d, dtype):
-    R, L, position = 4, 45, torch.tensor([0, 44, 15, 16], device=DEVICE)
+    """With more columns than a span of them has, and more spans than are joined at once."""
+    R, L = 4, 75 if model_py.INTERPRET else 9000
+    position = torch.tensor([0, L - 1, 31, 32], device=DEVICE)
     x = random(R, heads + 2 * groups, d, dtype=dtype)
     qkv = x.split((heads, groups, groups), dim=1)
     rope = [angle[position] for angle in model_py.rope_table(Config(head_dim=d), L, x)]
@@ -222,6 +245,14 @@ def test_minus_infinity_is_never_drawn():
     token, logprob = model_py.triton_sample(logits, 1.0, generator())
     assert set(token.tolist()) == {3, 40}
     close(logprob, torch.full_like(logprob, math.log(0.5)).double(), 1e-5)
+
+
+@runs
+@pytest.mark.parametrize("temperature", [0.0] if model_py.INTERPRET else [0.0, 1.0])  # numpy has no argmax of nan
+def test_a_row_of_nan_gives_a_token_of_the_vocabulary(temperature):
+    """What a model that diverged draws must not lead the next step out of the embedding."""
+    token, _ = model_py.triton_sample(torch.full((3, 77), math.nan, device=DEVICE), temperature, generator())
+    assert token.min() >= 0 and token.max() < 77
 
 
 # ---------------------------------------------------------------------------------------------

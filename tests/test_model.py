@@ -256,13 +256,14 @@ def test_scoring_nothing_and_bad_temperature():
 # Sampling
 
 
-def test_batched_greedy_equals_one_by_one_with_early_retirement():
+def test_batched_greedy_equals_one_by_one_with_early_retirement(monkeypatch):
     ours = tiny(rope_scaling=LLAMA3, tie_word_embeddings=False)
     prompts = prompts_of(3, 40, 1, 17, 29, 8, 5, 61, 2, 33, 12)
     stops = list(range(0, 96, 16))
     alone = [generate(ours, [p], 50, stops, temperature=0)[0] for p in prompts]
     lengths = {len(c.tokens) for c in alone}
     assert len(lengths) > 4 and 50 in lengths  # some stop early, at different steps, some never
+    monkeypatch.setattr(model_py, "PREFILL_TOKENS", 150)  # two prompts a pass
     for rows in (512, 4, 3):  # 4 and 3: a finished row's place goes to the next prompt
         together = generate(ours, prompts, 50, stops, temperature=0, rows=rows)
         assert [c.tokens for c in together] == [c.tokens for c in alone]
@@ -422,6 +423,7 @@ def test_a_stop_token_counts_wherever_the_block_ends():
         ([[1]], {"max_new_tokens": 256}, "max_new_tokens=256"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"samples": 0}, "samples=0"),
+        ([[1]], {"rows": 0}, "rows=0"),
         ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
@@ -554,6 +556,9 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 7}, "head_dim"),
         ({"vocab_size": "drop"}, "vocab_size missing"),
+        ({"vocab_size": None}, "vocab_size missing"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"head_dim": -2}, "head_dim is -2"),
     ],
 )
 def test_a_config_we_would_get_wrong_is_refused(tmp_path, changes, message):
@@ -575,9 +580,11 @@ def test_missing_files_are_named(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
         load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
-        load(tmp_path)
+    for name in ("model.safetensors.index.json", "config.json"):
+        for text in ("{", "[]"):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=name):
+                load(tmp_path)
 
 
 @pytest.mark.parametrize("shard", [5e9, 2e4])
@@ -611,6 +618,14 @@ def test_a_second_copy_of_tied_embeddings_must_be_equal(tmp_path):
     save_file(state, path)
     with pytest.raises(ValueError, match=r"lm_head\.weight: differs"):
         load(tmp_path)
+
+
+def test_weights_that_diverged_are_still_read(tmp_path):
+    ours = tiny()
+    with torch.no_grad():
+        ours.head()[3, 5] = math.nan
+    save(ours, tmp_path)
+    assert load(tmp_path).head()[3, 5].isnan()
 
 
 def test_rotary_frequencies_of_older_files_are_passed_over(tmp_path):
@@ -655,6 +670,7 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(tmp_path, monkeyp
     """Killed before each of its renames and removals in turn, and halfway through each file."""
     old, new = tiny(seed=1), tiny(seed=2)
     replace, unlink, calls, outcomes = os.replace, os.unlink, [], []
+    theirs = ("tokenizer.json", "model_lora.safetensors", "model.safetensors.bak")
 
     def dying(action):
         def act(*paths, **options):
@@ -674,7 +690,8 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(tmp_path, monkeyp
     for limit in range(1, 100):
         folder = tmp_path / str(limit)
         save(old, folder, before)
-        (folder / "tokenizer.json").write_text("theirs")
+        for name in theirs:
+            (folder / name).write_text("theirs")
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying(replace))
@@ -689,8 +706,8 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(tmp_path, monkeyp
         outcomes.append(same(found, new))
         save(new, folder, after)  # and the next save repairs what is left
         assert same(load(folder), new)
-        assert (folder / "tokenizer.json").read_text() == "theirs"
-        expected = {"config.json", "tokenizer.json", "model.safetensors"} if after == 5e9 else None
+        assert all((folder / name).read_text() == "theirs" for name in theirs)
+        expected = {"config.json", "model.safetensors", *theirs} if after == 5e9 else None
         assert not expected or {path.name for path in folder.iterdir()} == expected
         assert not list(folder.glob(".*.tmp"))
         if finished:
