@@ -322,17 +322,17 @@ table ink candle rose iron violet salt oak island north leaf otter snow garden p
 def interpret(function: Function, line: str) -> str | None:
     """What a program for `function` prints for the input `line`; None where that is undefined.
 
-    Undefined: the maximum or minimum of nothing, and values that some PL's integers do not hold.
+    Undefined: the maximum or minimum of nothing, and a step's values that some PL's integers do not hold.
     """
     kind, steps = function
-    value: Any = [int(x) for x in line.split()] if kind == "ints" else line.split()
+    values: Any = [int(x) for x in line.split()] if kind == "ints" else line.split()
     for name, k in steps:
-        if name in ("max", "min") and not value:
+        if name in ("max", "min") and not values:
             return None
-        value = OPERATIONS[name].run(value, k)
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
-        return None
+        values = OPERATIONS[name].run(values, k)
+        values = values if isinstance(values, list) else [values]
+        if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
+            return None
     return " ".join(map(str, values)) + "\n"
 
 

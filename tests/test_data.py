@@ -67,7 +67,8 @@ def test_interpreter_on_values_worked_out_by_hand():
     f = ("words", (("has", "a"), ("lengths", None), ("cap", 6), ("max", None)))
     assert data.interpret(f, "tea sun lemonade\n") == "6\n"
     assert data.interpret(("ints", (("gt", 8), ("max", None))), "1 2\n") is None
-    assert data.interpret(("ints", (("square", None), ("square", None))), "250\n") is None
+    for last in ((), (("cap", 6),)):  # Java's integers overflow, whatever a later step makes of it
+        assert data.interpret(("ints", (("square", None), ("square", None), *last)), "250\n") is None
 
 
 def test_most_programs_are_short(records, tokenizer):
