@@ -1171,11 +1171,18 @@ class Mixture:
     def __post_init__(self):
         if self.name not in MIXTURES:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
-        needed = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
-        needed = dict.fromkeys((*needed, *(self.everything if self.general else ())))
+        needed = dict.fromkeys(itertools.chain(*self.answers()))
         for record in self.records:
             if missing := ", ".join(p for p in needed if p not in record["solutions"]):
                 raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
+
+    def answers(self) -> list[tuple[str, ...]]:
+        """The PLs of each answer that may be shown of a record, but for their order."""
+        if self.name == "parallel" and self.in_context:
+            own = [self.sft]
+        else:
+            own = [(p,) for p in {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)]
+        return own + [(p,) for p in self.everything if self.general]
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are
