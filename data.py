@@ -978,14 +978,16 @@ def make(s: CorpusSettings) -> None:
     if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
         fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
     roles = choose_roles(s.sft, s.unseen)
+    tokenizer = Tokenizer(s.tokenizer) if s.tokenizer else None
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
+    rl = make_problems(s, "rl", s.rl, False, s.operations, s.new_share)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
     evaluation += make_problems(s, "new", s.eval, True, s.operations, s.new_share)
-    write_records(out / "train.jsonl.gz", train)
-    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.operations, s.new_share))
-    write_records(out / "eval.jsonl.gz", evaluation)
-    if s.tokenizer:
-        Tokenizer(s.tokenizer).save(out)
+    (out / "languages.json").unlink(missing_ok=True)  # written last: where it stands, the corpus is whole
+    for name, records in {"train": train, "rl": rl, "eval": evaluation}.items():
+        write_records(out / f"{name}.jsonl.gz", records)
+    if tokenizer:
+        tokenizer.save(out)
     else:
         train_tokenizer(train, s.vocabulary, out)
     text = json.dumps(dataclasses.asdict(roles)) + "\n"

@@ -8,6 +8,7 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -81,6 +82,20 @@ def test_same_seed_same_bytes(corpus, tmp_path):
     data.make(s)
     for name in ("train.jsonl.gz", "rl.jsonl.gz", "eval.jsonl.gz", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
+
+
+def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=3, rl=3, eval=3)
+    data.make(s)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"typo.tokenizer\.json"):
+        data.make(replace(s, seed=1, tokenizer="typo"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(data, "train_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.make(replace(s, seed=1))
+    with pytest.raises(FileNotFoundError, match=r"languages\.json: no such file"):
+        data.read_roles(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
