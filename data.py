@@ -833,6 +833,12 @@ class Roles:
     sft: tuple[str, ...]
     unseen: tuple[str, ...]
 
+    def __post_init__(self):
+        if twice := ", ".join(p for p, n in Counter(self.everything).items() if n > 1):
+            raise ValueError(f"{twice}: named twice; a PL is either an SFT one or an unseen one")
+        if not self.sft:
+            raise ValueError("'sft' names no source PL")
+
     @property
     def source(self) -> str:
         return self.sft[0]
@@ -846,16 +852,16 @@ def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
     """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
     here = sandbox.installed()
     absent = [p for p in dict.fromkeys(SFT_CHOICE + UNSEEN_CHOICE) if p not in here]
-    sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
-    unseen = [sandbox.canonical(p) for p in unseen] or [p for p in UNSEEN_CHOICE if p in here and p not in sft][:4]
-    if both := set(sft) & set(unseen):
-        raise ValueError(f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either")
-    if lacking := ", ".join(p for p in (*sft, *unseen) if p not in SNIPPETS):
+    sft, unseen = (tuple(map(sandbox.canonical, wish)) for wish in (sft, unseen))
+    sft = sft or tuple(p for p in SFT_CHOICE if p in here and p not in unseen)[:4]
+    unseen = unseen or tuple(p for p in UNSEEN_CHOICE if p in here and p not in sft)[:4]
+    roles = Roles(sft, unseen)
+    if lacking := ", ".join(p for p in roles.everything if p not in SNIPPETS):
         raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
     print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
     if absent:
         print(f"no toolchain here for {', '.join(absent)}; `python sandbox.py languages` names the packages")
-    return Roles(tuple(sft), tuple(unseen))
+    return roles
 
 
 def read_roles(folder: str | Path) -> Roles:
@@ -867,12 +873,9 @@ def read_roles(folder: str | Path) -> Roles:
         )
     try:
         raw = json.loads(path.read_text())
-        roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
-        if not roles.sft:
-            raise ValueError("'sft' names no source PL")
-    except (KeyError, TypeError, ValueError) as error:
+        return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
-    return roles
 
 
 # --------------------------------------------------------------------------------------------------

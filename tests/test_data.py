@@ -142,6 +142,29 @@ def test_share_of_reserved_wordings_in_rl(corpus):
     assert all(set(p["operations"]) & set(s.reworded) for p in problems)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"sft": ["python", "c"], "unseen": ["lua", "c"]}', "c: named twice"),
+        ('{"sft": ["python", "py"], "unseen": ["lua"]}', "python: named twice"),
+        ('{"sft": [], "unseen": ["lua"]}', "names no source PL"),
+        ('{"sft": [3], "unseen": ["lua"]}', "no attribute"), ("{", "Expecting"),
+    ],
+)  # fmt: skip
+def test_roles_that_are_none_are_refused(tmp_path, text, message):
+    (tmp_path / "languages.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"languages\.json: .*{message}.*it must read"):
+        data.read_roles(tmp_path)
+
+
+def test_chosen_roles_do_not_overlap(monkeypatch):
+    monkeypatch.setattr(sandbox, "installed", lambda: list(data.SNIPPETS))
+    assert data.choose_roles((), ("py", "go")) == data.Roles(("javascript", "ruby", "php", "c"), ("python", "go"))
+    assert data.choose_roles(("perl", "lua"), ()).unseen == ("bash", "rust", "tcl", "awk")
+    with pytest.raises(ValueError, match="python: named twice"):
+        data.choose_roles(("py", "c"), ("python",))
+
+
 # --------------------------------------------------------------------------------------------------
 # Mixtures
 
