@@ -46,6 +46,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -139,28 +140,29 @@ def parse_record(line: str, where: str) -> dict:
         if not ok:
             raise RecordError(f"{where}: field {field!r}: {mend}")
 
-    def text(value) -> bool:
-        return isinstance(value, str)
+    def text(value) -> bool:  # JSON's escapes can write half a surrogate pair, which no file or token can hold
+        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also an endless number, or too deep a list
         raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
         need(text(record.get(name)) and record[name], name, "give a text that is not empty")
-    tests, solutions = record.get("tests"), record.get("solutions")
+    tests = record.get("tests")
     need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
     for i, test in enumerate(tests):
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
-    need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
     need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
-    for language, program in solutions.items():
-        field = f"solutions.{language}"
-        need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-        need(text(program) and program.strip(), field, "give the program's text")
+    for name, programs in {"solutions": record.get("solutions"), "commented": record.get("commented", {})}.items():
+        need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
+        for language, program in programs.items():
+            field = f"{name}.{language}"
+            need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
+            need(text(program) and program.strip(), field, "give the program's text")
     return record
 
 
@@ -174,7 +176,7 @@ def read_records(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
     try:
         text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -191,6 +193,11 @@ def read_split(folder: str | Path, name: str) -> list[dict]:
     """The records of `folder`/NAME.jsonl or NAME.jsonl.gz."""
     plain = Path(folder) / f"{name}.jsonl"
     return read_records(plain if plain.exists() else plain.with_suffix(".jsonl.gz"))
+
+
+def record_files(folder: str | Path) -> list[Path]:
+    """The JSONL files in `folder`, but for what an interrupted write left."""
+    return sorted(p for p in Path(folder).glob("[!.]*") if p.name.endswith((".jsonl", ".jsonl.gz")))
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -1010,7 +1017,7 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 
 
 def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
-    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json."""
+    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, which no older config fits."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -1024,6 +1031,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     )
     texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
+    (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
@@ -1258,7 +1266,7 @@ class VerifySettings:
 
 def verify(s: VerifySettings) -> None:
     """Runs every program against its tests; prints a count per PL. Exits with 1 if one fails."""
-    paths = sorted(Path(s.data).glob("*.jsonl*")) if Path(s.data).is_dir() else [Path(s.data)]
+    paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
     if not paths:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
     records = [r for path in paths for r in read_records(path)[: s.limit or None]]
@@ -1308,7 +1316,7 @@ class ShowSettings:
 
 def show(s: ShowSettings, name: str) -> None:
     """Prints the record `name` with all its programs side by side."""
-    for path in sorted(Path(s.data).glob("*.jsonl*")):
+    for path in record_files(s.data):
         for record in read_records(path):
             if record["id"] == name:
                 print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")

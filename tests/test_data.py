@@ -87,6 +87,9 @@ def test_same_seed_same_bytes(corpus, tmp_path):
 def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=3, rl=3, eval=3)
     data.make(s)
+    data.Tokenizer(tmp_path, "plain").save(tmp_path)  # as `make --tokenizer` does
+    data.make(s)
+    assert data.Tokenizer(tmp_path).format == "chat"
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(FileNotFoundError, match=r"typo.tokenizer\.json"):
         data.make(replace(s, seed=1, tokenizer="typo"))
@@ -348,6 +351,8 @@ GOOD = {
     [
         ({"id": 3}, "id"), ({"prompt": ""}, "prompt"), ({"tests": []}, "tests"),
         ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
+        ({"prompt": "p\ud800"}, "prompt"), ({"tests": [{"stdin": "\udfff", "stdout": ""}]}, r"tests\[0\]"),
+        ({"solutions": None}, "solutions"), ({"commented": None}, "commented"), ({"commented": {"python": 3}}, "commented.python"),
         ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
     ],
 )  # fmt: skip
@@ -356,15 +361,18 @@ def test_a_bad_record_is_named(tmp_path, change, field):
     path.write_text(json.dumps(GOOD | {"id": "first"}) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(data.RecordError, match=rf"r\.jsonl:2: field '{field}': .+"):
         data.read_records(path)
-    path.write_text(json.dumps(GOOD) + "\n{not json}\n")
-    with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
-        data.read_records(path)
+    for line in ("{not json}", '{"x": ' + 5000 * "1" + "}", 200_000 * "["):
+        path.write_text(json.dumps(GOOD) + f"\n{line}\n")
+        with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
+            data.read_records(path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-9])
+    whole = gzip.compress(json.dumps(GOOD).encode())
+    (tmp_path / "r.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:12] + bytes(x ^ 255 for x in whole[12:]))
     (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe")
-    for name in ("r.jsonl.gz", "r.jsonl"):
+    for name in ("r.jsonl.gz", "flipped.jsonl.gz", "r.jsonl"):
         with pytest.raises(data.RecordError, match=f"{name}: not whole gzip or not UTF-8"):
             data.read_records(tmp_path / name)
 
@@ -389,7 +397,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
+def test_show_prints_the_problem_and_every_program(corpus, records, tmp_path, capsys):
     record = records["rl"][3]
     data.main(["show", record["id"], "--data", str(corpus)])
     out = capsys.readouterr().out
@@ -398,8 +406,10 @@ def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
         assert f"[{language}]" in out
         assert all(line.expandtabs(4) in out for line in program.splitlines())
     assert data.read_split(corpus, "rl") == records["rl"]
+    for name in (".eval.jsonl.gz.tmp", ".a.jsonl", "b.jsonl.old"):
+        (tmp_path / name).write_text("{")
     with pytest.raises(SystemExit, match="no record"):
-        data.main(["show", "nothing", "--data", str(corpus)])
+        data.main(["show", "nothing", "--data", str(tmp_path)])
 
 
 def test_verify_counts_failures_per_language(tmp_path, capsys):
