@@ -143,9 +143,12 @@ class World:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        try:
+            self.device = torch.device(device)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        except (AttributeError, RuntimeError) as error:  # the former from a build of torch without CUDA
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
     def __enter__(self):
         # A rank that fails ends the others through torchrun; the limit is for a host that vanishes.

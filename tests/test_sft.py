@@ -333,6 +333,12 @@ def test_a_record_longer_than_the_model_takes_is_named_before_the_first_update(c
     assert not (tmp_path / "run/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"--device {device}: ."):
+        sft.World(device)
+
+
 def test_all_arms_get_the_same_number_of_tokens(corpus, tmp_path):
     """To within the last update: an update is 4 sequences of fewer than 250 tokens."""
     for name in ("source", "multi", "parallel"):
