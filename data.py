@@ -70,8 +70,8 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
     """An instance of the dataclass `settings`, its fields read from the command line.
 
     `snake_case` fields become `--kebab-case` flags; a tuple takes several words; a bool takes
-    `--name` or `--no-name`. Metadata: `choices` and `least` restrict the values, `type` is that of a
-    tuple's items.
+    `--name` or `--no-name`. Metadata: `choices`, `least` and `most` restrict the values, `type` is that
+    of a tuple's items.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(settings)
@@ -79,8 +79,10 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
     values = vars(parser.parse_args(argv))
     for f in fields:
-        if "least" in f.metadata and values[f.name] < f.metadata["least"]:
-            parser.error(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}")
+        for word in {"least", "most"} & f.metadata.keys():
+            bound, value = f.metadata[word], values[f.name]
+            if not (value >= bound if word == "least" else value <= bound):  # "not" for the sake of nan
+                parser.error(f"--{f.name.replace('_', '-')} must be at {word} {bound}")
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -103,7 +105,7 @@ def command(main: Callable, settings: type, description: str, argv: Sequence[str
     """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback."""
     try:
         main(parse_flags(settings, description, argv))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -900,13 +902,13 @@ class CorpusSettings:
     eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
     tests: int = flag(4, "tests per problem", least=1)
     operations: int = flag(2, "most operations in a problem", least=1)
-    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
+    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum"),
         "operations whose reserved wordings RL and evaluation use, each problem there at least one of them",
     )
-    new_share: float = flag(0.7, "share of the phrases of reworded operations that take a reserved wording")
-    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
+    new_share: float = flag(0.7, "share of reworded operations' phrases that take a reserved wording", least=0, most=1)
+    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation", least=0, most=1)
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
 
@@ -987,6 +989,8 @@ def make(s: CorpusSettings) -> None:
     out = Path(s.out)
     if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
         fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    if s.new_share and not s.reworded:
+        fail("--reworded: name an operation, or give --new-share 0")
     roles = choose_roles(s.sft, s.unseen)
     tokenizer = Tokenizer(s.tokenizer) if s.tokenizer else None
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
@@ -1053,6 +1057,14 @@ FORMATS = {
 }
 
 
+def parse_file(path: Path, parse: Callable[[str], Any]):
+    """What `parse` makes of the file's text; a ValueError names the file."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except Exception as error:  # of no narrower class from tokenizers
+        raise ValueError(f"{path}: {error}") from None
+
+
 class Tokenizer:
     """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
@@ -1066,14 +1078,13 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
-        self.text = self.path.read_text(encoding="utf-8")
-        self.core = tokenizers.Tokenizer.from_str(self.text)
+        self.text, self.core = parse_file(self.path, lambda text: (text, tokenizers.Tokenizer.from_str(text)))
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
         names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
         self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         config = self.path.with_name("tokenizer_config.json")
-        self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.config = parse_file(config, lambda text: {**json.loads(text)}) if config.exists() else {}
         self.format = format or self.config.get("prompt_format", "chat")
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
@@ -1135,10 +1146,10 @@ def extract(response: str, language: str) -> str | None:
 
     Its opening line is ``` and the PL's name or an alias, in any case, and no more; its closing line ```
     alone. A block without a name, of another PL, or that is not closed does not count, nor does text
-    outside of blocks.
+    outside of blocks. A line may also end in CRLF.
     """
     names = {language, *sandbox.LANGUAGES[language].aliases}
-    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
     return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)
 
 
@@ -1184,6 +1195,8 @@ class Mixture:
     def __post_init__(self):
         if self.name not in MIXTURES:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
+        if not (0 <= self.general <= 1 and 0 <= self.statements <= 1):
+            raise ValueError(f"general {self.general}, statements {self.statements}: shares are between 0 and 1")
         needed = dict.fromkeys(itertools.chain(*self.answers()))
         for record in self.records:
             if missing := ", ".join(p for p in needed if p not in record["solutions"]):
@@ -1261,24 +1274,27 @@ MIXTURES = {f.__name__: f for f in (base, source, multi, parallel)}
 class VerifySettings:
     data: str = flag("runs/data", "folder of the corpus, or one JSONL file of records")
     languages: tuple = flag((), "PLs to run (default: all in the records whose toolchain is here)")
-    limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all")
+    limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all", least=0)
 
 
 def verify(s: VerifySettings) -> None:
-    """Runs every program against its tests; prints a count per PL. Exits with 1 if one fails."""
+    """Runs every program, with comments and without, against its tests. Exits with 1 if one fails."""
     paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
     if not paths:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
     records = [r for path in paths for r in read_records(path)[: s.limit or None]]
     here = sandbox.installed()
     wanted = [sandbox.canonical(p) for p in s.languages] or list(here)
-    jobs = [(r, p) for r in records for p in wanted if p in r["solutions"]]
+    kinds = [(r, programs) for r in records for programs in (r["solutions"], r.get("commented", {}))]
+    jobs = [(r, p, programs[p]) for r, programs in kinds for p in wanted if p in programs]
+    if not jobs:
+        fail(f"{s.data}: no program in {', '.join(wanted)}; there is nothing to run")
     with sandbox.Sandbox() as box:
-        results = box.map([(r["solutions"][p], p, r["tests"]) for r, p in jobs], progress="verify")
+        results = box.map([(program, p, r["tests"]) for r, p, program in jobs], progress="verify")
     runs, passes = Counter(), Counter()
-    for (record, language), result in zip(jobs, results, strict=True):
+    for (record, language, program), result in zip(jobs, results, strict=True):
         if not result.passed and passes[language] == runs[language]:  # the PL's first
-            print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
+            print(f"{record['id']} in {language}: {result.verdict}\n{program}")
         runs[language] += 1
         passes[language] += result.passed
     for language in wanted:
@@ -1337,7 +1353,7 @@ def main(argv: Sequence[str]) -> None:
         command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
     else:
         print("usage: python data.py make | verify | show ID   (make and verify have --help)\n\n" + __doc__)
-        sys.exit(name not in ("-h", "--help"))
+        sys.exit(not {"-h", "--help"} & {name, *rest})
 
 
 if __name__ == "__main__":

@@ -45,13 +45,16 @@ def problems():
         functions = [data.random_function(rng, rng.randint(4, 5), 1.0, short) for _ in range(5)]
         function = max(functions, key=lambda f: len({name for name, _ in f[1]} & short))
         made.append(data.make_problem(function, "p", settings, rng, 0.0))
+        if len(made) % 2:  # every other with comments
+            comments, _ = data.wordings(function, random.Random(0), 0.0, ())
+            made[-1]["solutions"] = {language: data.emit(function, language, comments) for language in data.SNIPPETS}
         used.update(made[-1]["operations"])
     return made
 
 
 @pytest.mark.parametrize("language", list(data.SNIPPETS))
 def test_emitters_agree_with_the_interpreter(problems, language):
-    """The outputs were interpreted, the programs really run."""
+    """The outputs were interpreted, the programs really run, half of them with comments."""
     if language not in sandbox.installed():
         pytest.skip(f"no toolchain for {language}")
     jobs = [(p["solutions"][language], language, p["tests"]) for p in problems]
@@ -132,6 +135,7 @@ def test_reserved_wordings_are_absent_from_training(records):
     pattern = re.compile("|".join(reserved), re.IGNORECASE)
     texts = [t for r in records["train"] for t in (r["prompt"], *r["commented"].values())]
     assert not [t for t in texts if pattern.search(t)]
+    assert all(r["difficulty"]["new"] for r in records["eval"] if r["id"].startswith("new"))
     for record in records["rl"] + records["eval"]:
         assert bool(pattern.search(record["prompt"])) == bool(record["difficulty"]["new"])
 
@@ -186,6 +190,18 @@ def test_sft_shows_no_unseen_language_but_in_replay(corpus, records, tokenizer, 
     replayed = [mixture(corpus, records, tokenizer, name, general=0.3)[i] for i in range(900)]
     assert {p for e in replayed if e.kind != "base" for p in e.languages} == allowed
     assert abs(sum(e.kind == "base" for e in replayed) / 900 - 0.3) < 0.05
+
+
+def test_a_record_without_a_pl_that_is_shown_is_refused(tokenizer):
+    for changes in ({"name": "parallel"}, {"name": "base"}, {"name": "source", "general": 0.1}):
+        with pytest.raises(data.RecordError, match="record 'a': 'solutions' lacks ruby;"):
+            data.Mixture(
+                records=[GOOD], tokenizer=tokenizer, sft=("python", "ruby"), everything=("python", "ruby"), **changes
+            )
+    source = data.Mixture("source", [GOOD], tokenizer, ("python", "ruby"), ("python", "ruby"))
+    for share in ({"general": 30}, {"general": -1}, {"statements": 2}):
+        with pytest.raises(ValueError, match="shares are between 0 and 1"):
+            replace(source, **share)
 
 
 def programs(tokenizer, e):
@@ -304,9 +320,14 @@ def test_special_tokens(tokenizer, records):
     assert all(tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens for r in records["train"])
 
 
-def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
+def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.py make"):
         data.Tokenizer(tmp_path)
+    for name, text in {"tokenizer.json": "{bad", "tokenizer_config.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: "):
+            data.Tokenizer(tmp_path)
+        (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
     plain = data.tokenizers.Tokenizer(data.tokenizers.models.BPE())
     plain.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"begin_of_text.*use a Llama-3 tokenizer"):
@@ -318,6 +339,7 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
     [
         ("```python\nx\n```", "x\n"),
         ("so:\n```py\nfirst\n```\nor\n```Python\nlast\n```\n", "last\n"),
+        ("```python\r\nx\r\n```\r\n", "x\n"),
         ("```python\nx\n", None),  # not closed
         ("```ruby\nx\n```", None),  # another PL
         ("```\nx\n```", None),  # no PL
@@ -336,6 +358,24 @@ def test_extract(response, program):
 
 # --------------------------------------------------------------------------------------------------
 # Files and flags
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("make --train 1 --rl 1 --eval 1 --out {0}/r.jsonl", "error: .*r.jsonl"),
+        ("verify --data {0}/r.jsonl/x", "error: .*r.jsonl/x"), ("verify --data {0}/r.jsonl --languages lua", "nothing to run"),
+        ("verify --limit -1", "--limit must be at least 0"), ("make --held-out 1.5", "--held-out must be at most 1"),
+        ("make --new-share nan", "--new-share must be at "), ("make --reworded", "--reworded: name an operation"),
+        ("show --help", ""),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_ends_in_one_line(tmp_path, capsys, flags, message):
+    data.write_records(tmp_path / "r.jsonl", [GOOD])
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags.format(tmp_path).split())
+    assert re.search(message, f"{stop.value.code}{capsys.readouterr().err}") and bool(stop.value.code) == bool(message)
+
 
 GOOD = {
     "id": "a",
@@ -413,11 +453,11 @@ def test_show_prints_the_problem_and_every_program(corpus, records, tmp_path, ca
 
 
 def test_verify_counts_failures_per_language(tmp_path, capsys):
-    wrong = GOOD | {"id": "b", "solutions": {"python": "print(2)", "perl": "print 1"}}
+    wrong = GOOD | {"id": "b", "solutions": {"perl": "print 1"}, "commented": {"python": "print(2)"}}
     data.write_records(tmp_path / "r.jsonl", [GOOD, wrong])
     with pytest.raises(SystemExit) as stop:
         data.main(["verify", "--data", str(tmp_path / "r.jsonl"), "--languages", "python", "perl"])
     out = capsys.readouterr().out
     assert stop.value.code == 1
     assert re.search(r"python +1 of 2 programs pass", out) and re.search(r"perl +1 of 1", out)
-    assert "b in python: wrong_answer" in out
+    assert "b in python: wrong_answer\nprint(2)" in out
