@@ -46,6 +46,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
     """An instance of the dataclass `settings`, its fields read from the command line.
 
     `snake_case` fields become `--kebab-case` flags; a tuple takes several words; a bool takes
-    `--name` or `--no-name`. Metadata: `choices` and `least` restrict the values, `type` is that of a
-    tuple's items.
+    `--name` or `--no-name`. Metadata: `choices`, `least` and `most` restrict the values, `type` is that
+    of a tuple's items.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = dataclasses.fields(settings)
@@ -78,8 +79,10 @@ def parse_flags(settings: type, description: str, argv: Sequence[str] | None = N
         parser.add_argument("--" + f.name.replace("_", "-"), **_options(f))
     values = vars(parser.parse_args(argv))
     for f in fields:
-        if "least" in f.metadata and values[f.name] < f.metadata["least"]:
-            parser.error(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}")
+        for word in {"least", "most"} & f.metadata.keys():
+            bound, value = f.metadata[word], values[f.name]
+            if not (value >= bound if word == "least" else value <= bound):  # "not" for the sake of nan
+                parser.error(f"--{f.name.replace('_', '-')} must be at {word} {bound}")
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -102,7 +105,7 @@ def command(main: Callable, settings: type, description: str, argv: Sequence[str
     """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback."""
     try:
         main(parse_flags(settings, description, argv))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -139,28 +142,29 @@ def parse_record(line: str, where: str) -> dict:
         if not ok:
             raise RecordError(f"{where}: field {field!r}: {mend}")
 
-    def text(value) -> bool:
-        return isinstance(value, str)
+    def text(value) -> bool:  # JSON's escapes can write half a surrogate pair, which no file or token can hold
+        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also an endless number, or too deep a list
         raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
         need(text(record.get(name)) and record[name], name, "give a text that is not empty")
-    tests, solutions = record.get("tests"), record.get("solutions")
+    tests = record.get("tests")
     need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
     for i, test in enumerate(tests):
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
-    need(isinstance(solutions, dict), "solutions", "give an object from PL to program, or {}")
     need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
-    for language, program in solutions.items():
-        field = f"solutions.{language}"
-        need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-        need(text(program) and program.strip(), field, "give the program's text")
+    for name, programs in {"solutions": record.get("solutions"), "commented": record.get("commented", {})}.items():
+        need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
+        for language, program in programs.items():
+            field = f"{name}.{language}"
+            need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
+            need(text(program) and program.strip(), field, "give the program's text")
     return record
 
 
@@ -174,7 +178,7 @@ def read_records(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
     try:
         text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -191,6 +195,11 @@ def read_split(folder: str | Path, name: str) -> list[dict]:
     """The records of `folder`/NAME.jsonl or NAME.jsonl.gz."""
     plain = Path(folder) / f"{name}.jsonl"
     return read_records(plain if plain.exists() else plain.with_suffix(".jsonl.gz"))
+
+
+def record_files(folder: str | Path) -> list[Path]:
+    """The JSONL files in `folder`, but for what an interrupted write left."""
+    return sorted(p for p in Path(folder).glob("[!.]*") if p.name.endswith((".jsonl", ".jsonl.gz")))
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -322,17 +331,17 @@ table ink candle rose iron violet salt oak island north leaf otter snow garden p
 def interpret(function: Function, line: str) -> str | None:
     """What a program for `function` prints for the input `line`; None where that is undefined.
 
-    Undefined: the maximum or minimum of nothing, and values that some PL's integers do not hold.
+    Undefined: the maximum or minimum of nothing, and a step's values that some PL's integers do not hold.
     """
     kind, steps = function
-    value: Any = [int(x) for x in line.split()] if kind == "ints" else line.split()
+    values: Any = [int(x) for x in line.split()] if kind == "ints" else line.split()
     for name, k in steps:
-        if name in ("max", "min") and not value:
+        if name in ("max", "min") and not values:
             return None
-        value = OPERATIONS[name].run(value, k)
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
-        return None
+        values = OPERATIONS[name].run(values, k)
+        values = values if isinstance(values, list) else [values]
+        if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
+            return None
     return " ".join(map(str, values)) + "\n"
 
 
@@ -833,6 +842,12 @@ class Roles:
     sft: tuple[str, ...]
     unseen: tuple[str, ...]
 
+    def __post_init__(self):
+        if twice := ", ".join(p for p, n in Counter(self.everything).items() if n > 1):
+            raise ValueError(f"{twice}: named twice; a PL is either an SFT one or an unseen one")
+        if not self.sft:
+            raise ValueError("'sft' names no source PL")
+
     @property
     def source(self) -> str:
         return self.sft[0]
@@ -846,16 +861,16 @@ def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
     """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
     here = sandbox.installed()
     absent = [p for p in dict.fromkeys(SFT_CHOICE + UNSEEN_CHOICE) if p not in here]
-    sft = [sandbox.canonical(p) for p in sft] or [p for p in SFT_CHOICE if p in here][:4]
-    unseen = [sandbox.canonical(p) for p in unseen] or [p for p in UNSEEN_CHOICE if p in here and p not in sft][:4]
-    if both := set(sft) & set(unseen):
-        raise ValueError(f"{', '.join(sorted(both))}: both an SFT PL and an unseen one; drop it from either")
-    if lacking := ", ".join(p for p in (*sft, *unseen) if p not in SNIPPETS):
+    sft, unseen = (tuple(map(sandbox.canonical, wish)) for wish in (sft, unseen))
+    sft = sft or tuple(p for p in SFT_CHOICE if p in here and p not in unseen)[:4]
+    unseen = unseen or tuple(p for p in UNSEEN_CHOICE if p in here and p not in sft)[:4]
+    roles = Roles(sft, unseen)
+    if lacking := ", ".join(p for p in roles.everything if p not in SNIPPETS):
         raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
     print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
     if absent:
         print(f"no toolchain here for {', '.join(absent)}; `python sandbox.py languages` names the packages")
-    return Roles(tuple(sft), tuple(unseen))
+    return roles
 
 
 def read_roles(folder: str | Path) -> Roles:
@@ -867,12 +882,9 @@ def read_roles(folder: str | Path) -> Roles:
         )
     try:
         raw = json.loads(path.read_text())
-        roles = Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
-        if not roles.sft:
-            raise ValueError("'sft' names no source PL")
-    except (KeyError, TypeError, ValueError) as error:
+        return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
-    return roles
 
 
 # --------------------------------------------------------------------------------------------------
@@ -890,13 +902,13 @@ class CorpusSettings:
     eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
     tests: int = flag(4, "tests per problem", least=1)
     operations: int = flag(2, "most operations in a problem", least=1)
-    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one")
+    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum"),
         "operations whose reserved wordings RL and evaluation use, each problem there at least one of them",
     )
-    new_share: float = flag(0.7, "share of the phrases of reworded operations that take a reserved wording")
-    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation")
+    new_share: float = flag(0.7, "share of reworded operations' phrases that take a reserved wording", least=0, most=1)
+    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation", least=0, most=1)
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
 
@@ -977,15 +989,19 @@ def make(s: CorpusSettings) -> None:
     out = Path(s.out)
     if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
         fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    if s.new_share and not s.reworded:
+        fail("--reworded: name an operation, or give --new-share 0")
     roles = choose_roles(s.sft, s.unseen)
+    tokenizer = Tokenizer(s.tokenizer) if s.tokenizer else None
     train = make_problems(s, "train", s.train, False, s.operations, 0.0)
+    rl = make_problems(s, "rl", s.rl, False, s.operations, s.new_share)
     evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
     evaluation += make_problems(s, "new", s.eval, True, s.operations, s.new_share)
-    write_records(out / "train.jsonl.gz", train)
-    write_records(out / "rl.jsonl.gz", make_problems(s, "rl", s.rl, False, s.operations, s.new_share))
-    write_records(out / "eval.jsonl.gz", evaluation)
-    if s.tokenizer:
-        Tokenizer(s.tokenizer).save(out)
+    (out / "languages.json").unlink(missing_ok=True)  # written last: where it stands, the corpus is whole
+    for name, records in {"train": train, "rl": rl, "eval": evaluation}.items():
+        write_records(out / f"{name}.jsonl.gz", records)
+    if tokenizer:
+        tokenizer.save(out)
     else:
         train_tokenizer(train, s.vocabulary, out)
     text = json.dumps(dataclasses.asdict(roles)) + "\n"
@@ -1005,7 +1021,7 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 
 
 def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
-    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json."""
+    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, which no older config fits."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -1019,6 +1035,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     )
     texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
+    (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
@@ -1040,6 +1057,14 @@ FORMATS = {
 }
 
 
+def parse_file(path: Path, parse: Callable[[str], Any]):
+    """What `parse` makes of the file's text; a ValueError names the file."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except Exception as error:  # of no narrower class from tokenizers
+        raise ValueError(f"{path}: {error}") from None
+
+
 class Tokenizer:
     """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
@@ -1053,14 +1078,13 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
-        self.text = self.path.read_text(encoding="utf-8")
-        self.core = tokenizers.Tokenizer.from_str(self.text)
+        self.text, self.core = parse_file(self.path, lambda text: (text, tokenizers.Tokenizer.from_str(text)))
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
         names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
         self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
         config = self.path.with_name("tokenizer_config.json")
-        self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.config = parse_file(config, lambda text: {**json.loads(text)}) if config.exists() else {}
         self.format = format or self.config.get("prompt_format", "chat")
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
@@ -1122,10 +1146,10 @@ def extract(response: str, language: str) -> str | None:
 
     Its opening line is ``` and the PL's name or an alias, in any case, and no more; its closing line ```
     alone. A block without a name, of another PL, or that is not closed does not count, nor does text
-    outside of blocks.
+    outside of blocks. A line may also end in CRLF.
     """
     names = {language, *sandbox.LANGUAGES[language].aliases}
-    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
     return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)
 
 
@@ -1171,11 +1195,20 @@ class Mixture:
     def __post_init__(self):
         if self.name not in MIXTURES:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
-        needed = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
-        needed = dict.fromkeys((*needed, *(self.everything if self.general else ())))
+        if not (0 <= self.general <= 1 and 0 <= self.statements <= 1):
+            raise ValueError(f"general {self.general}, statements {self.statements}: shares are between 0 and 1")
+        needed = dict.fromkeys(itertools.chain(*self.answers()))
         for record in self.records:
             if missing := ", ".join(p for p in needed if p not in record["solutions"]):
                 raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
+
+    def answers(self) -> list[tuple[str, ...]]:
+        """The PLs of each answer that may be shown of a record, but for their order."""
+        if self.name == "parallel" and self.in_context:
+            own = [self.sft]
+        else:
+            own = [(p,) for p in {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)]
+        return own + [(p,) for p in self.everything if self.general]
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are
@@ -1241,24 +1274,27 @@ MIXTURES = {f.__name__: f for f in (base, source, multi, parallel)}
 class VerifySettings:
     data: str = flag("runs/data", "folder of the corpus, or one JSONL file of records")
     languages: tuple = flag((), "PLs to run (default: all in the records whose toolchain is here)")
-    limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all")
+    limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all", least=0)
 
 
 def verify(s: VerifySettings) -> None:
-    """Runs every program against its tests; prints a count per PL. Exits with 1 if one fails."""
-    paths = sorted(Path(s.data).glob("*.jsonl*")) if Path(s.data).is_dir() else [Path(s.data)]
+    """Runs every program, with comments and without, against its tests. Exits with 1 if one fails."""
+    paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
     if not paths:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
     records = [r for path in paths for r in read_records(path)[: s.limit or None]]
     here = sandbox.installed()
     wanted = [sandbox.canonical(p) for p in s.languages] or list(here)
-    jobs = [(r, p) for r in records for p in wanted if p in r["solutions"]]
+    kinds = [(r, programs) for r in records for programs in (r["solutions"], r.get("commented", {}))]
+    jobs = [(r, p, programs[p]) for r, programs in kinds for p in wanted if p in programs]
+    if not jobs:
+        fail(f"{s.data}: no program in {', '.join(wanted)}; there is nothing to run")
     with sandbox.Sandbox() as box:
-        results = box.map([(r["solutions"][p], p, r["tests"]) for r, p in jobs], progress="verify")
+        results = box.map([(program, p, r["tests"]) for r, p, program in jobs], progress="verify")
     runs, passes = Counter(), Counter()
-    for (record, language), result in zip(jobs, results, strict=True):
+    for (record, language, program), result in zip(jobs, results, strict=True):
         if not result.passed and passes[language] == runs[language]:  # the PL's first
-            print(f"{record['id']} in {language}: {result.verdict}\n{record['solutions'][language]}")
+            print(f"{record['id']} in {language}: {result.verdict}\n{program}")
         runs[language] += 1
         passes[language] += result.passed
     for language in wanted:
@@ -1296,7 +1332,7 @@ class ShowSettings:
 
 def show(s: ShowSettings, name: str) -> None:
     """Prints the record `name` with all its programs side by side."""
-    for path in sorted(Path(s.data).glob("*.jsonl*")):
+    for path in record_files(s.data):
         for record in read_records(path):
             if record["id"] == name:
                 print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")
@@ -1317,7 +1353,7 @@ def main(argv: Sequence[str]) -> None:
         command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
     else:
         print("usage: python data.py make | verify | show ID   (make and verify have --help)\n\n" + __doc__)
-        sys.exit(name not in ("-h", "--help"))
+        sys.exit(not {"-h", "--help"} & {name, *rest})
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
 from model import PREFILL_TOKENS, Llama, generate, wide
-from sft import DTYPES, World, collate, newest_checkpoint, open_checkpoint, pack, starting_point
+from sft import DTYPES, World, check_lengths, collate, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -489,17 +489,6 @@ class Settings:
     format: str = flag("", "prompt format (default: the checkpoint's)", choices=tuple(FORMATS))
 
 
-def check_lengths(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], budget: int
-) -> None:
-    """ValueError naming the first record whose prompt and answer the model's positions do not hold."""
-    limit = model.config.max_position_embeddings
-    for record in records:
-        if (length := max(len(tokenizer.prompt(record["prompt"], [p])) for p in languages)) + budget > limit:
-            what = f"a prompt of {length} tokens and {budget} new ones, the model takes {limit}"
-            raise ValueError(f"record {record['id']!r}: {what}; leave it out or lower --max-new-tokens")
-
-
 def find_models(s: Settings) -> dict[str, Path]:
     """Name -> checkpoint folder."""
     pairs = [m.rpartition("=")[::2] for m in s.models]
@@ -550,7 +539,7 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
-            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
+            check_lengths(model, tokenizer, records, [[p] for p in languages], s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
             greedy[name] = evaluate(*job, name=name, **shared)
             if s.samples:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
-from eval import Rollout, check_lengths, choose_records, estimate, evaluate, grade, open_sandbox, sample
+from eval import Rollout, choose_records, estimate, evaluate, grade, open_sandbox, sample
 from model import IGNORE, Llama
 from sft import (
     Hardware,
@@ -47,6 +47,7 @@ from sft import (
     Row,
     Run,
     World,
+    check_lengths,
     flops,
     open_checkpoint,
     starting_point,
@@ -270,7 +271,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
     held, sampler, stopping = choose_records(s.data, s.eval_problems), Sampler(learner), False
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
-    check_lengths(sampler.model, tokenizer, records, [roles.source], s.max_new_tokens)
+    check_lengths(sampler.model, tokenizer, records, [[roles.source]], s.max_new_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:

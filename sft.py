@@ -27,6 +27,7 @@ Axes: T tokens of a packed row; V vocabulary.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -142,9 +143,12 @@ class World:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        try:
+            self.device = torch.device(device)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        except (AttributeError, RuntimeError) as error:  # the former from a build of torch without CUDA
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
     def __enter__(self):
         # A rank that fails ends the others through torchrun; the limit is for a host that vanishes.
@@ -382,6 +386,28 @@ def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, forma
         raise ValueError(f"{tokenizer.path}: has {tokenizer.size} tokens, the model {rows}; take the model's own")
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos, sorted(tokenizer.stops)
     return model, tokenizer
+
+
+def check_lengths(
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], answers: Sequence[Sequence[str]], budget: int = 0
+) -> None:
+    """ValueError naming the first record whose prompt and answer the model's positions do not hold.
+
+    `answers` are the PLs of each. An answer has `budget` tokens, or with 0 as many as the record's programs, with
+    comments, need. Only texts of more bytes than positions are encoded: a token has at least one byte, and a
+    format's template is longer than the tokens that it puts around a text.
+    """
+    limit = model.config.max_position_embeddings
+    mend = "leave it out or lower --max-new-tokens" if budget else "leave it out"
+    for record, languages in itertools.product(records, answers):
+        programs = record["solutions"] | record.get("commented", {})
+        text = "" if budget else data.answer(programs, languages)
+        around = data.ask(record["prompt"], languages) + FORMATS[tokenizer.format]
+        if len((around + text).encode()) + budget > limit:
+            length, new = len(tokenizer.prompt(record["prompt"], languages)), budget or len(tokenizer.encode(text)) + 1
+            if length + new > limit:
+                what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
+                raise ValueError(f"record {record['id']!r}: {what}; {mend}")
 
 
 # Settings that may differ when a run is taken up again.
@@ -624,14 +650,9 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     return total
 
 
-def draw(mixture: Mixture, step: int, s: Settings, limit: int) -> list[Row]:
-    """The rows of update number `step`. ValueError for one longer than the model's `limit`."""
-    rows = [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
-    ids = max((ids for ids, _ in rows), key=len)
-    if len(ids) > limit:
-        what = f"an example of {len(ids)} tokens, the model takes {limit}"
-        raise ValueError(f"{s.data}: {what}; leave out the record of {mixture.tokenizer.decode(ids[:60])!r}")
-    return rows
+def draw(mixture: Mixture, step: int, s: Settings) -> list[Row]:
+    """The rows of update number `step`."""
+    return [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
 
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
@@ -648,13 +669,14 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
 
 def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     """The updates, from where `run` is."""
-    tokenizer, limit, stopping = mixture.tokenizer, learner.model.config.max_position_embeddings, False
+    tokenizer, stopping = mixture.tokenizer, False
+    check_lengths(learner.model, tokenizer, mixture.records, mixture.answers())
     held = held_out_rows(s, tokenizer, mixture.everything)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
     while run.tokens < s.tokens and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, run.step, s, limit)
+            rows = draw(mixture, run.step, s)
         lr = s.lr * schedule(run.tokens / s.tokens, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
         bar.update(run.tokens - bar.n)

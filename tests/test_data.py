@@ -8,6 +8,7 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -44,13 +45,16 @@ def problems():
         functions = [data.random_function(rng, rng.randint(4, 5), 1.0, short) for _ in range(5)]
         function = max(functions, key=lambda f: len({name for name, _ in f[1]} & short))
         made.append(data.make_problem(function, "p", settings, rng, 0.0))
+        if len(made) % 2:  # every other with comments
+            comments, _ = data.wordings(function, random.Random(0), 0.0, ())
+            made[-1]["solutions"] = {language: data.emit(function, language, comments) for language in data.SNIPPETS}
         used.update(made[-1]["operations"])
     return made
 
 
 @pytest.mark.parametrize("language", list(data.SNIPPETS))
 def test_emitters_agree_with_the_interpreter(problems, language):
-    """The outputs were interpreted, the programs really run."""
+    """The outputs were interpreted, the programs really run, half of them with comments."""
     if language not in sandbox.installed():
         pytest.skip(f"no toolchain for {language}")
     jobs = [(p["solutions"][language], language, p["tests"]) for p in problems]
@@ -67,7 +71,8 @@ def test_interpreter_on_values_worked_out_by_hand():
     f = ("words", (("has", "a"), ("lengths", None), ("cap", 6), ("max", None)))
     assert data.interpret(f, "tea sun lemonade\n") == "6\n"
     assert data.interpret(("ints", (("gt", 8), ("max", None))), "1 2\n") is None
-    assert data.interpret(("ints", (("square", None), ("square", None))), "250\n") is None
+    for last in ((), (("cap", 6),)):  # Java's integers overflow, whatever a later step makes of it
+        assert data.interpret(("ints", (("square", None), ("square", None), *last)), "250\n") is None
 
 
 def test_most_programs_are_short(records, tokenizer):
@@ -80,6 +85,23 @@ def test_same_seed_same_bytes(corpus, tmp_path):
     data.make(s)
     for name in ("train.jsonl.gz", "rl.jsonl.gz", "eval.jsonl.gz", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
+
+
+def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=3, rl=3, eval=3)
+    data.make(s)
+    data.Tokenizer(tmp_path, "plain").save(tmp_path)  # as `make --tokenizer` does
+    data.make(s)
+    assert data.Tokenizer(tmp_path).format == "chat"
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"typo.tokenizer\.json"):
+        data.make(replace(s, seed=1, tokenizer="typo"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(data, "train_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.make(replace(s, seed=1))
+    with pytest.raises(FileNotFoundError, match=r"languages\.json: no such file"):
+        data.read_roles(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,6 +135,7 @@ def test_reserved_wordings_are_absent_from_training(records):
     pattern = re.compile("|".join(reserved), re.IGNORECASE)
     texts = [t for r in records["train"] for t in (r["prompt"], *r["commented"].values())]
     assert not [t for t in texts if pattern.search(t)]
+    assert all(r["difficulty"]["new"] for r in records["eval"] if r["id"].startswith("new"))
     for record in records["rl"] + records["eval"]:
         assert bool(pattern.search(record["prompt"])) == bool(record["difficulty"]["new"])
 
@@ -124,6 +147,29 @@ def test_share_of_reserved_wordings_in_rl(corpus):
     new = sum(p["difficulty"]["new"] for p in problems)
     assert abs(new / reworded - 0.7) < 0.06  # three standard errors of about 0.02
     assert all(set(p["operations"]) & set(s.reworded) for p in problems)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"sft": ["python", "c"], "unseen": ["lua", "c"]}', "c: named twice"),
+        ('{"sft": ["python", "py"], "unseen": ["lua"]}', "python: named twice"),
+        ('{"sft": [], "unseen": ["lua"]}', "names no source PL"),
+        ('{"sft": [3], "unseen": ["lua"]}', "no attribute"), ("{", "Expecting"),
+    ],
+)  # fmt: skip
+def test_roles_that_are_none_are_refused(tmp_path, text, message):
+    (tmp_path / "languages.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"languages\.json: .*{message}.*it must read"):
+        data.read_roles(tmp_path)
+
+
+def test_chosen_roles_do_not_overlap(monkeypatch):
+    monkeypatch.setattr(sandbox, "installed", lambda: list(data.SNIPPETS))
+    assert data.choose_roles((), ("py", "go")) == data.Roles(("javascript", "ruby", "php", "c"), ("python", "go"))
+    assert data.choose_roles(("perl", "lua"), ()).unseen == ("bash", "rust", "tcl", "awk")
+    with pytest.raises(ValueError, match="python: named twice"):
+        data.choose_roles(("py", "c"), ("python",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +190,18 @@ def test_sft_shows_no_unseen_language_but_in_replay(corpus, records, tokenizer, 
     replayed = [mixture(corpus, records, tokenizer, name, general=0.3)[i] for i in range(900)]
     assert {p for e in replayed if e.kind != "base" for p in e.languages} == allowed
     assert abs(sum(e.kind == "base" for e in replayed) / 900 - 0.3) < 0.05
+
+
+def test_a_record_without_a_pl_that_is_shown_is_refused(tokenizer):
+    for changes in ({"name": "parallel"}, {"name": "base"}, {"name": "source", "general": 0.1}):
+        with pytest.raises(data.RecordError, match="record 'a': 'solutions' lacks ruby;"):
+            data.Mixture(
+                records=[GOOD], tokenizer=tokenizer, sft=("python", "ruby"), everything=("python", "ruby"), **changes
+            )
+    source = data.Mixture("source", [GOOD], tokenizer, ("python", "ruby"), ("python", "ruby"))
+    for share in ({"general": 30}, {"general": -1}, {"statements": 2}):
+        with pytest.raises(ValueError, match="shares are between 0 and 1"):
+            replace(source, **share)
 
 
 def programs(tokenizer, e):
@@ -262,9 +320,14 @@ def test_special_tokens(tokenizer, records):
     assert all(tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens for r in records["train"])
 
 
-def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
+def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.py make"):
         data.Tokenizer(tmp_path)
+    for name, text in {"tokenizer.json": "{bad", "tokenizer_config.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: "):
+            data.Tokenizer(tmp_path)
+        (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
     plain = data.tokenizers.Tokenizer(data.tokenizers.models.BPE())
     plain.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"begin_of_text.*use a Llama-3 tokenizer"):
@@ -276,6 +339,7 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(tmp_path):
     [
         ("```python\nx\n```", "x\n"),
         ("so:\n```py\nfirst\n```\nor\n```Python\nlast\n```\n", "last\n"),
+        ("```python\r\nx\r\n```\r\n", "x\n"),
         ("```python\nx\n", None),  # not closed
         ("```ruby\nx\n```", None),  # another PL
         ("```\nx\n```", None),  # no PL
@@ -295,6 +359,24 @@ def test_extract(response, program):
 # --------------------------------------------------------------------------------------------------
 # Files and flags
 
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("make --train 1 --rl 1 --eval 1 --out {0}/r.jsonl", "error: .*r.jsonl"),
+        ("verify --data {0}/r.jsonl/x", "error: .*r.jsonl/x"), ("verify --data {0}/r.jsonl --languages lua", "nothing to run"),
+        ("verify --limit -1", "--limit must be at least 0"), ("make --held-out 1.5", "--held-out must be at most 1"),
+        ("make --new-share nan", "--new-share must be at "), ("make --reworded", "--reworded: name an operation"),
+        ("show --help", ""),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_ends_in_one_line(tmp_path, capsys, flags, message):
+    data.write_records(tmp_path / "r.jsonl", [GOOD])
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags.format(tmp_path).split())
+    assert re.search(message, f"{stop.value.code}{capsys.readouterr().err}") and bool(stop.value.code) == bool(message)
+
+
 GOOD = {
     "id": "a",
     "prompt": "p",
@@ -309,6 +391,8 @@ GOOD = {
     [
         ({"id": 3}, "id"), ({"prompt": ""}, "prompt"), ({"tests": []}, "tests"),
         ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
+        ({"prompt": "p\ud800"}, "prompt"), ({"tests": [{"stdin": "\udfff", "stdout": ""}]}, r"tests\[0\]"),
+        ({"solutions": None}, "solutions"), ({"commented": None}, "commented"), ({"commented": {"python": 3}}, "commented.python"),
         ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
     ],
 )  # fmt: skip
@@ -317,15 +401,18 @@ def test_a_bad_record_is_named(tmp_path, change, field):
     path.write_text(json.dumps(GOOD | {"id": "first"}) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(data.RecordError, match=rf"r\.jsonl:2: field '{field}': .+"):
         data.read_records(path)
-    path.write_text(json.dumps(GOOD) + "\n{not json}\n")
-    with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
-        data.read_records(path)
+    for line in ("{not json}", '{"x": ' + 5000 * "1" + "}", 200_000 * "["):
+        path.write_text(json.dumps(GOOD) + f"\n{line}\n")
+        with pytest.raises(data.RecordError, match=r"r\.jsonl:2: not JSON"):
+            data.read_records(path)
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-9])
+    whole = gzip.compress(json.dumps(GOOD).encode())
+    (tmp_path / "r.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:12] + bytes(x ^ 255 for x in whole[12:]))
     (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe")
-    for name in ("r.jsonl.gz", "r.jsonl"):
+    for name in ("r.jsonl.gz", "flipped.jsonl.gz", "r.jsonl"):
         with pytest.raises(data.RecordError, match=f"{name}: not whole gzip or not UTF-8"):
             data.read_records(tmp_path / name)
 
@@ -350,7 +437,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
+def test_show_prints_the_problem_and_every_program(corpus, records, tmp_path, capsys):
     record = records["rl"][3]
     data.main(["show", record["id"], "--data", str(corpus)])
     out = capsys.readouterr().out
@@ -359,16 +446,18 @@ def test_show_prints_the_problem_and_every_program(corpus, records, capsys):
         assert f"[{language}]" in out
         assert all(line.expandtabs(4) in out for line in program.splitlines())
     assert data.read_split(corpus, "rl") == records["rl"]
+    for name in (".eval.jsonl.gz.tmp", ".a.jsonl", "b.jsonl.old"):
+        (tmp_path / name).write_text("{")
     with pytest.raises(SystemExit, match="no record"):
-        data.main(["show", "nothing", "--data", str(corpus)])
+        data.main(["show", "nothing", "--data", str(tmp_path)])
 
 
 def test_verify_counts_failures_per_language(tmp_path, capsys):
-    wrong = GOOD | {"id": "b", "solutions": {"python": "print(2)", "perl": "print 1"}}
+    wrong = GOOD | {"id": "b", "solutions": {"perl": "print 1"}, "commented": {"python": "print(2)"}}
     data.write_records(tmp_path / "r.jsonl", [GOOD, wrong])
     with pytest.raises(SystemExit) as stop:
         data.main(["verify", "--data", str(tmp_path / "r.jsonl"), "--languages", "python", "perl"])
     out = capsys.readouterr().out
     assert stop.value.code == 1
     assert re.search(r"python +1 of 2 programs pass", out) and re.search(r"perl +1 of 1", out)
-    assert "b in python: wrong_answer" in out
+    assert "b in python: wrong_answer\nprint(2)" in out

@@ -316,12 +316,27 @@ def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(corpus, t
     assert load(final).head().dtype == torch.float32
 
 
-def test_an_example_longer_than_the_model_takes_is_named(corpus, tokenizer, tiny, tmp_path):
-    tiny.config.max_position_embeddings = 40
+@pytest.mark.parametrize("name", data.MIXTURES)
+def test_a_record_longer_than_the_model_takes_is_named_before_the_first_update(corpus, tokenizer, tiny, tmp_path, name):
+    """The model takes one token less than the longest of 200 examples, which is not the first."""
+    roles, records = data.read_roles(corpus), data.read_records(corpus / "train.jsonl.gz")
+    changes = {"general": 0.3, "in_context": True}
+    m = data.Mixture(name, records, tokenizer, roles.sft, roles.everything, **changes)
+    lengths = [len(m[i].tokens) for i in range(200)]
+    tiny.config.max_position_embeddings = limit = max(lengths) - 1
+    assert lengths[0] <= limit
     save(tiny, tmp_path / "short")
     tokenizer.save(tmp_path / "short")
-    with pytest.raises(ValueError, match=r"tokens, the model takes 40; leave out the record"):
-        run(settings(corpus, tmp_path / "run", model=str(tmp_path / "short")))
+    changes |= {"mixture": name, "model": str(tmp_path / "short"), "batch": 1}
+    with pytest.raises(ValueError, match=rf"record 'train-\d+': a prompt of .*, the model takes {limit}; leave it out"):
+        run(settings(corpus, tmp_path / "run", **changes))
+    assert not (tmp_path / "run/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"--device {device}: ."):
+        sft.World(device)
 
 
 def test_all_arms_get_the_same_number_of_tokens(corpus, tmp_path):
