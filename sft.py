@@ -313,13 +313,18 @@ class Learner:
         (loss * self.world.size if isinstance(self.model, FSDPModule) else loss).backward()
 
     def step(self, lr: float) -> float:
-        """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)
+        """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping.
+
+        ValueError on every rank, and no step, if that is not finite: the weights would be lost.
+        """
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)))
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient's norm is {norm}: lower --lr; the last checkpoint is kept")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(whole(norm))
+        return norm
 
     def state(self) -> tuple[Llama, dict]:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""

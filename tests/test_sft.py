@@ -207,6 +207,13 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatc
     assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(1, len(strip[0]) + 1))
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    with pytest.raises(ValueError, match="the gradient's norm is nan: lower --lr; the last checkpoint is kept"):
+        run(settings(corpus, tmp_path / "run", lr=1e30, save_every=1))
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch, capsys):
     real, calls = sft.accumulate, []
 
