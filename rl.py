@@ -150,8 +150,8 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
         learner.backward(-gain.sum() / count)
         totals += torch.stack([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
     norm = {"grad_norm": learner.step(s.lr)} if trained else {}
-    operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
-    names, sums = ("entropy", "clipped", "drift", "flops"), learner.world.sum(*totals.tolist(), operations)
+    sums = learner.world.sum(*totals.tolist(), flops(learner.model.config, rows))
+    names = ("entropy", "clipped", "drift", "flops")
     return dict(zip(names, sums, strict=True)) | {"trained": trained} | norm
 
 

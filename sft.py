@@ -111,17 +111,20 @@ def trained_tokens(rows: Sequence[Row]) -> int:
     return sum(len(tokens) - start for tokens, start in rows)
 
 
-def flops(config: Config, lengths: Sequence[int]) -> float:
-    """Operations of a forward and a backward pass over documents of these lengths in tokens.
+def flops(config: Config, rows: Sequence[Row]) -> float:
+    """Operations of a forward and a backward pass over `rows`, each a document of its own.
 
-    Six per matrix weight and token, and causal attention's 6 layers x heads x width x length^2: those
-    of "model FLOPs utilization" (arXiv 2204.02311, appendix B), which counts no recomputation.
+    Six per weight and token: in the blocks for every token that is fed, in the head for the trained ones alone; and
+    causal attention's 6 layers x heads x width x length^2. It is "model FLOPs utilization" (arXiv 2204.02311, appendix
+    B) but for these two: there every token meets the head, and attention's 12 are not halved. Nothing counts twice
+    that is computed again.
     """
     heads = config.num_attention_heads * config.head_dim
     attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
     block = attention + 3 * config.hidden_size * config.intermediate_size
-    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
-    return sum(6.0 * weights * n + 6.0 * config.num_hidden_layers * heads * n * n for n in lengths)
+    lengths = [len(ids) - 1 for ids, _ in rows]
+    blocks = 6.0 * config.num_hidden_layers * sum(block * n + heads * n * n for n in lengths)
+    return blocks + 6.0 * config.vocab_size * config.hidden_size * trained_tokens(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,13 +662,13 @@ def draw(mixture: Mixture, step: int, s: Settings) -> list[Row]:
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
     """One optimizer step: (its figures, whether any rank was told to stop)."""
-    lengths, seen = [len(ids) - 1 for ids, _ in rows], sum(len(ids) for ids, _ in rows)
+    seen = sum(len(ids) for ids, _ in rows)
     with run.phase("train") as training:
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(float(loss), run.stopping)
     run.step, run.tokens = run.step + 1, run.tokens + seen
-    run.flops += flops(learner.model.config, lengths)
+    run.flops += flops(learner.model.config, rows)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
 
