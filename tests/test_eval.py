@@ -4,7 +4,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
-from statistics import mean
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +130,8 @@ def test_table_has_source_sft_and_unseen_parts():
     row = [c.strip() for c in text.splitlines()[-1].split("|")[1:-1]]
     assert row[0] == "m" and [c.split()[0] for c in row[1:]] == ["50", "100", "100", "50", "50"]
     assert {c["column"]: c["value"] for c in cells}["python (source)"] == 0.5
-    assert evaluation.estimate(outcomes(), ["python", "lua"], 1)["value"] == 0.5
+    mixed = evaluation.estimate(outcomes(), ["python", "lua"], 1)
+    assert mixed["value"] == 0.5 and (mixed["low"], mixed["high"]) == evaluation.wilson(0.5, 2)  # 2 problems
 
 
 def test_joined_runs_show_mean_and_range_over_seeds():
@@ -166,7 +167,9 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     assert len(rows) == len(records) * len(languages) and {o.verdicts for o in rows} == {("ok",)}
 
 
-def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, capsys):
+def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, monkeypatch):
+    real, asked = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *job, **how: asked.append(how) or real(*job, **how))
     save(tiny, tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     s = evaluation.Settings(
@@ -177,9 +180,15 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         max_new_tokens=4,
         samples=2,
         k=(1, 2),
+        temperature=0.7,
+        top_k=50,
+        top_p=0.9,
         device="cpu",
     )
     evaluation.main(s)
+    greedy, drawn = asked
+    assert drawn == greedy | {"samples": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    assert not {"samples", "temperature"} & greedy.keys()
     text = (tmp_path / "out/table.md").read_text()
     assert text.count("| mine |") == 2 * 3 and (tmp_path / "out/eval.json").exists()
     assert "pass@2 of 2 samples, reserved wordings" in text
@@ -258,6 +267,10 @@ def test_retrieval_is_perfect_for_equal_and_chance_for_unrelated_representations
     unrelated = evaluation.compare({"a": x, "b": y})["a", "b"]
     assert unrelated[RETRIEVAL].mean().item() == pytest.approx(0.01, abs=0.005)  # 3 standard errors
     assert unrelated[MARGIN].mean().item() == pytest.approx(0, abs=0.02)
+    cells = evaluation.representation_cells("m", {("a", "b"): unrelated}, {"ab": [("a", "b")]})
+    cell = next(c for c in cells if (c["measure"], c["layer"]) == (MARGIN, 7))
+    half = 1.959964 * stdev(unrelated[MARGIN][7].tolist()) / 10  # of a mean over 100 problems
+    assert [cell["low"], cell["high"]] == pytest.approx([cell["value"] - half, cell["value"] + half])
     order = torch.randperm(100, generator=generator)
     moved = evaluation.compare({"a": x[order], "b": y[order] + 7})["a", "b"]
     for measure, scores in moved.items():

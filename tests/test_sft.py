@@ -49,11 +49,19 @@ def learner(model, tokenizer, **changes):
     return sft.Learner(model, sft.World("cpu"), sft.Hardware(device="cpu", **changes), 0.0, tokenizer.pad)
 
 
+def mixture(corpus, tokenizer):
+    records, roles = data.read_records(corpus / "train.jsonl.gz"), data.read_roles(corpus)
+    return data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+
+
 def examples(corpus, tokenizer, count=12):
-    records = data.read_records(corpus / "train.jsonl.gz")
-    roles = data.read_roles(corpus)
-    m = data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+    m = mixture(corpus, tokenizer)
     return [(e.tokens, e.start) for e in (m[i] for i in range(count))]
+
+
+def test_every_update_draws_the_next_examples(corpus, tokenizer):
+    m, s = mixture(corpus, tokenizer), settings(corpus, "")
+    assert [row for step in range(3) for row in sft.draw(m, step, s)] == examples(corpus, tokenizer, 3 * s.batch)
 
 
 def test_targets_are_the_response_and_its_stop_token_only(corpus, tokenizer):
@@ -197,9 +205,9 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatc
     assert sft.newest_checkpoint(tmp_path / "cut").name == "step-4"
     run(settings(corpus, tmp_path / "cut"))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    states = [
-        torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["optimizer"]["state"] for n in ("whole", "cut")
-    ]
+    saved = [torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut")]
+    states = [s["optimizer"]["state"] for s in saved]
+    assert saved[0]["flops"] == saved[1]["flops"] > 0
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
