@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from statistics import mean, stdev
@@ -143,6 +144,26 @@ def test_joined_runs_show_mean_and_range_over_seeds():
     text = evaluation.tables(evaluation.join(runs))
     assert "| m | 75 (0–100) |" in text and "percent of 4 held-out problems, mean and range of 4 seeds" in text
     assert text.count("| m | 50 (50–50) |") == 1  # the other kind of problem
+    with pytest.raises(
+        ValueError, match=r"4 files, but 3 of greedy pass@1, g, m, python \(source\); evaluate all alike"
+    ):
+        evaluation.join([*runs[:3], runs[3][1:]])
+
+
+def test_a_table_says_of_how_many_problems_its_cells_are():
+    titles = {"python (source)": ["python"], "lua (unseen)": ["lua"]}
+    some = [Outcome(str(i), "g", p, ("ok",)) for p, n in (("python", 20), ("lua", 3)) for i in range(n)]
+    assert "(percent of 3–20 held-out problems, 95% interval)" in evaluation.tables(
+        evaluation.make_cells({"greedy pass@1": (1, {"m": some})}, titles)
+    )
+
+
+@pytest.mark.parametrize("text", ['{"mixture": "base"}', "[1]", "no JSON", None])
+def test_a_file_to_join_that_is_none_is_named(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=r"--join: .*/other\.json: not an eval\.json that an evaluation wrote"):
+        evaluation.main(evaluation.Settings(join=(str(path),)))
 
 
 def test_difficulty_groups():
@@ -194,8 +215,20 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
     assert "pass@2 of 2 samples, reserved wordings" in text
     with pytest.raises(SystemExit, match="nothing: holds no checkpoint"):
         evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
-    with pytest.raises(ValueError, match="--k 2: needs at least as many --samples, not 1"):
-        evaluation.main(replace(s, samples=1))
+    records = [r | {"solutions": {}} for r in data.read_split(corpus, "eval")]
+    shutil.copytree(corpus, tmp_path / "bare")
+    data.write_records(tmp_path / "bare/eval.jsonl.gz", records)
+    for mistake, message in [
+        ({"samples": 1}, "--k 1 2: give one or more from 1 to --samples, 1"),
+        ({"k": (0,)}, "--k 0: give one or more from 1 to --samples, 2"),
+        ({"k": ()}, "--k : give one or more"),
+        ({"top_p": 0.0}, r"--top-p 0\.0: must be above 0 and at most 1"),
+        ({"representations": True, "data": str(tmp_path / "bare")}, "0 problems with a program in each of python"),
+    ]:
+        asked.clear()
+        with pytest.raises(ValueError, match=message):
+            evaluation.main(replace(s, **mistake))
+        assert not asked  # nothing was sampled for nothing
     assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
     with pytest.raises(ValueError, match="two of one name among m, m"):
         evaluation.main(replace(s, models=(str(tmp_path / "m"),) * 2))
@@ -403,9 +436,8 @@ def test_plots_draw_what_the_cells_say(representations, corpus, tmp_path, monkey
     monkeypatch.setattr(pyplot, "close", figures.append)  # else nothing is left to look at
     titles = {"python (source)": ["python"], "ruby": ["ruby"], "unseen mean": ["lua"]}
     passes = evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
-    (tmp_path / "passes.json").write_text(json.dumps({"cells": passes}))
-    files = (str(tmp_path / "eval.json"), str(tmp_path / "passes.json"))
-    evaluation.main(evaluation.Settings(join=files, out=str(tmp_path / "drawn"), plots=True))
+    (tmp_path / "both.json").write_text(json.dumps({"cells": representations[1]["cells"] + passes}))
+    evaluation.main(evaluation.Settings(join=(str(tmp_path / "both.json"),), out=str(tmp_path / "drawn"), plots=True))
     assert f"wrote {tmp_path}/drawn/passes.png and {tmp_path}/drawn/retrieval.png" in capsys.readouterr().out
     for name in ("passes", "retrieval"):
         assert (tmp_path / f"drawn/{name}.png").read_bytes().startswith(b"\x89PNG")
