@@ -310,7 +310,7 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        checkpoint, optimizer = run.start()
+        checkpoint, optimizer = run.start("rl", "eval")
         source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)

@@ -27,6 +27,7 @@ Axes: T tokens of a packed row; V vocabulary.
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -258,7 +259,7 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool =
 def schedule(progress: float, warmup: float) -> float:
     """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, cosine to a tenth."""
     if progress < warmup:
-        return max(progress, 1e-3) / warmup
+        return min(1.0, max(progress, 1e-3) / warmup)
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
 
 
@@ -278,7 +279,7 @@ class Hardware:
     micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
     optimizer_state: str = flag("float32", "AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=DTYPES)
-    clip: float = flag(1.0, "largest global gradient norm")
+    clip: float = flag(1.0, "largest global gradient norm; 0 sets no limit", least=0)
 
 
 class Learner:
@@ -320,7 +321,8 @@ class Learner:
 
         ValueError on every rank, and no step, if that is not finite: the weights would be lost.
         """
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
+        norm = float(whole(norm))
         if not math.isfinite(norm):
             raise ValueError(f"the gradient's norm is {norm}: lower --lr; the last checkpoint is kept")
         for group in self.optimizer.param_groups:
@@ -415,6 +417,12 @@ def check_lengths(
                 raise ValueError(f"record {record['id']!r}: {what}; {mend}")
 
 
+def digest(folder: str | Path, splits: Sequence[str]) -> str:
+    """Of the bytes of `splits` and of languages.json in a data folder."""
+    paths = [p for name in splits for p in sorted(Path(folder).glob(f"{name}.jsonl*"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (*paths, Path(folder) / "languages.json"))).hexdigest()
+
+
 # Settings that may differ when a run is taken up again.
 FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "out", "rows"}
 FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems"}
@@ -433,7 +441,7 @@ class Run:
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
         self.step, self.tokens, self.seconds, self.flops = 0, 0, defaultdict(float), 0.0
-        self.saved, self.held = None, None
+        self.saved, self.held, self.data = None, None, ""
 
     def __enter__(self):
         def stop(*_):
@@ -479,12 +487,13 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self) -> tuple[Path | None, dict | None]:
-        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run.
+    def start(self, *splits: str) -> tuple[Path | None, dict | None]:
+        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run, which reads `splits`.
 
-        ValueError if the checkpoint was made with other settings: it would not be the same run.
+        ValueError if the checkpoint was made with other settings or other data: it would not be the same run.
         """
         self.lock()
+        self.data = digest(self.settings.data, splits)
         checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
         if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
@@ -495,6 +504,8 @@ class Run:
                 if old != new and name not in FREE:
                     name = name.replace("_", "-")
                     raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+            if state.get("data") != self.data:
+                raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
             self.step, self.tokens, self.flops = (state[name] for name in ("step", "tokens", "flops"))
             self.seconds.update(state["seconds"])
             self.saved = self.step
@@ -508,7 +519,7 @@ class Run:
         """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
         if self.world.rank:
             return
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
@@ -536,7 +547,7 @@ class Run:
         save(model, temporary)
         tokenizer.save(temporary)
         state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
-        state |= {"seconds": dict(self.seconds), "flops": self.flops}
+        state |= {"seconds": dict(self.seconds), "flops": self.flops, "data": self.data}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
@@ -564,6 +575,8 @@ class Run:
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
         print(f"{self.out}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in totals.items()))
+        if self.world.sum(self.stopping)[0]:  # told too late to stop before: but what follows must not start
+            sys.exit(130)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -710,7 +723,7 @@ def train(s: Settings, world: World) -> None:
         if run.finished():
             return
         roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-        source, optimizer = run.start()
+        source, optimizer = run.start("train", "eval")
         if s.model and not source:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)

@@ -258,8 +258,9 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
     ids = [r["id"] for r in data.read_split(corpus, "rl")]
     assert list(itertools.chain(*calls)) == [ids[data.pick("0 rl", i, len(ids))] for i in range(12)]
-    done = [torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["flops"] for n in ("whole", "cut")]
-    assert done[0] == done[1] > 0
+    whole, cut = (torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut"))
+    assert whole["flops"] == cut["flops"] > 0
+    assert whole["data"] == cut["data"] == sft.digest(corpus, ["rl", "eval"])
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())

@@ -1,9 +1,13 @@
 """The supervised stage: what is trained, one denominator, exact resume, safe checkpoints."""
 
+import gzip
 import json
+import os
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +186,19 @@ def test_schedule_is_warm_up_then_cosine_to_a_tenth():
     assert sft.schedule(0.05, 0.05) == pytest.approx(1.0)
     assert sft.schedule(0.525, 0.05) == pytest.approx(0.55)
     assert sft.schedule(1.0, 0.05) == pytest.approx(0.1)
+    assert sft.schedule(0.0, 0.05) == pytest.approx(0.02) and sft.schedule(0.0, 1e-4) == 1.0  # never above the peak
+
+
+@pytest.mark.parametrize("clip", [0, 1e-3])
+def test_gradients_are_clipped_by_their_global_norm_and_by_0_not_at_all(corpus, tokenizer, tiny, clip):
+    ours = learner(tiny, tokenizer, clip=clip)
+    sft.accumulate(ours, examples(corpus, tokenizer, 4))
+    before = {p: p.grad.clone() for p in tiny.parameters()}
+    norm = torch.stack([g.norm() for g in before.values()]).norm().item()
+    assert ours.step(0.0) == pytest.approx(norm) and norm > 0.1
+    for p, gradient in before.items():  # AdamW's first moment is a tenth of it
+        expected = 0.1 * gradient * (clip / norm if clip else 1)
+        torch.testing.assert_close(ours.optimizer.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +261,24 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_ctrl_c_in_the_last_measurement_ends_the_program_too(corpus, tmp_path, monkeypatch):
+    """Else main would start the next training; the run itself is finished."""
+    real = sft.held_out_losses
+    monkeypatch.setattr(sft, "held_out_losses", lambda *a: signal.raise_signal(signal.SIGINT) or real(*a))
+    with pytest.raises(SystemExit) as stop:
+        run(settings(corpus, tmp_path / "run", tokens=300))
+    assert stop.value.code == 130 and (tmp_path / "run/summary.json").exists()
+
+
+def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path):
+    s = settings(corpus, tmp_path / "run")
+    with sft.Run(s.out, s, sft.World("cpu")) as ours:
+        ours.start()
+        ours.log(lr=1.23456789e-7, tokens_per_s=123456.789, tokens=12345678)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line == {"step": 0, "lr": 1.23457e-7, "tokens_per_s": 123457.0, "tokens": 12345678}
+
+
 def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -302,13 +337,70 @@ def test_a_sharded_model_can_be_saved_after_a_forward_pass_alone(corpus, tokeniz
         assert same(before, model.state_dict()) and len(optimizer["state"]) == len(list(model.parameters()))
 
 
-def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
-    run(settings(corpus, tmp_path / "run", tokens=500))
+def test_a_run_is_not_taken_up_with_other_settings_or_records(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    s = settings(tmp_path / "data", tmp_path / "run", tokens=500)
+    run(s)
     (tmp_path / "run/summary.json").unlink()
     with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.002"):
-        run(settings(corpus, tmp_path / "run", tokens=500, lr=2e-3))
-    run(settings(corpus, tmp_path / "run", tokens=500, eval_every=7))  # already past its last token
+        run(replace(s, lr=2e-3))
+    for name in ("train.jsonl.gz", "eval.jsonl.gz", "languages.json"):
+        path = tmp_path / "data" / name
+        before = path.read_bytes()
+        path.write_bytes(before + (gzip.compress(b"\n") if path.suffix == ".gz" else b"\n"))
+        with pytest.raises(ValueError, match=r"began with other records in .*/data; give another --out"):
+            run(s)
+        path.write_bytes(before)
+    (tmp_path / "data/rl.jsonl.gz").unlink()  # never read here
+    run(replace(s, eval_every=7))  # already past its last token
     assert (tmp_path / "run/summary.json").exists()
+
+
+STUB = """#!/bin/sh
+# Stands for python: leaves the files of a stage, or half of them.
+out="${*##*--out }"
+mkdir -p "$out"
+case $1 in
+data.py) touch "$out/languages.json" ;;
+eval.py) touch "$out/table.md" ;;
+*)
+    if [ -e "$out/step-1" ]; then echo "on $out"; else echo "new $out"; fi
+    touch "$out/settings.json" "$out/step-1"
+    [ "$out" != "$STOP" ] || exit 130
+    touch "$out/summary.json"
+esac
+"""
+
+
+def test_make_goes_on_with_an_interrupted_stage_unless_its_input_is_newer(tmp_path):
+    root, runs = Path(sft.__file__).parent, tmp_path / "runs/demo"
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(STUB)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    for name in ("requirements.txt", ".venv/installed"):
+        (tmp_path / name).touch()
+
+    def make(stop=""):
+        """What the stages of `make demo` say; before it all files age, so that what it writes is newer."""
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 100))
+        for name in touched:
+            (runs / name).touch()
+        command = ["make", "-s", "-f", str(root / "Makefile"), "demo", "RUN=runs/demo"]
+        environment = {"PATH": os.environ["PATH"], "STOP": stop}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == (not stop), done.stderr
+        return done.stdout.replace("runs/demo/", "").splitlines()
+
+    touched = []
+    assert make(stop="runs/demo/source") == ["new base", "new source"]
+    touched = ["source/settings.json"]
+    assert make() == ["on source", "new rl-source", "new parallel", "new rl-parallel"]
+    touched = ["data/languages.json"]
+    (runs / "source/summary.json").unlink()  # as if interrupted, from the older base
+    assert make() == ["new base", "new source", "new rl-source", "new parallel", "new rl-parallel"]
+    touched = []
+    assert make() == []
 
 
 def test_two_runs_do_not_write_into_one_folder(corpus, tmp_path):
@@ -407,4 +499,6 @@ def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
         data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
     out = capsys.readouterr().out
     assert "The supervised stage" in out and "(default: 16)" in out
+    with pytest.raises(SystemExit):
+        data.parse_flags(sft.Settings, "", ["--clip", "-1"])
     assert data.parse_flags(sft.Settings, "", ["--batch", "7", "--in-context"]).batch == 7
