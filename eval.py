@@ -358,10 +358,7 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
 
 
 def join(runs: Sequence[list[dict]]) -> list[dict]:
-    """The cells of runs with several seeds as one: the mean value, and from the least to the greatest.
-
-    ValueError naming a cell that not every run has, once: a mean over others would not be of what the table says.
-    """
+    """The cells of runs with several seeds as one: mean, least and greatest. ValueError for one that a run lacks."""
     places = defaultdict(list)
     for c in itertools.chain(*runs):
         places[c["measure"], c["group"], c["model"], c["column"]].append(c)

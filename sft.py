@@ -115,10 +115,9 @@ def trained_tokens(rows: Sequence[Row]) -> int:
 def flops(config: Config, rows: Sequence[Row]) -> float:
     """Operations of a forward and a backward pass over `rows`, each a document of its own.
 
-    Six per weight and token: in the blocks for every token that is fed, in the head for the trained ones alone; and
-    causal attention's 6 layers x heads x width x length^2. It is "model FLOPs utilization" (arXiv 2204.02311, appendix
-    B) but for these two: there every token meets the head, and attention's 12 are not halved. Nothing counts twice
-    that is computed again.
+    Six per weight and token, in the head for the trained ones alone, and causal attention's 6 layers x heads x width x
+    length^2. "Model FLOPs utilization" (arXiv 2204.02311, appendix B) charges the head for every token and attention
+    12, for the whole square; like it, this counts no recomputation.
     """
     heads = config.num_attention_heads * config.head_dim
     attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
@@ -321,8 +320,7 @@ class Learner:
 
         ValueError on every rank, and no step, if that is not finite: the weights would be lost.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
-        norm = float(whole(norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)))
         if not math.isfinite(norm):
             raise ValueError(f"the gradient's norm is {norm}: lower --lr; the last checkpoint is kept")
         for group in self.optimizer.param_groups:
