@@ -34,10 +34,10 @@ demo: $(RUN)/eval/table.md
 	touch $@
 
 # --- the demo: each stage leaves a file that marks it as done, and is not run again while it stands.
-# A stage that was interrupted goes on where it stopped; one whose input is newer starts anew.
+# A stage that was interrupted goes on where it stopped; one whose input is newer than its start starts anew.
 
 STAGES := base source rl-source parallel rl-parallel
-ANEW = if [ -e $@ ]; then rm -r $(@D); fi
+ANEW = [ $(@D)/settings.json -nt $< ] || rm -rf $(@D)
 
 $(DATA)/languages.json: | .venv/installed
 	$(PY) data.py make --seed $(SEED) --out $(DATA)

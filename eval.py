@@ -358,12 +358,14 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
 
 
 def join(runs: Sequence[list[dict]]) -> list[dict]:
-    """The cells of runs with several seeds as one: the mean value, and from the least to the greatest."""
+    """The cells of runs with several seeds as one: mean, least and greatest. ValueError for one that a run lacks."""
     places = defaultdict(list)
     for c in itertools.chain(*runs):
         places[c["measure"], c["group"], c["model"], c["column"]].append(c)
     joined = []
-    for same in places.values():
+    for place, same in places.items():
+        if len(same) != len(runs):
+            raise ValueError(f"--join: {len(runs)} files, but {len(same)} of {', '.join(place)}; evaluate all alike")
         values, problems = [c["value"] for c in same], sum(c["problems"] for c in same)
         spread = {"value": mean(values), "low": min(values), "high": max(values), "problems": problems}
         joined.append({**same[0], **spread, "seeds": len(same)})
@@ -385,8 +387,9 @@ def tables(cells: Sequence[dict]) -> str:
     for measure, group in dict.fromkeys((c["measure"], c["group"]) for c in cells):
         own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (measure, group)}
         models, titles = (list(dict.fromkeys(place[i] for place in own)) for i in (0, 1))
-        some = next(iter(own.values()))
-        about = f"{some.get('unit', 'percent of')} {some['problems']} held-out problems, {meaning(some)}"
+        some, problems = next(iter(own.values())), sorted({c["problems"] for c in own.values()})
+        count = "–".join(map(str, dict.fromkeys((problems[0], problems[-1]))))
+        about = f"{some.get('unit', 'percent of')} {count} held-out problems, {meaning(some)}"
         lines = [f"**{measure}, {group}** ({about})\n"]
         lines += ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
         for m in models:
@@ -570,20 +573,23 @@ def evaluate_models(s: Settings) -> list[dict]:
     began = time.perf_counter()
     if not (s.sampling or s.representations):
         raise ValueError("--no-sampling: leaves nothing to measure without --representations")
-    if s.samples and max(s.k) > s.samples:
-        raise ValueError(f"--k {max(s.k)}: needs at least as many --samples, not {s.samples}")
+    if s.samples and not (s.k and all(1 <= k <= s.samples for k in s.k)):
+        raise ValueError(f"--k {' '.join(map(str, s.k))}: give one or more from 1 to --samples, {s.samples}")
+    if not 0 < s.top_p <= 1:
+        raise ValueError(f"--top-p {s.top_p}: must be above 0 and at most 1")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
         roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s.data, s.problems, s.by)
-        wanted, measures, cells, pairs = wanted_languages(s, roles), {}, [], {}
+        wanted, measures, cells, added, pairs = wanted_languages(s, roles), {}, [], [], {}
+        languages = present_languages(wanted) if s.sampling else []
+        # A forward pass over short texts: the first rank does it alone, and before the long work, since it may refuse.
+        if s.representations and not world.rank:
+            added, pairs = measure_representations(s, world, models, records, roles, wanted)
         if s.sampling:
-            languages = present_languages(wanted)
             measures = measure(s, world, models, records, languages)
             cells = make_cells(measures, columns(roles, languages))
-        if world.rank:
-            return []
-        if s.representations:  # a forward pass over short texts: the first rank does it alone
-            added, pairs = measure_representations(s, world, models, records, roles, wanted)
-            cells += added
+    if world.rank:
+        return []
+    cells += added
     text = tables(cells)
     outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
@@ -594,12 +600,20 @@ def evaluate_models(s: Settings) -> list[dict]:
     return cells
 
 
+def read_cells(path: str) -> list[dict]:
+    """The cells of an eval.json; ValueError naming `path` if it is anything else."""
+    try:
+        return json.loads(Path(path).read_text())["cells"]
+    except (IsADirectoryError, KeyError, TypeError, ValueError):
+        raise ValueError(f"--join: {path}: not an eval.json that an evaluation wrote") from None
+
+
 def main(s: Settings) -> None:
     """Evaluates, or joins what was evaluated, and draws it."""
     if s.plots:
         pyplot()  # if it is missing, say so before the work
     if s.join:
-        cells = join([json.loads(Path(path).read_text())["cells"] for path in s.join])
+        cells = join([read_cells(path) for path in s.join])
         print(tables(cells))
     else:
         cells = evaluate_models(s)

@@ -150,8 +150,8 @@ def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[fl
         learner.backward(-gain.sum() / count)
         totals += torch.stack([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
     norm = {"grad_norm": learner.step(s.lr)} if trained else {}
-    operations = flops(learner.model.config, [len(tokens) for tokens, _ in rows])
-    names, sums = ("entropy", "clipped", "drift", "flops"), learner.world.sum(*totals.tolist(), operations)
+    sums = learner.world.sum(*totals.tolist(), flops(learner.model.config, rows))
+    names = ("entropy", "clipped", "drift", "flops")
     return dict(zip(names, sums, strict=True)) | {"trained": trained} | norm
 
 
@@ -310,7 +310,7 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        checkpoint, optimizer = run.start()
+        checkpoint, optimizer = run.start("rl", "eval")
         source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)

@@ -27,6 +27,7 @@ Axes: T tokens of a packed row; V vocabulary.
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -111,17 +112,19 @@ def trained_tokens(rows: Sequence[Row]) -> int:
     return sum(len(tokens) - start for tokens, start in rows)
 
 
-def flops(config: Config, lengths: Sequence[int]) -> float:
-    """Operations of a forward and a backward pass over documents of these lengths in tokens.
+def flops(config: Config, rows: Sequence[Row]) -> float:
+    """Operations of a forward and a backward pass over `rows`, each a document of its own.
 
-    Six per matrix weight and token, and causal attention's 6 layers x heads x width x length^2: those
-    of "model FLOPs utilization" (arXiv 2204.02311, appendix B), which counts no recomputation.
+    Six per weight and token, in the head for the trained ones alone, and causal attention's 6 layers x heads x width x
+    length^2. "Model FLOPs utilization" (arXiv 2204.02311, appendix B) charges the head for every token and attention
+    12, for the whole square; like it, this counts no recomputation.
     """
     heads = config.num_attention_heads * config.head_dim
     attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
     block = attention + 3 * config.hidden_size * config.intermediate_size
-    weights = config.num_hidden_layers * block + config.vocab_size * config.hidden_size
-    return sum(6.0 * weights * n + 6.0 * config.num_hidden_layers * heads * n * n for n in lengths)
+    lengths = [len(ids) - 1 for ids, _ in rows]
+    blocks = 6.0 * config.num_hidden_layers * sum(block * n + heads * n * n for n in lengths)
+    return blocks + 6.0 * config.vocab_size * config.hidden_size * trained_tokens(rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool =
 def schedule(progress: float, warmup: float) -> float:
     """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, cosine to a tenth."""
     if progress < warmup:
-        return max(progress, 1e-3) / warmup
+        return min(1.0, max(progress, 1e-3) / warmup)
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))
 
 
@@ -278,7 +281,7 @@ class Hardware:
     micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
     optimizer_state: str = flag("float32", "AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=DTYPES)
-    clip: float = flag(1.0, "largest global gradient norm")
+    clip: float = flag(1.0, "largest global gradient norm; 0 sets no limit", least=0)
 
 
 class Learner:
@@ -316,13 +319,18 @@ class Learner:
         (loss * self.world.size if isinstance(self.model, FSDPModule) else loss).backward()
 
     def step(self, lr: float) -> float:
-        """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)
+        """Clips by global norm, steps with learning rate `lr`, clears. Returns the norm before clipping.
+
+        ValueError on every rank, and no step, if that is not finite: the weights would be lost.
+        """
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)))
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient's norm is {norm}: lower --lr; the last checkpoint is kept")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(whole(norm))
+        return norm
 
     def state(self) -> tuple[Llama, dict]:
         """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
@@ -410,6 +418,12 @@ def check_lengths(
                 raise ValueError(f"record {record['id']!r}: {what}; {mend}")
 
 
+def digest(folder: str | Path, splits: Sequence[str]) -> str:
+    """Of the bytes of `splits` and of languages.json in a data folder."""
+    paths = [p for name in splits for p in sorted(Path(folder).glob(f"{name}.jsonl*"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (*paths, Path(folder) / "languages.json"))).hexdigest()
+
+
 # Settings that may differ when a run is taken up again.
 FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "out", "rows"}
 FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems"}
@@ -428,7 +442,7 @@ class Run:
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
         self.step, self.tokens, self.seconds, self.flops = 0, 0, defaultdict(float), 0.0
-        self.saved, self.held = None, None
+        self.saved, self.held, self.data = None, None, ""
 
     def __enter__(self):
         def stop(*_):
@@ -474,12 +488,13 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self) -> tuple[Path | None, dict | None]:
-        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run.
+    def start(self, *splits: str) -> tuple[Path | None, dict | None]:
+        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run, which reads `splits`.
 
-        ValueError if the checkpoint was made with other settings: it would not be the same run.
+        ValueError if the checkpoint was made with other settings or other data: it would not be the same run.
         """
         self.lock()
+        self.data = digest(self.settings.data, splits)
         checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
         if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
@@ -490,6 +505,8 @@ class Run:
                 if old != new and name not in FREE:
                     name = name.replace("_", "-")
                     raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+            if state.get("data") != self.data:
+                raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
             self.step, self.tokens, self.flops = (state[name] for name in ("step", "tokens", "flops"))
             self.seconds.update(state["seconds"])
             self.saved = self.step
@@ -503,7 +520,7 @@ class Run:
         """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
         if self.world.rank:
             return
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
@@ -531,7 +548,7 @@ class Run:
         save(model, temporary)
         tokenizer.save(temporary)
         state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
-        state |= {"seconds": dict(self.seconds), "flops": self.flops}
+        state |= {"seconds": dict(self.seconds), "flops": self.flops, "data": self.data}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
@@ -559,6 +576,8 @@ class Run:
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
         print(f"{self.out}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in totals.items()))
+        if self.world.sum(self.stopping)[0]:  # told too late to stop before: but what follows must not start
+            sys.exit(130)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,13 +676,13 @@ def draw(mixture: Mixture, step: int, s: Settings) -> list[Row]:
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
     """One optimizer step: (its figures, whether any rank was told to stop)."""
-    lengths, seen = [len(ids) - 1 for ids, _ in rows], sum(len(ids) for ids, _ in rows)
+    seen = sum(len(ids) for ids, _ in rows)
     with run.phase("train") as training:
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(float(loss), run.stopping)
     run.step, run.tokens = run.step + 1, run.tokens + seen
-    run.flops += flops(learner.model.config, lengths)
+    run.flops += flops(learner.model.config, rows)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
 
@@ -705,7 +724,7 @@ def train(s: Settings, world: World) -> None:
         if run.finished():
             return
         roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-        source, optimizer = run.start()
+        source, optimizer = run.start("train", "eval")
         if s.model and not source:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)

@@ -496,7 +496,7 @@ def bench_sft(options: argparse.Namespace) -> None:
     assert abs(step(learner) - theirs_step()) < (0.05 if CUDA else 1e-3)  # the same loss
     head(f"A supervised step on {count} sequences of {high // 4} to {high} tokens; the floor is its multiplications")
     works = {"ours, packed": partial(step, learner), "transformers, padded": theirs_step}
-    needed, rate = sft.flops(config, [len(r) - 1 for r, _ in rows]), matmul_rate()
+    needed, rate = sft.flops(config, rows), matmul_rate()
 
     def show(what: str, works: dict) -> None:
         times = side_by_side(works, options.repeats)

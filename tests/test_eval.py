@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
-from statistics import mean
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -130,7 +131,8 @@ def test_table_has_source_sft_and_unseen_parts():
     row = [c.strip() for c in text.splitlines()[-1].split("|")[1:-1]]
     assert row[0] == "m" and [c.split()[0] for c in row[1:]] == ["50", "100", "100", "50", "50"]
     assert {c["column"]: c["value"] for c in cells}["python (source)"] == 0.5
-    assert evaluation.estimate(outcomes(), ["python", "lua"], 1)["value"] == 0.5
+    mixed = evaluation.estimate(outcomes(), ["python", "lua"], 1)
+    assert mixed["value"] == 0.5 and (mixed["low"], mixed["high"]) == evaluation.wilson(0.5, 2)  # 2 problems
 
 
 def test_joined_runs_show_mean_and_range_over_seeds():
@@ -142,6 +144,26 @@ def test_joined_runs_show_mean_and_range_over_seeds():
     text = evaluation.tables(evaluation.join(runs))
     assert "| m | 75 (0–100) |" in text and "percent of 4 held-out problems, mean and range of 4 seeds" in text
     assert text.count("| m | 50 (50–50) |") == 1  # the other kind of problem
+    with pytest.raises(
+        ValueError, match=r"4 files, but 3 of greedy pass@1, g, m, python \(source\); evaluate all alike"
+    ):
+        evaluation.join([*runs[:3], runs[3][1:]])
+
+
+def test_a_table_says_of_how_many_problems_its_cells_are():
+    titles = {"python (source)": ["python"], "lua (unseen)": ["lua"]}
+    some = [Outcome(str(i), "g", p, ("ok",)) for p, n in (("python", 20), ("lua", 3)) for i in range(n)]
+    assert "(percent of 3–20 held-out problems, 95% interval)" in evaluation.tables(
+        evaluation.make_cells({"greedy pass@1": (1, {"m": some})}, titles)
+    )
+
+
+@pytest.mark.parametrize("text", ['{"mixture": "base"}', "[1]", "no JSON", None])
+def test_a_file_to_join_that_is_none_is_named(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=r"--join: .*/other\.json: not an eval\.json that an evaluation wrote"):
+        evaluation.main(evaluation.Settings(join=(str(path),)))
 
 
 def test_difficulty_groups():
@@ -166,7 +188,9 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     assert len(rows) == len(records) * len(languages) and {o.verdicts for o in rows} == {("ok",)}
 
 
-def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, capsys):
+def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, monkeypatch):
+    real, asked = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *job, **how: asked.append(how) or real(*job, **how))
     save(tiny, tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     s = evaluation.Settings(
@@ -177,16 +201,34 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         max_new_tokens=4,
         samples=2,
         k=(1, 2),
+        temperature=0.7,
+        top_k=50,
+        top_p=0.9,
         device="cpu",
     )
     evaluation.main(s)
+    greedy, drawn = asked
+    assert drawn == greedy | {"samples": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    assert not {"samples", "temperature"} & greedy.keys()
     text = (tmp_path / "out/table.md").read_text()
     assert text.count("| mine |") == 2 * 3 and (tmp_path / "out/eval.json").exists()
     assert "pass@2 of 2 samples, reserved wordings" in text
     with pytest.raises(SystemExit, match="nothing: holds no checkpoint"):
         evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
-    with pytest.raises(ValueError, match="--k 2: needs at least as many --samples, not 1"):
-        evaluation.main(replace(s, samples=1))
+    records = [r | {"solutions": {}} for r in data.read_split(corpus, "eval")]
+    shutil.copytree(corpus, tmp_path / "bare")
+    data.write_records(tmp_path / "bare/eval.jsonl.gz", records)
+    for mistake, message in [
+        ({"samples": 1}, "--k 1 2: give one or more from 1 to --samples, 1"),
+        ({"k": (0,)}, "--k 0: give one or more from 1 to --samples, 2"),
+        ({"k": ()}, "--k : give one or more"),
+        ({"top_p": 0.0}, r"--top-p 0\.0: must be above 0 and at most 1"),
+        ({"representations": True, "data": str(tmp_path / "bare")}, "0 problems with a program in each of python"),
+    ]:
+        asked.clear()
+        with pytest.raises(ValueError, match=message):
+            evaluation.main(replace(s, **mistake))
+        assert not asked  # nothing was sampled for nothing
     assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
     with pytest.raises(ValueError, match="two of one name among m, m"):
         evaluation.main(replace(s, models=(str(tmp_path / "m"),) * 2))
@@ -258,6 +300,10 @@ def test_retrieval_is_perfect_for_equal_and_chance_for_unrelated_representations
     unrelated = evaluation.compare({"a": x, "b": y})["a", "b"]
     assert unrelated[RETRIEVAL].mean().item() == pytest.approx(0.01, abs=0.005)  # 3 standard errors
     assert unrelated[MARGIN].mean().item() == pytest.approx(0, abs=0.02)
+    cells = evaluation.representation_cells("m", {("a", "b"): unrelated}, {"ab": [("a", "b")]})
+    cell = next(c for c in cells if (c["measure"], c["layer"]) == (MARGIN, 7))
+    half = 1.959964 * stdev(unrelated[MARGIN][7].tolist()) / 10  # of a mean over 100 problems
+    assert [cell["low"], cell["high"]] == pytest.approx([cell["value"] - half, cell["value"] + half])
     order = torch.randperm(100, generator=generator)
     moved = evaluation.compare({"a": x[order], "b": y[order] + 7})["a", "b"]
     for measure, scores in moved.items():
@@ -390,9 +436,8 @@ def test_plots_draw_what_the_cells_say(representations, corpus, tmp_path, monkey
     monkeypatch.setattr(pyplot, "close", figures.append)  # else nothing is left to look at
     titles = {"python (source)": ["python"], "ruby": ["ruby"], "unseen mean": ["lua"]}
     passes = evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
-    (tmp_path / "passes.json").write_text(json.dumps({"cells": passes}))
-    files = (str(tmp_path / "eval.json"), str(tmp_path / "passes.json"))
-    evaluation.main(evaluation.Settings(join=files, out=str(tmp_path / "drawn"), plots=True))
+    (tmp_path / "both.json").write_text(json.dumps({"cells": representations[1]["cells"] + passes}))
+    evaluation.main(evaluation.Settings(join=(str(tmp_path / "both.json"),), out=str(tmp_path / "drawn"), plots=True))
     assert f"wrote {tmp_path}/drawn/passes.png and {tmp_path}/drawn/retrieval.png" in capsys.readouterr().out
     for name in ("passes", "retrieval"):
         assert (tmp_path / f"drawn/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,10 @@
 """GRPO: advantages and objective by hand, one denominator, on-policy checks, exact resume."""
 
+import contextlib
+import itertools
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,6 +46,9 @@ def test_a_response_without_reward_is_left_out_of_its_group():
     got = rl.advantages(rewards, valid)
     torch.testing.assert_close(got[0, :2], torch.tensor([0.5, -0.5]) / (0.5**0.5 + 1e-4))
     assert got[0, 2] == 0 and got[1].tolist() == [0.0] * 3
+    verdicts = ("ok", "wrong_answer", "internal_error", "ok", "internal_error", "internal_error")
+    scored = rl.score([Rollout({}, "python", [], [], [], True, verdict=v) for v in verdicts], 3)
+    assert all(torch.equal(*pair) for pair in zip(scored, (rewards, valid, got), strict=True))
 
 
 def test_clipped_objective_by_hand():
@@ -167,6 +174,53 @@ def test_reward_rises_when_one_token_is_rewarded(tiny, tokenizer, updates):
     assert shares[0] < 0.7 and shares[-1] > 0.9
 
 
+def test_the_groups_are_dealt_out_whole_over_the_updates(monkeypatch):
+    dealt = []
+
+    def update(learner, rollouts, weights, s):
+        assert weights == [i / 10 for i in rollouts]
+        dealt.append(sorted({i // s.samples for i in rollouts}))
+        assert len(rollouts) == len(dealt[-1]) * s.samples
+        return dict.fromkeys(("entropy", "clipped", "drift", "flops", "trained"), 0)
+
+    monkeypatch.setattr(rl, "update", update)
+    advantage = torch.arange(20, dtype=torch.float64).view(5, 4) / 10
+    rl.learn(None, range(20), advantage, settings(updates=3))
+    assert dealt == [[0, 3], [1, 4], [2]]
+
+
+def test_no_two_steps_or_ranks_draw_with_one_seed(monkeypatch):
+    drawn = []
+
+    def sample(*_, seed, **__):
+        drawn.append(seed)
+        raise InterruptedError
+
+    monkeypatch.setattr(rl, "sample", sample)
+    for seed, step, rank in itertools.product(range(2), range(3), range(2)):
+        world = SimpleNamespace(rank=rank, size=2, deal=list)
+        run = SimpleNamespace(world=world, phase=contextlib.nullcontext)
+        with pytest.raises(InterruptedError):
+            rl.step_once(step, None, Mock(), None, [], None, run, settings(seed=seed))
+    assert len(set(drawn)) == len(drawn) == 12
+
+
+def test_figures_of_the_rollouts_are_of_all_ranks(tiny, tokenizer):
+    s, parts = settings(), []
+    rollouts = some_rollouts(tiny, tokenizer, s)
+    for i, r in enumerate(rollouts):
+        r.verdict, r.stopped, r.tokens = ("ok", "no_program", "internal_error")[i % 3], i % 4 == 0, r.tokens[: 1 + i]
+
+    def figures(rollouts, sum_):
+        return rl.rollout_figures(rollouts, *rl.score(rollouts, s.samples), SimpleNamespace(sum=sum_))
+
+    whole = figures(rollouts, lambda *values: values)
+    for part in (rollouts[:4], rollouts[4:]):  # two ranks, one with twice as many groups
+        figures(part, lambda *values: parts.append(values) or values)
+    assert figures(rollouts[:4], lambda *_: [sum(values) for values in zip(*parts, strict=True)]) == whole
+    assert figures(rollouts[:4], lambda *values: values) != whole
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -191,7 +245,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     real, calls = rl.step_once, []
 
     def dies(*a):
-        calls.append(1)
+        calls.append([record["id"] for record, _ in a[4]])
         if len(calls) == 4:
             raise MemoryError("as if killed")
         return real(*a)
@@ -202,6 +256,11 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     monkeypatch.setattr(rl, "step_once", real)
     assert sft.newest_checkpoint(tmp_path / "cut").name == "step-2"
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
+    ids = [r["id"] for r in data.read_split(corpus, "rl")]
+    assert list(itertools.chain(*calls)) == [ids[data.pick("0 rl", i, len(ids))] for i in range(12)]
+    whole, cut = (torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut"))
+    assert whole["flops"] == cut["flops"] > 0
+    assert whole["data"] == cut["data"] == sft.digest(corpus, ["rl", "eval"])
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())
@@ -215,7 +274,8 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
 
 
 def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokenizer, tmp_path, monkeypatch):
-    """The sampler is replaced by one that writes the corpus's program or a wrong one, in turn."""
+    """The sampler is replaced by one that writes the corpus's program or a wrong one: in turn, or, if there is but one
+    response to a problem, as in evaluation, the wrong one where the wording is new."""
     asked = []
 
     def half_right(model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None):
@@ -223,7 +283,8 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokeni
         rollouts = []
         for record, language in tasks:
             for i in range(samples):
-                program = record["solutions"][language] if i % 2 else "print('no')"
+                right = i % 2 or (samples == 1 and not record["difficulty"]["new"])
+                program = record["solutions"][language] if right else "print('no')"
                 ids = [*tok.encode(data.answer({language: program}, [language])), tok.eot]
                 rollouts.append(
                     Rollout(record, language, tok.prompt(record["prompt"], [language]), ids, [-1.0] * len(ids), True)
@@ -234,6 +295,8 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokeni
     monkeypatch.setattr(evaluation, "sample", half_right)
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    held = {"known wordings": {"python": 1.0}, "reserved wordings": {"python": 0.0}}
+    assert [line["held_out"] for line in lines] == [held, held]
     assert lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
     assert {"entropy", "clipped", "drift", "sample_tokens_per_s", "sandbox_tokens_per_s", "train_tokens_per_s"} <= set(
         lines[-1]

@@ -1,9 +1,13 @@
 """The supervised stage: what is trained, one denominator, exact resume, safe checkpoints."""
 
+import gzip
 import json
+import os
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,11 +53,19 @@ def learner(model, tokenizer, **changes):
     return sft.Learner(model, sft.World("cpu"), sft.Hardware(device="cpu", **changes), 0.0, tokenizer.pad)
 
 
+def mixture(corpus, tokenizer):
+    records, roles = data.read_records(corpus / "train.jsonl.gz"), data.read_roles(corpus)
+    return data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+
+
 def examples(corpus, tokenizer, count=12):
-    records = data.read_records(corpus / "train.jsonl.gz")
-    roles = data.read_roles(corpus)
-    m = data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+    m = mixture(corpus, tokenizer)
     return [(e.tokens, e.start) for e in (m[i] for i in range(count))]
+
+
+def test_every_update_draws_the_next_examples(corpus, tokenizer):
+    m, s = mixture(corpus, tokenizer), settings(corpus, "")
+    assert [row for step in range(3) for row in sft.draw(m, step, s)] == examples(corpus, tokenizer, 3 * s.batch)
 
 
 def test_targets_are_the_response_and_its_stop_token_only(corpus, tokenizer):
@@ -121,16 +133,17 @@ def test_packed_rows_are_full(corpus, tokenizer):
     assert sum(sizes[1:]) > 0.97 * 1024 * len(sizes[1:])
 
 
-def test_flops_count_the_multiplications_of_a_run(corpus, tokenizer, tiny):
-    """Against torch's own counter, which counts attention's whole square where we count its half."""
-    row = examples(corpus, tokenizer, 1)[0]
-    n, config = len(row[0]) - 1, tiny.config
+def test_flops_count_the_multiplications_of_a_micro_batch(corpus, tokenizer, tiny, monkeypatch):
+    """Against torch's own counter, which counts the whole square of the packed row in attention."""
+    monkeypatch.setattr("model.again", lambda function, *a: function(*a))  # else what is computed again counts twice
+    rows, config = examples(corpus, tokenizer, 2), tiny.config
     tiny.attention = reference_attention
     with FlopCounterMode(display=False) as counter:
-        tiny(torch.tensor([row[0][:-1]])).sum().backward()
-    heads = config.num_attention_heads * config.head_dim
-    square = 6 * config.num_hidden_layers * heads * n * n
-    assert sft.flops(config, [n]) + square == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        tiny(*sft.collate(rows, tokenizer.pad, "cpu")[:2])[0].sum().backward()
+    lengths = [len(ids) - 1 for ids, _ in rows]
+    square = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    extra = square * (2 * sum(lengths) ** 2 - sum(n * n for n in lengths))
+    assert sft.flops(config, rows) + extra == counter.get_total_flops()
 
 
 def test_compact_adamw_follows_torchs_and_keeps_half_its_state(corpus, tokenizer, tiny):
@@ -173,6 +186,19 @@ def test_schedule_is_warm_up_then_cosine_to_a_tenth():
     assert sft.schedule(0.05, 0.05) == pytest.approx(1.0)
     assert sft.schedule(0.525, 0.05) == pytest.approx(0.55)
     assert sft.schedule(1.0, 0.05) == pytest.approx(0.1)
+    assert sft.schedule(0.0, 0.05) == pytest.approx(0.02) and sft.schedule(0.0, 1e-4) == 1.0  # never above the peak
+
+
+@pytest.mark.parametrize("clip", [0, 1e-3])
+def test_gradients_are_clipped_by_their_global_norm_and_by_0_not_at_all(corpus, tokenizer, tiny, clip):
+    ours = learner(tiny, tokenizer, clip=clip)
+    sft.accumulate(ours, examples(corpus, tokenizer, 4))
+    before = {p: p.grad.clone() for p in tiny.parameters()}
+    norm = torch.stack([g.norm() for g in before.values()]).norm().item()
+    assert ours.step(0.0) == pytest.approx(norm) and norm > 0.1
+    for p, gradient in before.items():  # AdamW's first moment is a tenth of it
+        expected = 0.1 * gradient * (clip / norm if clip else 1)
+        torch.testing.assert_close(ours.optimizer.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,15 +222,22 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatc
     assert sft.newest_checkpoint(tmp_path / "cut").name == "step-4"
     run(settings(corpus, tmp_path / "cut"))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    states = [
-        torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt")["optimizer"]["state"] for n in ("whole", "cut")
-    ]
+    saved = [torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut")]
+    states = [s["optimizer"]["state"] for s in saved]
+    assert saved[0]["flops"] == saved[1]["flops"] > 0
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
     ]
     strip = [[{k: v for k, v in x.items() if k != "tokens_per_s"} for x in run] for run in lines]
     assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(1, len(strip[0]) + 1))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    with pytest.raises(ValueError, match="the gradient's norm is nan: lower --lr; the last checkpoint is kept"):
+        run(settings(corpus, tmp_path / "run", lr=1e30, save_every=1))
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch, capsys):
@@ -226,6 +259,24 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus, tmp_path, monkeypatch
     run(settings(corpus, tmp_path / "run"))
     run(settings(corpus, tmp_path / "whole"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_in_the_last_measurement_ends_the_program_too(corpus, tmp_path, monkeypatch):
+    """Else main would start the next training; the run itself is finished."""
+    real = sft.held_out_losses
+    monkeypatch.setattr(sft, "held_out_losses", lambda *a: signal.raise_signal(signal.SIGINT) or real(*a))
+    with pytest.raises(SystemExit) as stop:
+        run(settings(corpus, tmp_path / "run", tokens=300))
+    assert stop.value.code == 130 and (tmp_path / "run/summary.json").exists()
+
+
+def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path):
+    s = settings(corpus, tmp_path / "run")
+    with sft.Run(s.out, s, sft.World("cpu")) as ours:
+        ours.start()
+        ours.log(lr=1.23456789e-7, tokens_per_s=123456.789, tokens=12345678)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line == {"step": 0, "lr": 1.23457e-7, "tokens_per_s": 123457.0, "tokens": 12345678}
 
 
 def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch):
@@ -286,13 +337,70 @@ def test_a_sharded_model_can_be_saved_after_a_forward_pass_alone(corpus, tokeniz
         assert same(before, model.state_dict()) and len(optimizer["state"]) == len(list(model.parameters()))
 
 
-def test_a_run_is_not_taken_up_with_other_settings(corpus, tmp_path):
-    run(settings(corpus, tmp_path / "run", tokens=500))
+def test_a_run_is_not_taken_up_with_other_settings_or_records(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    s = settings(tmp_path / "data", tmp_path / "run", tokens=500)
+    run(s)
     (tmp_path / "run/summary.json").unlink()
     with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.002"):
-        run(settings(corpus, tmp_path / "run", tokens=500, lr=2e-3))
-    run(settings(corpus, tmp_path / "run", tokens=500, eval_every=7))  # already past its last token
+        run(replace(s, lr=2e-3))
+    for name in ("train.jsonl.gz", "eval.jsonl.gz", "languages.json"):
+        path = tmp_path / "data" / name
+        before = path.read_bytes()
+        path.write_bytes(before + (gzip.compress(b"\n") if path.suffix == ".gz" else b"\n"))
+        with pytest.raises(ValueError, match=r"began with other records in .*/data; give another --out"):
+            run(s)
+        path.write_bytes(before)
+    (tmp_path / "data/rl.jsonl.gz").unlink()  # never read here
+    run(replace(s, eval_every=7))  # already past its last token
     assert (tmp_path / "run/summary.json").exists()
+
+
+STUB = """#!/bin/sh
+# Stands for python: leaves the files of a stage, or half of them.
+out="${*##*--out }"
+mkdir -p "$out"
+case $1 in
+data.py) touch "$out/languages.json" ;;
+eval.py) touch "$out/table.md" ;;
+*)
+    if [ -e "$out/step-1" ]; then echo "on $out"; else echo "new $out"; fi
+    touch "$out/settings.json" "$out/step-1"
+    [ "$out" != "$STOP" ] || exit 130
+    touch "$out/summary.json"
+esac
+"""
+
+
+def test_make_goes_on_with_an_interrupted_stage_unless_its_input_is_newer(tmp_path):
+    root, runs = Path(sft.__file__).parent, tmp_path / "runs/demo"
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(STUB)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    for name in ("requirements.txt", ".venv/installed"):
+        (tmp_path / name).touch()
+
+    def make(stop=""):
+        """What the stages of `make demo` say; before it all files age, so that what it writes is newer."""
+        for path in tmp_path.rglob("*"):
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 100))
+        for name in touched:
+            (runs / name).touch()
+        command = ["make", "-s", "-f", str(root / "Makefile"), "demo", "RUN=runs/demo"]
+        environment = {"PATH": os.environ["PATH"], "STOP": stop}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == (not stop), done.stderr
+        return done.stdout.replace("runs/demo/", "").splitlines()
+
+    touched = []
+    assert make(stop="runs/demo/source") == ["new base", "new source"]
+    touched = ["source/settings.json"]
+    assert make() == ["on source", "new rl-source", "new parallel", "new rl-parallel"]
+    touched = ["data/languages.json"]
+    (runs / "source/summary.json").unlink()  # as if interrupted, from the older base
+    assert make() == ["new base", "new source", "new rl-source", "new parallel", "new rl-parallel"]
+    touched = []
+    assert make() == []
 
 
 def test_two_runs_do_not_write_into_one_folder(corpus, tmp_path):
@@ -397,4 +505,6 @@ def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
         data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
     out = capsys.readouterr().out
     assert "The supervised stage" in out and "(default: 16)" in out
+    with pytest.raises(SystemExit):
+        data.parse_flags(sft.Settings, "", ["--clip", "-1"])
     assert data.parse_flags(sft.Settings, "", ["--batch", "7", "--in-context"]).batch == 7
