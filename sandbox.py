@@ -827,8 +827,8 @@ class _Watch:
 
 
 def _stat(place: str | Path) -> list[str]:
-    """Of a process or thread, what follows its name, which may hold anything; its state comes first."""
-    return Path(place, "stat").read_text().rpartition(")")[2].split()
+    """Of a process or thread, what follows its name, which may hold any bytes; its state comes first."""
+    return Path(place, "stat").read_text("latin-1").rpartition(")")[2].split()
 
 
 def _ticks(pid: int) -> float:
@@ -838,7 +838,7 @@ def _ticks(pid: int) -> float:
 
 def _private_memory(pid: int) -> int:
     """Memory of a process but for mapped files, bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text("latin-1")
     return sum(int(kb) for kb in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status)) << 10
 
 

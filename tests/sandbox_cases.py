@@ -105,6 +105,11 @@ for _ in range(10):
     if os.fork() == 0: break
 kept = bytearray(b'x') * (40 << 20)
 time.sleep(60)""", "memory_limit"),
+    Case("under a name that is no text", """
+import ctypes, time
+ctypes.CDLL(None).prctl(15, b"\\xff\\xfe)", 0, 0, 0)
+kept = bytearray(b"x") * (200 << 20)
+time.sleep(5)""", "memory_limit"),
     Case("shared map", """
 import mmap
 kept = mmap.mmap(-1, 1 << 30)
