@@ -190,6 +190,9 @@ for line in open("/proc/self/maps"):
         "open('/usr/escaped', 'w')", "open('/etc/escaped', 'w')", "open('SECRET', 'a').write('x')",
         "os.mkdir('/escaped')", "open('/bin/sh', 'a')", "os.symlink('/x', '/usr/escaped')",
         "os.rename('SECRET', 'SECRET2')", "os.unlink('SECRET')", "os.truncate('SECRET', 0)")),
+    Case("changes a host file's attributes", refused(
+        "os.chmod('SECRET', 0o777)", "os.setxattr('SECRET', 'user.a', b'')", "os.utime('SECRET')",
+        "assert ctypes.CDLL(None).syscall(463, -100, b'SECRET', 0, b'user.a', (ctypes.c_long * 2)(), 16) < 0; raise OSError")),
     Case("changes its own program", refused(
         "open(__file__, 'a')", "os.rename(__file__, __file__ + '2')", "os.unlink(__file__)",
         "os.symlink('/etc/passwd', os.path.dirname(__file__) + '/main')")),
