@@ -686,13 +686,19 @@ class _Group:
         if swap.exists():
             swap.write_text("0")
 
-    def begin(self, memory: int, processes: int) -> None:
-        """Sets the limits for the next program. memory: bytes."""
+    def begin(self, memory: int, processes: int) -> bool:
+        """Sets the limits for the next program; False if what it was built to is larger. memory: bytes."""
         if self.limits != (memory, processes):
-            os.pwrite(self.limit, str(memory).encode(), 0)
+            try:
+                os.pwrite(self.limit, str(memory).encode(), 0)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                return False
             os.pwrite(self.processes, str(processes).encode(), 0)
             self.limits = memory, processes
         self.kills_before = self.kills()
+        return True
 
     def join(self) -> None:
         """Moves the calling process, which has one thread, in."""
@@ -965,9 +971,9 @@ class _Warden:
 
     def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple]:
         """Runs one program to its end and clears up after it."""
+        if self.group and not self.group.begin(step["memory"] << 20, step["processes"]):
+            return {"verdict": "memory_limit", "message": f"{step['memory']} MB, by the program's file"}, _NO_STREAMS
         self.new_scratch(step)
-        if self.group:
-            self.group.begin(step["memory"] << 20, step["processes"])
         source, out, err, trouble = _sealed(stdin), os.pipe(), os.pipe(), os.pipe()
         streams = {pipe[0]: bytearray() for pipe in (out, err, trouble)}
         watch = _Watch(step, streams, time.monotonic())
@@ -1000,7 +1006,14 @@ class _Warden:
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
             os.chdir(step["cwd"])
             self.confine(step)
-            os.execve(step["argv"][0], step["argv"], step["env"])
+            program = step["argv"][0]
+            try:
+                os.execve(program, step["argv"], step["env"])
+            except OSError as error:
+                if not program.startswith(f"{self.box}/"):
+                    raise
+                os.write(2, str(error).encode())  # it was built from a text that makes no program, or spoilt itself
+                os._exit(126)
         except BaseException as error:
             os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
@@ -1293,6 +1306,7 @@ def _below(directory: str) -> Iterator[os.DirEntry]:
 def _empty(directory: str) -> None:
     """Removes what is in a directory, whatever its modes. No program may be running in it. Directories are first
     moved to the top: they may be nested more deeply than a path can tell."""
+    os.chmod(directory, 0o755)
     places = [directory]
     for place in places:  # grows on the way
         for entry in list(os.scandir(place)):

@@ -196,6 +196,8 @@ for line in open("/proc/self/maps"):
     Case("changes its own program", refused(
         "open(__file__, 'a')", "os.rename(__file__, __file__ + '2')", "os.unlink(__file__)",
         "os.symlink('/etc/passwd', os.path.dirname(__file__) + '/main')")),
+    Case("makes its own program unusable", '#include <stdio.h>\n#include <sys/stat.h>\n'
+         'int main(int count, char **words) { puts("yes"); chmod(words[0], 0); }', "ok runtime_error", "c", tests=ONE * 2),
     Case("100,000 files", """
 try:
     for index in range(100_000): open(f"{index}", "w").close()
@@ -278,6 +280,9 @@ COMPILING = [
     Case("name too long for a file", f"public class {300 * 'A'} {{ void main() {{ }} }}", "compile_error", "java"),
     Case("host file in the binary", '__asm__(".incbin \\"SECRET\\"");\nint main() {}', "compile_error", "c"),
     Case("host file as header", '#include "SECRET"\nint main() {}', "compile_error", "c"),
+    Case("library in place of a program", '#![crate_type = "lib"]\nfn main() {}', "runtime_error", "rust"),
+    Case("program's file larger than its memory", '#include <stdio.h>\nchar a[80 << 20] = {1};\nint main() { puts("yes"); }',
+         "ok memory_limit", "c", limits=sandbox.Limits(memory=32)),
     Case("template bomb", BOMB, NOT_BUILT, "cpp"),
     Case("constexpr bomb", "constexpr long f(long n) { long s = 0; for (;;) s += n; return s; }\nconstexpr long v = f(1);\nint main() {}", NOT_BUILT, "cpp"),
     Case("2 GB static array", "char a[2147483647] = {1};\nint main() { return a[0]; }", NOT_BUILT + " memory_limit", "c"),

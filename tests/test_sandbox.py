@@ -293,6 +293,13 @@ def test_a_killed_helper_is_replaced(box):
     assert all(result.passed for result in box.map([(ADD, "python", TESTS)] * 4))
 
 
+def test_directories_that_a_program_closed_are_open_to_the_next():
+    close = "import os\nfor place in ('.', os.path.dirname(__file__)):\n    try: os.chmod(place, 0)\n    except OSError: pass"
+    with Sandbox(1, level="landlock") as box:
+        box.run(close, "python", [{"stdout": ""}])
+        assert box.run("open('x', 'w')", "python", [{"stdout": ""}]).passed
+
+
 def test_a_limit_that_cannot_be_set_is_an_error(box):
     result = box.run(ADD, "python", TESTS, limits=Limits(files=1 << 60))
     assert result.verdict == "internal_error" and not result.passed
