@@ -661,12 +661,12 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
 # Control groups, where they may be written
 
 
-# Names of the limit on memory, of the count of kills and of the file to join by, by version. In
-# version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
+# Names of the limit on memory, of the count of kills, of the processor time used (in version 1 nanoseconds, then
+# "usage_usec" and microseconds) and of the file to join by, by version. In version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
 # processors to pass through it (5 to 15 ms).
 _GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.oom_control", "tasks"),
-    2: ("memory.max", "memory.events", "cgroup.procs"),
+    1: ("memory.limit_in_bytes", "memory.oom_control", "cpuacct.usage", "tasks"),
+    2: ("memory.max", "memory.events", "cpu.stat", "cgroup.procs"),
 }
 
 
@@ -674,11 +674,12 @@ class _Group:
     """The control group of one helper's programs. Its files are opened before privileges are
     given up, so that it can be used from inside the confinement."""
 
-    def __init__(self, version: int, memory: Path, pids: Path):
-        self.version, self.places = version, {memory, pids}
-        limit, events, members = _GROUP_FILES[version]
+    def __init__(self, version: int, memory: Path, pids: Path, cpu: Path):
+        self.version, self.places = version, {memory, pids, cpu}
+        limit, events, usage, members = _GROUP_FILES[version]
         self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
         self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
+        self.usage = os.open(cpu / usage, os.O_RDONLY | os.O_CLOEXEC)
         self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
         self.members = [os.open(place / members, os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
         self.limits: tuple = ()
@@ -697,7 +698,7 @@ class _Group:
                 return False
             os.pwrite(self.processes, str(processes).encode(), 0)
             self.limits = memory, processes
-        self.kills_before = self.kills()
+        self.kills_before, self.used_before = self.kills(), self.used()
         return True
 
     def join(self) -> None:
@@ -709,6 +710,11 @@ class _Group:
         """Processes killed so far for want of memory."""
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
         return int(found[1])
+
+    def used(self) -> float:
+        """Processor time so far, seconds, also of processes that have ended and nobody waited for."""
+        found = re.search(rb"\d+", os.pread(self.usage, 4096, 0))
+        return int(found[0]) / (1e9 if self.version == 1 else 1e6)
 
 
 def _remove_groups(places: Iterable[Path | None]) -> None:
@@ -757,17 +763,16 @@ def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
 def _make_group() -> _Group | None:
     """None where control groups can't be had."""
     own = _own_cgroups()
-    memory = pids = None
-    if "memory" in own and "pids" in own:
-        version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
-        pids = _make_directory(*own["pids"], "pids.max")
+    version, places = 2, [None]
+    if {"memory", "pids", "cpuacct"} <= own.keys():
+        probes = {"memory": _GROUP_FILES[1][0], "pids": "pids.max", "cpuacct": "cpuacct.usage"}
+        version, places = 1, [_make_directory(*own[name], probe) for name, probe in probes.items()]
     elif "" in own:
-        version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")
-        pids = memory
-    if memory and pids:
+        places = [_make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")] * 3
+    if all(places):
         with contextlib.suppress(OSError):
-            return _Group(version, memory, pids)
-    _remove_groups((memory, pids))
+            return _Group(version, *places)
+    _remove_groups(places)
     return None
 
 
@@ -782,12 +787,16 @@ _STACK = 64  # MB
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
 _FILES = 4096  # in the scratch directory
 _CLOSE_RANGE = 436
-_PATIENCE = 300.0  # most seconds that waiting for a busy processor can add to a wall limit
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
     rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
     re.IGNORECASE,
 )
+
+
+def _patience(wall: float) -> float:
+    """The most seconds that waiting for a busy processor, perhaps for one's own children, adds to a wall limit."""
+    return min(10 * wall, 300.0)
 
 
 @dataclass
@@ -802,6 +811,7 @@ class _Watch:
     memory: int = 0
     patience: float = 0.0  # seconds added to the wall limit
     ran: float = -1.0  # seconds, at the last look past the wall limit
+    times: dict[int, float] = field(default_factory=dict)  # seconds of processor time by process, ended ones' too
 
     def due(self) -> float:
         """When the wall limit is reached."""
@@ -830,8 +840,15 @@ class _Watch:
         ready = any(schedule[2] for schedule in schedules)
         starved = ready and (self.ran < 0 or ran == self.ran)
         self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
-        now = time.monotonic()
-        return now < self.start + self.step["wall"] + _PATIENCE and (starved or now < self.due())
+        now, wall = time.monotonic(), self.step["wall"]
+        return now < self.start + wall + _patience(wall) and (starved or now < self.due())
+
+    def used(self, members: list[int]) -> float:
+        """Processor time, seconds, from /proc: at least that of each process at the last look that saw it, and at
+        least that of those living now and the children they have waited for."""
+        ticks = _each(_ticks, members)
+        self.times |= {pid: own for pid, own, _ in ticks}
+        return max(sum(self.times.values()), sum(own + waited for _, own, waited in ticks))
 
 
 def _stat(place: str | Path) -> list[str]:
@@ -839,9 +856,10 @@ def _stat(place: str | Path) -> list[str]:
     return Path(place, "stat").read_text("latin-1").rpartition(")")[2].split()
 
 
-def _ticks(pid: int) -> float:
-    """Processor time of a process and the children it has waited for, seconds."""
-    return sum(map(int, _stat(f"/proc/{pid}")[11:15])) / os.sysconf("SC_CLK_TCK")
+def _ticks(pid: int) -> tuple[int, float, float]:
+    """Process, its processor time and that of the children it has waited for, seconds."""
+    user, system, *waited = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in _stat(f"/proc/{pid}")[11:15])
+    return pid, user + system, sum(waited)
 
 
 def _private_memory(pid: int) -> int:
@@ -868,7 +886,7 @@ def _schedule(pid: int) -> tuple[float, float, bool]:
     return sum(ran for ran, *_ in times) / 1e9, max(waited for _, waited, _ in times) / 1e9, ready
 
 
-def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
+def _each(measure: Callable, pids: Iterable) -> list:
     values = []
     for pid in pids:
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
@@ -1047,12 +1065,15 @@ class _Warden:
         members = self.members()
         if time.monotonic() > watch.due() and not watch.excused(members):
             watch.end("time_limit", f"{step['wall']} s by the clock")
-        if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
+        if elapsed * _CORES > step["cpu"] and self.used(watch, members) > step["cpu"]:
             watch.end("time_limit", f"{step['cpu']} s of processor time")
         if self.short_of_memory(watch, members):
             watch.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
             watch.end("output_limit", f"more than {step['files']} MB in files")
+
+    def used(self, watch: _Watch, members: list[int]) -> float:
+        return self.group.used() - self.group.used_before if self.group else watch.used(members)
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1675,7 +1696,7 @@ class _Job:
     def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
         """The helper's next answer, and the whole of stdout for the checker. Raises OSError or EOFError where
         the sandbox failed."""
-        seconds = min(wall + _PATIENCE + _GRACE, self.expires - time.monotonic())
+        seconds = min(wall + _patience(wall) + _GRACE, self.expires - time.monotonic())
         answer, out, err = worker.ask(messages, max(0.001, seconds))
         if answer["verdict"] == "internal_error":
             raise OSError(answer["message"])

@@ -338,6 +338,26 @@ def test_four_times_more_workers_than_cores_give_no_false_time_limit():
     assert {result.verdict for result in results} == {"ok"}
 
 
+@pytest.mark.parametrize("cgroups", [True, False])
+def test_time_of_children_that_nobody_waits_for_is_counted(cgroups):
+    """Each uses 0.2 s; signals about children ignored, the kernel adds them to no account."""
+    program = (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
+        "    if os.fork() == 0:\n        while time.process_time() < 0.2: pass\n        os._exit(0)\n"
+        "    time.sleep(0.2)"
+    )
+    with Sandbox(1, Limits(wall=8, cpu=1), cgroups=cgroups) as box:
+        result = box.run(program, "python", [{"stdout": ""}])
+    assert (result.verdict, result.message) == ("time_limit", "1 s of processor time")
+
+
+def test_a_program_kept_waiting_for_ever_is_ended(monkeypatch):
+    """Its own children may be what keeps the processor busy."""
+    monkeypatch.setattr(sandbox, "_schedule", lambda _: (1.0, 99.0, True))  # ran, waited, is ready
+    watch = lambda seconds: sandbox._Watch({"wall": 1.0}, {}, time.monotonic() - seconds)  # noqa: E731
+    assert watch(9.0).excused([1]) and not watch(12.0).excused([1])
+
+
 # ---------------------------------------------------------------------------------------------
 # Nothing is left
 
@@ -423,13 +443,14 @@ def test_control_groups_of_version_2(tmp_path, monkeypatch):
     """This machine may have version 1 or none: the files' names and contents at least."""
     for name, text in {
         "memory.max": "max", "memory.swap.max": "max", "pids.max": "max", "cgroup.procs": "",
+        "cpu.stat": "usage_usec 1500000\nuser_usec 1000000\nsystem_usec 500000\n",
         "memory.events": "low 0\nhigh 0\nmax 9\noom 2\noom_kill 3\noom_group_kill 0\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
-    group = sandbox._Group(2, tmp_path, tmp_path)
+    group = sandbox._Group(2, tmp_path, tmp_path, tmp_path)
     group.begin(1 << 30, 64)
     group.join()
-    assert group.kills() == group.kills_before == 3
+    assert group.kills() == group.kills_before == 3 and group.used() == group.used_before == 1.5
     assert (tmp_path / "memory.max").read_text() == str(1 << 30)
     assert (tmp_path / "pids.max").read_text().startswith("64")
     assert (tmp_path / "memory.swap.max").read_text() == "0"
