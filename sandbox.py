@@ -194,7 +194,7 @@ _TABLE = (
     Language("d", "main.d", "{box}/main", "ldc2 --version", "ldc",
              "ldc2 -O1 -od={tmp} -of={box}/main {file}", aliases=("dlang",)),
     Language("ada", "main.adb", "{box}/main", "gnatmake --version", "gnat",
-             "gnatmake -q -D {tmp} -o {box}/main {file}", named=r"^\s*procedure\s+(\w+)\s+is\b", aliases=("adb",)),
+             "gnatmake -q -D {tmp} -o {box}/main {file}", named=r"^[ \t]*procedure\s+(\w+)\s+is\b", aliases=("adb",)),
     Language("fortran", "main.f90", "{box}/main", "gfortran --version", "gfortran",
              "gfortran -O1 -w -o {box}/main {file}", aliases=("f90",)),
     Language("pascal", "main.pas", "{box}/main", "fpc -iV", "fp-compiler fp-units-base fp-units-rtl",
@@ -211,7 +211,7 @@ _TABLE = (
     Language("kotlin", "main.kt", "kotlin -cp {box} MainKt", "kotlinc -version", "kotlin",
              "kotlinc -nowarn -d {box} {file}", aliases=("kt",), env=_JVM, overhead=256),
     Language("scala", "main.scala", "scala -cp {box} {stem}", "scalac -version", "scala",
-             "scalac -nowarn -d {box} {file}", named=r"^\s*object\s+(\w+)", env=_JVM, overhead=256),
+             "scalac -nowarn -d {box} {file}", named=r"^[ \t]*object\s+(\w+)", env=_JVM, overhead=256),
     Language("clojure", "main.clj", "clojure {box}/main.clj", "clojure -e (clojure-version)", "clojure",
              aliases=("clj",), env=_JVM, overhead=256),
     Language("octave", "main.m", "octave-cli -q --no-init-file --no-history {box}/main.m",
@@ -368,7 +368,8 @@ def same_lines(test: dict, stdout: str) -> bool:
     return _lines(test["stdout"]) == _lines(stdout)
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# A program may write what a pattern is slow on: here and below each takes time in proportion to the text.
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def _same_token(expected: str, got: str, tolerance: float) -> bool:
@@ -1492,10 +1493,10 @@ def _visible_paths() -> list[str]:
 
 def _java_names(program: str) -> tuple[str, str]:
     """The class that the file is named after, if one is public, and the one to be run."""
-    code = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\\])\'|//.*|/\*[\s\S]*?\*/', "", program)
+    code = re.sub(r'"(?:\\.|[^"\\])*"?|\'(?:\\.|[^\\])\'|//.*|/\*[\s\S]*?(?:\*/|\Z)', "", program)
     depth, current, public, main = 0, "Main", None, None
     kinds = r"(?:class|record|enum|interface)\s+(\w+)"
-    for token in re.finditer(rf"[{{}}]|(\bpublic\s[\w\s]*?)?\b{kinds}|\bvoid\s+main\s*\(", code):
+    for token in re.finditer(rf"[{{}}]|(\bpublic\s[\w\s]{{0,99}}?)?\b{kinds}|\bvoid\s+main\s*\(", code):
         if token[0] in "{}":
             depth += 1 if token[0] == "{" else -1
         elif token[2] and depth == 0:
@@ -1504,7 +1505,7 @@ def _java_names(program: str) -> tuple[str, str]:
         elif token[2] is None:
             main = main or current
     main = main or public or current
-    package = re.search(r"^\s*package\s+([\w.]+)\s*;", code, re.M)
+    package = re.search(r"^[ \t]*package\s+([\w.]+)\s*;", code, re.M)
     return public or main, f"{package[1]}.{main}" if package else main
 
 
@@ -1528,12 +1529,12 @@ def _cut(name: str) -> str:
     return name.encode()[:240].decode(errors="ignore")
 
 
-# What the runners of unit tests end with if all is well. A program that leaves before, lacks it.
+# How the reports of the runners of unit tests begin, and end if all is well. A program that leaves before, lacks it.
 _REPORTS = {
-    "go": re.compile(r"^PASS\n\Z", re.M),
-    "rust": re.compile(r"^\nrunning \d+ tests?\n[\s\S]*^test result: ok\. [1-9]\d* passed; .*\n\n\Z", re.M),
+    "go": (r"^PASS\n\Z", r"^PASS\n\Z"),
+    "rust": (r"^\nrunning \d+ tests?\n", r"^test result: ok\. [1-9]\d* passed; .*\n\n\Z"),
 }
-_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"^\s*(?:pub\s+)?fn\s+main\s*\((?!\s*\)\s*{\s*})"}
+_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"^[ \t]*(?:pub\s+)?fn\s+main\s*\((?!\s*\)\s*{\s*})"}
 _UNIT_TEST = {"go": r"^func\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"#\[(test)\]"}
 
 
@@ -1687,10 +1688,10 @@ class _Job:
         """Asks the checker. Unit tests that pass say so, in words that differ by language and even
         by run: the checker sees what was printed before."""
         if _unit_tests(self.language, self.program):
-            report = _REPORTS[self.language.name].search(stdout)
-            if report is None:
+            begin, end = (re.search(part, stdout, re.M) for part in _REPORTS[self.language.name])
+            if not (begin and end and begin.start() <= end.start()):
                 return False
-            stdout = stdout[: report.start()]
+            stdout = stdout[: begin.start()]
         return self.checker(test, stdout)
 
     def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:

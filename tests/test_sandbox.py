@@ -227,11 +227,44 @@ def test_same_lines(expected, got, right):
         ("1 2", "1", False),
         ("1", "1 2", False),
         ("1_0", "10", False),
+        ("1", "\u0661", False),  # a digit, but not one of ours
+        ("1.", "1", True),
         ("12345678901234567891", "12345678901234567892", True),
     ],
 )
 def test_close_numbers(expected, got, right):
     assert close_numbers()({"stdout": expected}, got) is right
+
+
+MANY = 100_000
+RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda: close_numbers()({"stdout": "1"}, "1" * MANY + "x"),
+        lambda: sandbox._unit_tests(sandbox.LANGUAGES["rust"], "\n" * MANY),
+        lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
+        *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/*", "public ", '\\"', "\n")),
+        lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, same_lines, 0, "").right(
+            {"stdout": ""}, "\nrunning 1 test\n" * MANY
+        ),
+    ],
+)
+def test_what_a_program_writes_cannot_keep_the_caller_busy(judge):
+    """In time that grows with the square these would take from many minutes to hours."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        assert not judge()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_checker_sees_the_whole_output(box):
@@ -340,11 +373,11 @@ def test_four_times_more_workers_than_cores_give_no_false_time_limit():
 
 @pytest.mark.parametrize("cgroups", [True, False])
 def test_time_of_children_that_nobody_waits_for_is_counted(cgroups):
-    """Each uses 0.2 s; signals about children ignored, the kernel adds them to no account."""
+    """Each uses 50 ms; signals about children ignored, the kernel adds them to no account."""
     program = (
         "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
-        "    if os.fork() == 0:\n        while time.process_time() < 0.2: pass\n        os._exit(0)\n"
-        "    time.sleep(0.2)"
+        "    if os.fork() == 0:\n        while time.process_time() < 0.05: pass\n        os._exit(0)\n"
+        "    time.sleep(0.06)"
     )
     with Sandbox(1, Limits(wall=8, cpu=1), cgroups=cgroups) as box:
         result = box.run(program, "python", [{"stdout": ""}])
