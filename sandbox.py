@@ -1598,7 +1598,10 @@ class _Worker:
         return header, *blobs
 
     def close(self) -> None:
-        """The helper ends when its socket closes, and all it has started with it."""
+        """The helper ends when its socket is shut down, and all it has started with it. Closing alone is no goodbye
+        where the caller has forked: its children hold copies."""
+        with contextlib.suppress(OSError):  # the helper has gone
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
         try:
             self.process.wait(_GRACE)

@@ -246,7 +246,7 @@ RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
         lambda: close_numbers()({"stdout": "1"}, "1" * MANY + "x"),
         lambda: sandbox._unit_tests(sandbox.LANGUAGES["rust"], "\n" * MANY),
         lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
-        *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/*", "public ", '\\"', "\n")),
+        *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/* ", "public ", '\\"', "\n")),
         lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, same_lines, 0, "").right(
             {"stdout": ""}, "\nrunning 1 test\n" * MANY
         ),
@@ -435,6 +435,21 @@ def test_closing_leaves_nothing():
     assert after["groups"] == before["groups"]
     assert after["descriptors"] == before["descriptors"] and after["mounts"] == before["mounts"]
     assert after["threads"] == before["threads"]
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_closing_ends_helpers_though_the_caller_has_forked(level, monkeypatch):
+    monkeypatch.setattr(sandbox, "_GRACE", 5.0)
+    try:
+        worker = sandbox._Worker(level, True)
+    except sandbox._Refused as refusal:
+        pytest.skip(str(refusal))
+    copy = os.dup(worker.sock.fileno())  # as a forked child would hold
+    try:
+        worker.close()
+        assert worker.process.returncode == 0  # it ended by itself
+    finally:
+        os.close(copy)
 
 
 def test_many_runs_leave_nothing():
