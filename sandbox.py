@@ -1795,21 +1795,25 @@ class Sandbox:
         failed = functools.partial(Result, language=job.language.name, level=self.level)
         if toolchain(job.language.name, self.level) is None:
             return failed("no_toolchain", message=_missing(job.language))
-        for _ in range(1 + _RETRIES):
+        for attempt in range(1 + _RETRIES):
             if time.monotonic() >= job.expires:
                 return failed("internal_error", message="deadline")
             try:
-                return self._attempt(job)
+                return self._attempt(job, fresh=attempt > 0)
             except (OSError, EOFError, _Refused) as error:
                 result = failed("internal_error", message=str(error))
         return result
 
-    def _attempt(self, job: _Job) -> Result:
+    def _worker(self, fresh: bool) -> _Worker:
+        """One that is idle, if there is one, unless it has to be fresh: those that are idle may have died together."""
+        with contextlib.suppress(queue.Empty):
+            if not fresh:
+                return self._idle.get_nowait()
+        return _Worker(self.level, self.cgroups)
+
+    def _attempt(self, job: _Job, fresh: bool) -> Result:
         _warm(job.language.name, self.level)
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = _Worker(self.level, self.cgroups)
+        worker = self._worker(fresh)
         try:
             result = job.grade(worker)
         except BaseException:
