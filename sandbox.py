@@ -441,6 +441,13 @@ def _message(header: dict, *blobs: bytes) -> bytes:
     return struct.pack("!I", len(head)) + head + b"".join(blobs)
 
 
+def _encode(text: str) -> bytes:
+    """UTF-8. Bytes that surrogateescape kept are what they were; of other lone surrogates no error shall come."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return text.encode("utf-8", "surrogateescape")
+    return text.encode("utf-8", "surrogatepass")
+
+
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
@@ -1659,7 +1666,7 @@ class _Job:
         program, flags = _with_test_runner(language, self.program)
         step = self.step(worker, language.compile + flags, limits, "box") if language.compile else None
         name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "step": step}, program.encode("utf-8", "surrogateescape"))
+        request = _message({"op": "open", "file": name, "step": step}, _encode(program))
         result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
@@ -1670,7 +1677,7 @@ class _Job:
         step = self.step(worker, self.language.run, self.limits, "tmp")
         for test in self.tests:
             argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
-            yield _message({"op": "test", "step": {**step, "argv": argv}}, stdin.encode("utf-8", "surrogateescape"))
+            yield _message({"op": "test", "step": {**step, "argv": argv}}, _encode(stdin))
 
     def run(self, worker: _Worker) -> Iterator[TestResult]:
         """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
@@ -1778,10 +1785,14 @@ class Sandbox:
         """One program; options as for submit."""
         return self.submit(program, language, tests, **options).result()
 
-    def map(
+    def map(self, jobs: Iterable[tuple[str, str, Sequence[dict]]], **options) -> list[Result]:
+        """Results of (program, language, tests) in the order given; options as for stream."""
+        return list(self.stream(jobs, **options))
+
+    def stream(
         self, jobs: Iterable[tuple[str, str, Sequence[dict]]], *, progress: str | None = None, **options
-    ) -> list[Result]:
-        """Results of (program, language, tests) in the order given; options as for submit.
+    ) -> Iterator[Result]:
+        """The same, each as soon as it and those before it are there; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
         if progress is not None:
@@ -1789,7 +1800,7 @@ class Sandbox:
                 from tqdm import tqdm
 
                 futures = tqdm(futures, desc=progress, unit="program")
-        return [future.result() for future in futures]
+        yield from (future.result() for future in futures)
 
     def _grade(self, job: _Job) -> Result:
         failed = functools.partial(Result, language=job.language.name, level=self.level)
@@ -1890,19 +1901,24 @@ def _cmd_run(options) -> int:
 
 def _cmd_check(options) -> int:
     rows = _json_lines(options.file, _parse_program)
+    if not rows:
+        raise ValueError(f"{options.file}: no programs")
+    counts, passed = Counter(), 0
     with _open_sandbox(options) as sandbox:
-        results = sandbox.map([job for _, job in rows], progress="programs")
-    for (identity, _), result in zip(rows, results, strict=True):
-        row = {"id": identity, "language": result.language, "verdict": result.verdict}
-        print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}))
-    for (language, verdict), count in Counter((result.language, result.verdict) for result in results).items():
+        results = sandbox.stream([job for _, job in rows], progress="programs")
+        for (identity, _), result in zip(rows, results, strict=True):
+            row = {"id": identity, "language": result.language, "verdict": result.verdict}
+            print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}), flush=True)
+            counts[result.language, result.verdict] += 1
+            passed += result.passed
+    for (language, verdict), count in counts.items():
         print(f"{language:12} {verdict:14} {count}", file=sys.stderr)
-    return 0 if all(result.passed for result in results) else 1
+    return 0 if passed == len(rows) else 1
 
 
 def _positive(kind: type) -> Callable[[str], float]:
     def positive(text: str) -> float:
-        if not 0 < (value := kind(text)) < math.inf:
+        if not 0 < (value := kind(text)) < 1e9:  # what the kernel's clocks and limits can hold
             raise ValueError
         return value
 
@@ -1942,13 +1958,16 @@ def _parser() -> "argparse.ArgumentParser":
 
 
 def _main() -> int:
-    """0 if every program passed, 1 if not, 2 if the request was wrong."""
+    """0 if every program passed, 1 if not, 2 if the request was wrong, 130 if interrupted."""
     options = _parser().parse_args()
     try:
         return options.call(options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sandbox.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sandbox.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

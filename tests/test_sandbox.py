@@ -267,6 +267,12 @@ def test_what_a_program_writes_cannot_keep_the_caller_busy(judge):
         signal.signal(signal.SIGALRM, before)
 
 
+def test_lone_surrogates_end_no_batch(box):
+    jobs = [("#\ud800", "python", [{"stdout": ""}]), ("print(1)", "python", [{"stdin": "\ud800", "stdout": "1"}])]
+    bad, good = box.map(jobs)
+    assert bad.verdict != "internal_error" and good.passed
+
+
 def test_checker_sees_the_whole_output(box):
     seen = []
     checker = lambda test, stdout: seen.append((test["more"], len(stdout))) or True  # noqa: E731
@@ -610,6 +616,18 @@ def test_cli_check(tmp_path):
     assert done.returncode == 2 and f"{file}:3" in done.stderr and "klingon" in done.stderr
 
 
+def test_cli_check_answers_at_once_and_can_be_interrupted(tmp_path):
+    row = {"language": "python", "tests": [{"stdout": "1"}]}
+    rows = [{**row, "program": "print(1)"}, *[{**row, "program": "import time; time.sleep(2)"}] * 50]
+    (tmp_path / "programs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, str(ROOT / "sandbox.py"), "check", str(tmp_path / "programs.jsonl"), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert json.loads(done.stdout.readline())["verdict"] == "ok"
+        done.send_signal(signal.SIGINT)
+        _, errors = done.communicate(timeout=60)
+    assert done.returncode == 130 and errors.endswith("sandbox.py: interrupted\n") and "Traceback" not in errors
+
+
 def test_cli_toolchains():
     packages = _cli("toolchains", "--all").stdout.split()
     assert "nodejs" in packages and "g++" in packages
@@ -631,6 +649,8 @@ PROGRAM = '{"program": "print(1)", "language": "python", "tests": %s}'
         ("check FILE", PROGRAM % '["x"]', '"stdout" must be text in "x"'),
         ("check FILE", PROGRAM % "[{}]", '"stdout" must be text in {}'),
         ("check FILE", PROGRAM % '[{"stdout": "1", "stdin": null}]', '"stdin" must be text'),
+        ("check FILE", "\n", "no programs"),
+        ("run FILE --tests FILE --wall 1e10", "", "invalid positive value: '1e10'"),
         ("check FILE --workers 0", "", "invalid positive value: '0'"),
         ("run FILE --tests FILE --language python", '{"stdout": 1}', '"stdout" must be text'),
         ("run FILE --tests FILE --language klingon", "", "unknown language 'klingon'"),
