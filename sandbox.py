@@ -37,7 +37,9 @@ What it does not protect against: faults of the kernel, for programs talk to the
 channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
 unit tests inside a program, in any language: it can leave them out, or print their report itself;
 use of up to the limits by every worker at once (workers x memory should fit the machine); with
-neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks.
+neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks; without control
+groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process), nor the processor time of
+children that live for less than a look and that nobody waits for, until the wall limit.
 """
 
 import contextlib
@@ -326,6 +328,13 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
 
 
+def _make_cache_root() -> None:
+    """Open to all, whatever the caller's umask, which can't be changed for one thread. Raises OSError."""
+    done = subprocess.run(["mkdir", "-p", _cache_root()], umask=0o022, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+
+
 @functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
     """Where a language's prepared files are, for the toolchain as it is now and these commands."""
@@ -340,12 +349,12 @@ def _warm(name: str, level: str) -> None:
     place, language = cache(name, level), LANGUAGES[name]
     if not language.warm or place.exists():
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    _make_cache_root()
     with tempfile.TemporaryDirectory(prefix="warm-", dir=place.parent) as temporary:
         env = {**os.environ, "HOME": temporary, "OUT": f"{temporary}/out", "CACHE": str(place)}
         os.mkdir(env["OUT"])
         command = ["/bin/sh", "-ec", language.warm]
-        done = subprocess.run(command, env=env, cwd=temporary, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, cwd=temporary, umask=0o022, capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"preparing {name}: {done.stderr[-500:]}")
         os.chmod(env["OUT"], 0o755)
@@ -914,8 +923,8 @@ def _sealed(data: bytes) -> int:
     return source
 
 
-def _set_limits(step: dict) -> None:
-    """Limits per process, beside those on all processes together that the warden keeps."""
+def _set_limits(step: dict, files: int) -> None:
+    """Limits per process, beside those on all processes together that the warden keeps. files: open at a time."""
     mb, cpu = 1 << 20, int(step["cpu"]) + 2
     for name, value in (
         ("CORE", 0),
@@ -923,7 +932,7 @@ def _set_limits(step: dict) -> None:
         ("MEMLOCK", 64 << 10),
         ("CPU", cpu),
         ("FSIZE", step["files"] * mb),
-        ("NOFILE", 1024),
+        ("NOFILE", files),
         ("NPROC", step["processes"]),
         ("STACK", _STACK * mb),
         # Address space is cheap and runtimes reserve much of it; what is used is watched.
@@ -960,6 +969,7 @@ class _Warden:
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         self.sock, self.group = sock, group
         self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
+        self.files = 1024 if group else 256  # without one nothing counts what sockets hold
         _prctl(_PR_NO_NEW_PRIVS, 1)
 
     # Of the subclasses:
@@ -1269,7 +1279,7 @@ class _NamespaceWarden(_Warden):
         _unmount(self.tmp)
 
     def confine(self, step: dict) -> None:
-        _set_limits(step)
+        _set_limits(step, self.files)
         _seccomp(self.seccomp)
 
     def members(self) -> list[int]:
@@ -1387,7 +1397,7 @@ class _LandlockWarden(_Warden):
         _empty(self.tmp)
 
     def confine(self, step: dict) -> None:
-        _set_limits({**step, "processes": step["processes"] + self.taken})
+        _set_limits({**step, "processes": step["processes"] + self.taken}, self.files)
         if not self.confined:
             return
         _landlock(self.readable, {self.tmp, step["cwd"]})  # a compiler works in the box
@@ -1423,13 +1433,15 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             _enter_namespaces(settings["home"], settings["paths"], sock)
         kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
         warden = kind(sock, group, settings)
-        trial = {**vars(Limits()), "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": warden.tmp}
-        outcome, _ = warden.execute(trial, b"")
+        # A file in the box is read, which a closed directory above it would forbid.
+        trial = {**vars(Limits()), "argv": ["/bin/sh", f"{warden.box}/trial"], "env": {}, "cwd": warden.tmp}
+        warden.answer({"op": "open", "file": "trial", "step": None}, b":")
+        outcome, streams = warden.execute(trial, b"")
         if outcome["verdict"] != "ok" and group:
             warden.group = None  # who may make a group need not be allowed to move processes into it
-            outcome, _ = warden.execute(trial, b"")
+            outcome, streams = warden.execute(trial, b"")
         if outcome["verdict"] != "ok":
-            raise OSError(outcome["message"])
+            raise OSError(f"{outcome['message']} {streams[1].decode('utf-8', 'replace')}".strip())
     except OSError as error:
         sock.sendall(_message({"refused": str(error)}))
         return
@@ -1439,6 +1451,7 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
 
 def _helper(fd: int) -> None:
     """The helper process, from its start to its end."""
+    os.umask(0o022)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
@@ -1493,7 +1506,7 @@ def _home_of(tool: str) -> str:
 def _visible_paths() -> list[str]:
     """Directories that toolchains and caches live in, each before those inside it."""
     with contextlib.suppress(OSError):
-        _cache_root().mkdir(parents=True, exist_ok=True)  # what is prepared later shall show too
+        _make_cache_root()  # what is prepared later shall show too
     tools = [tool for name in installed() for tool in toolchain(name).values()]
     return sorted({str(_cache_root()), *map(_home_of, tools)})
 

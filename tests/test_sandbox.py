@@ -28,6 +28,13 @@ def box():
         yield box
 
 
+def _worker_or_skip(level: str) -> sandbox._Worker:
+    try:
+        return sandbox._Worker(level, True)
+    except sandbox._Refused as refusal:
+        pytest.skip(str(refusal))
+
+
 def _processes() -> dict[int, str]:
     """Helpers and programs anywhere on the machine, by their command line."""
     found = {}
@@ -362,6 +369,27 @@ def test_caches_that_programs_could_not_see_are_refused(monkeypatch):
     Sandbox(level="landlock").close()  # hides no directory of the host's
 
 
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_a_callers_umask_closes_nothing_to_programs(level):
+    _worker_or_skip(level).close()
+    before = os.umask(0o077)
+    try:
+        with Sandbox(1, level=level) as box:
+            for program, language in ((ADD, "python"), ("read a b; echo $((a + b))", "bash")):
+                result = box.run(program, language, TESTS)
+                assert result.passed, result
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are another user's")
+def test_a_place_for_programs_that_is_closed_to_them_is_refused(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no confinement can be had.*landlock: .*trial"):
+        sandbox.best_level.__wrapped__()
+
+
 def test_no_confinement_is_an_error(monkeypatch):
     def refuse(*_):
         raise sandbox._Refused("forbidden")
@@ -397,6 +425,13 @@ def test_a_program_kept_waiting_for_ever_is_ended(monkeypatch):
     monkeypatch.setattr(sandbox, "_schedule", lambda _: (1.0, 99.0, True))  # ran, waited, is ready
     watch = lambda seconds: sandbox._Watch({"wall": 1.0}, {}, time.monotonic() - seconds)  # noqa: E731
     assert watch(9.0).excused([1]) and not watch(12.0).excused([1])
+
+
+def test_without_control_groups_fewer_files_may_be_open():
+    """They bound the memory that sockets hold, which only a group counts."""
+    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    with Sandbox(1, cgroups=False) as box:
+        assert box.run(program, "python", [{"stdout": "(256, 256)"}]).passed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -448,10 +483,7 @@ def test_closing_leaves_nothing():
 @pytest.mark.parametrize("level", ["namespaces", "landlock"])
 def test_closing_ends_helpers_though_the_caller_has_forked(level, monkeypatch):
     monkeypatch.setattr(sandbox, "_GRACE", 5.0)
-    try:
-        worker = sandbox._Worker(level, True)
-    except sandbox._Refused as refusal:
-        pytest.skip(str(refusal))
+    worker = _worker_or_skip(level)
     copy = os.dup(worker.sock.fileno())  # as a forked child would hold
     try:
         worker.close()
@@ -540,10 +572,7 @@ with sandbox.Sandbox(2, level={level!r}) as box:
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock"])
 def test_a_killed_trainer_leaves_nothing(level):
-    try:
-        sandbox._Worker(level, True).close()
-    except sandbox._Refused as refusal:
-        pytest.skip(str(refusal))
+    _worker_or_skip(level).close()
     mark = f"9{os.getpid()}.5"
     code = TRAINER.format(root=str(ROOT), level=level, mark=mark)
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
