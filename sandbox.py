@@ -37,7 +37,9 @@ What it does not protect against: faults of the kernel, for programs talk to the
 channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
 unit tests inside a program, in any language: it can leave them out, or print their report itself;
 use of up to the limits by every worker at once (workers x memory should fit the machine); with
-neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks.
+neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks; without control
+groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process), nor the processor time of
+children that live for less than a look and that nobody waits for, until the wall limit.
 """
 
 import contextlib
@@ -194,7 +196,7 @@ _TABLE = (
     Language("d", "main.d", "{box}/main", "ldc2 --version", "ldc",
              "ldc2 -O1 -od={tmp} -of={box}/main {file}", aliases=("dlang",)),
     Language("ada", "main.adb", "{box}/main", "gnatmake --version", "gnat",
-             "gnatmake -q -D {tmp} -o {box}/main {file}", named=r"^\s*procedure\s+(\w+)\s+is\b", aliases=("adb",)),
+             "gnatmake -q -D {tmp} -o {box}/main {file}", named=r"^[ \t]*procedure\s+(\w+)\s+is\b", aliases=("adb",)),
     Language("fortran", "main.f90", "{box}/main", "gfortran --version", "gfortran",
              "gfortran -O1 -w -o {box}/main {file}", aliases=("f90",)),
     Language("pascal", "main.pas", "{box}/main", "fpc -iV", "fp-compiler fp-units-base fp-units-rtl",
@@ -211,7 +213,7 @@ _TABLE = (
     Language("kotlin", "main.kt", "kotlin -cp {box} MainKt", "kotlinc -version", "kotlin",
              "kotlinc -nowarn -d {box} {file}", aliases=("kt",), env=_JVM, overhead=256),
     Language("scala", "main.scala", "scala -cp {box} {stem}", "scalac -version", "scala",
-             "scalac -nowarn -d {box} {file}", named=r"^\s*object\s+(\w+)", env=_JVM, overhead=256),
+             "scalac -nowarn -d {box} {file}", named=r"^[ \t]*object\s+(\w+)", env=_JVM, overhead=256),
     Language("clojure", "main.clj", "clojure {box}/main.clj", "clojure -e (clojure-version)", "clojure",
              aliases=("clj",), env=_JVM, overhead=256),
     Language("octave", "main.m", "octave-cli -q --no-init-file --no-history {box}/main.m",
@@ -326,6 +328,13 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
 
 
+def _make_cache_root() -> None:
+    """Open to all, whatever the caller's umask, which can't be changed for one thread. Raises OSError."""
+    done = subprocess.run(["mkdir", "-p", _cache_root()], umask=0o022, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+
+
 @functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
     """Where a language's prepared files are, for the toolchain as it is now and these commands."""
@@ -340,12 +349,12 @@ def _warm(name: str, level: str) -> None:
     place, language = cache(name, level), LANGUAGES[name]
     if not language.warm or place.exists():
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    _make_cache_root()
     with tempfile.TemporaryDirectory(prefix="warm-", dir=place.parent) as temporary:
         env = {**os.environ, "HOME": temporary, "OUT": f"{temporary}/out", "CACHE": str(place)}
         os.mkdir(env["OUT"])
         command = ["/bin/sh", "-ec", language.warm]
-        done = subprocess.run(command, env=env, cwd=temporary, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, cwd=temporary, umask=0o022, capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"preparing {name}: {done.stderr[-500:]}")
         os.chmod(env["OUT"], 0o755)
@@ -368,7 +377,8 @@ def same_lines(test: dict, stdout: str) -> bool:
     return _lines(test["stdout"]) == _lines(stdout)
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# A program may write what a pattern is slow on: here and below each takes time in proportion to the text.
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def _same_token(expected: str, got: str, tolerance: float) -> bool:
@@ -438,6 +448,13 @@ class Result:
 def _message(header: dict, *blobs: bytes) -> bytes:
     head = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
     return struct.pack("!I", len(head)) + head + b"".join(blobs)
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8. Bytes that surrogateescape kept are what they were; of other lone surrogates no error shall come."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return text.encode("utf-8", "surrogateescape")
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:
@@ -564,6 +581,7 @@ _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
                "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
                "pidfd_send_signal": (424, 424)}  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
+_NEWEST = 462  # mseal; what the kernel has learnt since is lacking here until someone has judged it
 # Before version 3 Landlock does not see files being shortened: by name, or on opening for reading.
 _TRUNCATE, _OPEN, _OPENAT, _OPENAT2 = (76, 45), (2, None), (257, 56), (437, 437)
 
@@ -616,7 +634,8 @@ def _filter(own_files: bool = False, own_pid: int | None = None, truncate: bool 
     start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), _KILL]
     x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), _KILL] if _ARCH == 0 else []
     body = _search(sorted(_rules(own_files, own_pid, truncate).items()))
-    code = [*start, (_LOAD, 0, 0, 0), *x32, *body]
+    young = [(_JUMP_GREATER_EQUAL, 0, 1, _NEWEST + 1), _LACK]
+    code = [*start, (_LOAD, 0, 0, 0), *x32, *young, *body]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(text)))
     program.text = text  # keeps it alive
@@ -659,12 +678,12 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
 # Control groups, where they may be written
 
 
-# Names of the limit on memory, of the count of kills and of the file to join by, by version. In
-# version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
+# Names of the limit on memory, of the count of kills, of the processor time used (in version 1 nanoseconds, then
+# "usage_usec" and microseconds) and of the file to join by, by version. In version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
 # processors to pass through it (5 to 15 ms).
 _GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.oom_control", "tasks"),
-    2: ("memory.max", "memory.events", "cgroup.procs"),
+    1: ("memory.limit_in_bytes", "memory.oom_control", "cpuacct.usage", "tasks"),
+    2: ("memory.max", "memory.events", "cpu.stat", "cgroup.procs"),
 }
 
 
@@ -672,11 +691,12 @@ class _Group:
     """The control group of one helper's programs. Its files are opened before privileges are
     given up, so that it can be used from inside the confinement."""
 
-    def __init__(self, version: int, memory: Path, pids: Path):
-        self.version, self.places = version, {memory, pids}
-        limit, events, members = _GROUP_FILES[version]
+    def __init__(self, version: int, memory: Path, pids: Path, cpu: Path):
+        self.version, self.places = version, {memory, pids, cpu}
+        limit, events, usage, members = _GROUP_FILES[version]
         self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
         self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
+        self.usage = os.open(cpu / usage, os.O_RDONLY | os.O_CLOEXEC)
         self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
         self.members = [os.open(place / members, os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
         self.limits: tuple = ()
@@ -684,13 +704,19 @@ class _Group:
         if swap.exists():
             swap.write_text("0")
 
-    def begin(self, memory: int, processes: int) -> None:
-        """Sets the limits for the next program. memory: bytes."""
+    def begin(self, memory: int, processes: int) -> bool:
+        """Sets the limits for the next program; False if what it was built to is larger. memory: bytes."""
         if self.limits != (memory, processes):
-            os.pwrite(self.limit, str(memory).encode(), 0)
+            try:
+                os.pwrite(self.limit, str(memory).encode(), 0)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                return False
             os.pwrite(self.processes, str(processes).encode(), 0)
             self.limits = memory, processes
-        self.kills_before = self.kills()
+        self.kills_before, self.used_before = self.kills(), self.used()
+        return True
 
     def join(self) -> None:
         """Moves the calling process, which has one thread, in."""
@@ -701,6 +727,11 @@ class _Group:
         """Processes killed so far for want of memory."""
         found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
         return int(found[1])
+
+    def used(self) -> float:
+        """Processor time so far, seconds, also of processes that have ended and nobody waited for."""
+        found = re.search(rb"\d+", os.pread(self.usage, 4096, 0))
+        return int(found[0]) / (1e9 if self.version == 1 else 1e6)
 
 
 def _remove_groups(places: Iterable[Path | None]) -> None:
@@ -749,17 +780,16 @@ def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
 def _make_group() -> _Group | None:
     """None where control groups can't be had."""
     own = _own_cgroups()
-    memory = pids = None
-    if "memory" in own and "pids" in own:
-        version, memory = 1, _make_directory(*own["memory"], _GROUP_FILES[1][0])
-        pids = _make_directory(*own["pids"], "pids.max")
+    version, places = 2, [None]
+    if {"memory", "pids", "cpuacct"} <= own.keys():
+        probes = {"memory": _GROUP_FILES[1][0], "pids": "pids.max", "cpuacct": "cpuacct.usage"}
+        version, places = 1, [_make_directory(*own[name], probe) for name, probe in probes.items()]
     elif "" in own:
-        version, memory = 2, _make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")
-        pids = memory
-    if memory and pids:
+        places = [_make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")] * 3
+    if all(places):
         with contextlib.suppress(OSError):
-            return _Group(version, memory, pids)
-    _remove_groups((memory, pids))
+            return _Group(version, *places)
+    _remove_groups(places)
     return None
 
 
@@ -774,12 +804,16 @@ _STACK = 64  # MB
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
 _FILES = 4096  # in the scratch directory
 _CLOSE_RANGE = 436
-_PATIENCE = 300.0  # most seconds that waiting for a busy processor can add to a wall limit
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
     rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
     re.IGNORECASE,
 )
+
+
+def _patience(wall: float) -> float:
+    """The most seconds that waiting for a busy processor, perhaps for one's own children, adds to a wall limit."""
+    return min(10 * wall, 300.0)
 
 
 @dataclass
@@ -794,6 +828,7 @@ class _Watch:
     memory: int = 0
     patience: float = 0.0  # seconds added to the wall limit
     ran: float = -1.0  # seconds, at the last look past the wall limit
+    times: dict[int, float] = field(default_factory=dict)  # seconds of processor time by process, ended ones' too
 
     def due(self) -> float:
         """When the wall limit is reached."""
@@ -822,23 +857,31 @@ class _Watch:
         ready = any(schedule[2] for schedule in schedules)
         starved = ready and (self.ran < 0 or ran == self.ran)
         self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
-        now = time.monotonic()
-        return now < self.start + self.step["wall"] + _PATIENCE and (starved or now < self.due())
+        now, wall = time.monotonic(), self.step["wall"]
+        return now < self.start + wall + _patience(wall) and (starved or now < self.due())
+
+    def used(self, members: list[int]) -> float:
+        """Processor time, seconds, from /proc: at least that of each process at the last look that saw it, and at
+        least that of those living now and the children they have waited for."""
+        ticks = _each(_ticks, members)
+        self.times |= {pid: own for pid, own, _ in ticks}
+        return max(sum(self.times.values()), sum(own + waited for _, own, waited in ticks))
 
 
 def _stat(place: str | Path) -> list[str]:
-    """Of a process or thread, what follows its name, which may hold anything; its state comes first."""
-    return Path(place, "stat").read_text().rpartition(")")[2].split()
+    """Of a process or thread, what follows its name, which may hold any bytes; its state comes first."""
+    return Path(place, "stat").read_text("latin-1").rpartition(")")[2].split()
 
 
-def _ticks(pid: int) -> float:
-    """Processor time of a process and the children it has waited for, seconds."""
-    return sum(map(int, _stat(f"/proc/{pid}")[11:15])) / os.sysconf("SC_CLK_TCK")
+def _ticks(pid: int) -> tuple[int, float, float]:
+    """Process, its processor time and that of the children it has waited for, seconds."""
+    user, system, *waited = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in _stat(f"/proc/{pid}")[11:15])
+    return pid, user + system, sum(waited)
 
 
 def _private_memory(pid: int) -> int:
     """Memory of a process but for mapped files, bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text("latin-1")
     return sum(int(kb) for kb in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status)) << 10
 
 
@@ -860,7 +903,7 @@ def _schedule(pid: int) -> tuple[float, float, bool]:
     return sum(ran for ran, *_ in times) / 1e9, max(waited for _, waited, _ in times) / 1e9, ready
 
 
-def _each(measure: Callable[[int], float], pids: Iterable[int]) -> list[float]:
+def _each(measure: Callable, pids: Iterable) -> list:
     values = []
     for pid in pids:
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
@@ -880,8 +923,8 @@ def _sealed(data: bytes) -> int:
     return source
 
 
-def _set_limits(step: dict) -> None:
-    """Limits per process, beside those on all processes together that the warden keeps."""
+def _set_limits(step: dict, files: int) -> None:
+    """Limits per process, beside those on all processes together that the warden keeps. files: open at a time."""
     mb, cpu = 1 << 20, int(step["cpu"]) + 2
     for name, value in (
         ("CORE", 0),
@@ -889,7 +932,7 @@ def _set_limits(step: dict) -> None:
         ("MEMLOCK", 64 << 10),
         ("CPU", cpu),
         ("FSIZE", step["files"] * mb),
-        ("NOFILE", 1024),
+        ("NOFILE", files),
         ("NPROC", step["processes"]),
         ("STACK", _STACK * mb),
         # Address space is cheap and runtimes reserve much of it; what is used is watched.
@@ -926,6 +969,7 @@ class _Warden:
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         self.sock, self.group = sock, group
         self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
+        self.files = 1024 if group else 256  # without one nothing counts what sockets hold
         _prctl(_PR_NO_NEW_PRIVS, 1)
 
     # Of the subclasses:
@@ -963,9 +1007,9 @@ class _Warden:
 
     def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple]:
         """Runs one program to its end and clears up after it."""
+        if self.group and not self.group.begin(step["memory"] << 20, step["processes"]):
+            return {"verdict": "memory_limit", "message": f"{step['memory']} MB, by the program's file"}, _NO_STREAMS
         self.new_scratch(step)
-        if self.group:
-            self.group.begin(step["memory"] << 20, step["processes"])
         source, out, err, trouble = _sealed(stdin), os.pipe(), os.pipe(), os.pipe()
         streams = {pipe[0]: bytearray() for pipe in (out, err, trouble)}
         watch = _Watch(step, streams, time.monotonic())
@@ -998,7 +1042,14 @@ class _Warden:
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
             os.chdir(step["cwd"])
             self.confine(step)
-            os.execve(step["argv"][0], step["argv"], step["env"])
+            program = step["argv"][0]
+            try:
+                os.execve(program, step["argv"], step["env"])
+            except OSError as error:
+                if not program.startswith(f"{self.box}/"):
+                    raise
+                os.write(2, str(error).encode())  # it was built from a text that makes no program, or spoilt itself
+                os._exit(126)
         except BaseException as error:
             os.write(trouble, f"{type(error).__name__}: {error}".encode())
             os._exit(127)
@@ -1032,12 +1083,15 @@ class _Warden:
         members = self.members()
         if time.monotonic() > watch.due() and not watch.excused(members):
             watch.end("time_limit", f"{step['wall']} s by the clock")
-        if elapsed * _CORES > step["cpu"] and sum(_each(_ticks, members)) > step["cpu"]:
+        if elapsed * _CORES > step["cpu"] and self.used(watch, members) > step["cpu"]:
             watch.end("time_limit", f"{step['cpu']} s of processor time")
         if self.short_of_memory(watch, members):
             watch.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
             watch.end("output_limit", f"more than {step['files']} MB in files")
+
+    def used(self, watch: _Watch, members: list[int]) -> float:
+        return self.group.used() - self.group.used_before if self.group else watch.used(members)
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
         limit, used = watch.step["memory"] << 20, sum(_each(_private_memory, members))
@@ -1225,7 +1279,7 @@ class _NamespaceWarden(_Warden):
         _unmount(self.tmp)
 
     def confine(self, step: dict) -> None:
-        _set_limits(step)
+        _set_limits(step, self.files)
         _seccomp(self.seccomp)
 
     def members(self) -> list[int]:
@@ -1291,6 +1345,7 @@ def _below(directory: str) -> Iterator[os.DirEntry]:
 def _empty(directory: str) -> None:
     """Removes what is in a directory, whatever its modes. No program may be running in it. Directories are first
     moved to the top: they may be nested more deeply than a path can tell."""
+    os.chmod(directory, 0o755)
     places = [directory]
     for place in places:  # grows on the way
         for entry in list(os.scandir(place)):
@@ -1342,7 +1397,7 @@ class _LandlockWarden(_Warden):
         _empty(self.tmp)
 
     def confine(self, step: dict) -> None:
-        _set_limits({**step, "processes": step["processes"] + self.taken})
+        _set_limits({**step, "processes": step["processes"] + self.taken}, self.files)
         if not self.confined:
             return
         _landlock(self.readable, {self.tmp, step["cwd"]})  # a compiler works in the box
@@ -1378,13 +1433,15 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
             _enter_namespaces(settings["home"], settings["paths"], sock)
         kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
         warden = kind(sock, group, settings)
-        trial = {**vars(Limits()), "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": warden.tmp}
-        outcome, _ = warden.execute(trial, b"")
+        # A file in the box is read, which a closed directory above it would forbid.
+        trial = {**vars(Limits()), "argv": ["/bin/sh", f"{warden.box}/trial"], "env": {}, "cwd": warden.tmp}
+        warden.answer({"op": "open", "file": "trial", "step": None}, b":")
+        outcome, streams = warden.execute(trial, b"")
         if outcome["verdict"] != "ok" and group:
             warden.group = None  # who may make a group need not be allowed to move processes into it
-            outcome, _ = warden.execute(trial, b"")
+            outcome, streams = warden.execute(trial, b"")
         if outcome["verdict"] != "ok":
-            raise OSError(outcome["message"])
+            raise OSError(f"{outcome['message']} {streams[1].decode('utf-8', 'replace')}".strip())
     except OSError as error:
         sock.sendall(_message({"refused": str(error)}))
         return
@@ -1394,6 +1451,7 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
 
 def _helper(fd: int) -> None:
     """The helper process, from its start to its end."""
+    os.umask(0o022)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
@@ -1448,17 +1506,17 @@ def _home_of(tool: str) -> str:
 def _visible_paths() -> list[str]:
     """Directories that toolchains and caches live in, each before those inside it."""
     with contextlib.suppress(OSError):
-        _cache_root().mkdir(parents=True, exist_ok=True)  # what is prepared later shall show too
+        _make_cache_root()  # what is prepared later shall show too
     tools = [tool for name in installed() for tool in toolchain(name).values()]
     return sorted({str(_cache_root()), *map(_home_of, tools)})
 
 
 def _java_names(program: str) -> tuple[str, str]:
     """The class that the file is named after, if one is public, and the one to be run."""
-    code = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\\])\'|//.*|/\*[\s\S]*?\*/', "", program)
+    code = re.sub(r'"(?:\\.|[^"\\])*"?|\'(?:\\.|[^\\])\'|//.*|/\*[\s\S]*?(?:\*/|\Z)', "", program)
     depth, current, public, main = 0, "Main", None, None
     kinds = r"(?:class|record|enum|interface)\s+(\w+)"
-    for token in re.finditer(rf"[{{}}]|(\bpublic\s[\w\s]*?)?\b{kinds}|\bvoid\s+main\s*\(", code):
+    for token in re.finditer(rf"[{{}}]|(\bpublic\s[\w\s]{{0,99}}?)?\b{kinds}|\bvoid\s+main\s*\(", code):
         if token[0] in "{}":
             depth += 1 if token[0] == "{" else -1
         elif token[2] and depth == 0:
@@ -1467,7 +1525,7 @@ def _java_names(program: str) -> tuple[str, str]:
         elif token[2] is None:
             main = main or current
     main = main or public or current
-    package = re.search(r"^\s*package\s+([\w.]+)\s*;", code, re.M)
+    package = re.search(r"^[ \t]*package\s+([\w.]+)\s*;", code, re.M)
     return public or main, f"{package[1]}.{main}" if package else main
 
 
@@ -1491,12 +1549,12 @@ def _cut(name: str) -> str:
     return name.encode()[:240].decode(errors="ignore")
 
 
-# What the runners of unit tests end with if all is well. A program that leaves before, lacks it.
+# How the reports of the runners of unit tests begin, and end if all is well. A program that leaves before, lacks it.
 _REPORTS = {
-    "go": re.compile(r"^PASS\n\Z", re.M),
-    "rust": re.compile(r"^\nrunning \d+ tests?\n[\s\S]*^test result: ok\. [1-9]\d* passed; .*\n\n\Z", re.M),
+    "go": (r"^PASS\n\Z", r"^PASS\n\Z"),
+    "rust": (r"^\nrunning \d+ tests?\n", r"^test result: ok\. [1-9]\d* passed; .*\n\n\Z"),
 }
-_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"^\s*(?:pub\s+)?fn\s+main\s*\((?!\s*\)\s*{\s*})"}
+_MAIN = {"go": r"^func\s+main\s*\(", "rust": r"^[ \t]*(?:pub\s+)?fn\s+main\s*\((?!\s*\)\s*{\s*})"}
 _UNIT_TEST = {"go": r"^func\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"#\[(test)\]"}
 
 
@@ -1560,7 +1618,10 @@ class _Worker:
         return header, *blobs
 
     def close(self) -> None:
-        """The helper ends when its socket closes, and all it has started with it."""
+        """The helper ends when its socket is shut down, and all it has started with it. Closing alone is no goodbye
+        where the caller has forked: its children hold copies."""
+        with contextlib.suppress(OSError):  # the helper has gone
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
         try:
             self.process.wait(_GRACE)
@@ -1618,7 +1679,7 @@ class _Job:
         program, flags = _with_test_runner(language, self.program)
         step = self.step(worker, language.compile + flags, limits, "box") if language.compile else None
         name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "step": step}, program.encode("utf-8", "surrogateescape"))
+        request = _message({"op": "open", "file": name, "step": step}, _encode(program))
         result, _ = self.ask(worker, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
@@ -1629,7 +1690,7 @@ class _Job:
         step = self.step(worker, self.language.run, self.limits, "tmp")
         for test in self.tests:
             argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
-            yield _message({"op": "test", "step": {**step, "argv": argv}}, stdin.encode("utf-8", "surrogateescape"))
+            yield _message({"op": "test", "step": {**step, "argv": argv}}, _encode(stdin))
 
     def run(self, worker: _Worker) -> Iterator[TestResult]:
         """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
@@ -1650,16 +1711,16 @@ class _Job:
         """Asks the checker. Unit tests that pass say so, in words that differ by language and even
         by run: the checker sees what was printed before."""
         if _unit_tests(self.language, self.program):
-            report = _REPORTS[self.language.name].search(stdout)
-            if report is None:
+            begin, end = (re.search(part, stdout, re.M) for part in _REPORTS[self.language.name])
+            if not (begin and end and begin.start() <= end.start()):
                 return False
-            stdout = stdout[: report.start()]
+            stdout = stdout[: begin.start()]
         return self.checker(test, stdout)
 
     def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
         """The helper's next answer, and the whole of stdout for the checker. Raises OSError or EOFError where
         the sandbox failed."""
-        seconds = min(wall + _PATIENCE + _GRACE, self.expires - time.monotonic())
+        seconds = min(wall + _patience(wall) + _GRACE, self.expires - time.monotonic())
         answer, out, err = worker.ask(messages, max(0.001, seconds))
         if answer["verdict"] == "internal_error":
             raise OSError(answer["message"])
@@ -1737,10 +1798,14 @@ class Sandbox:
         """One program; options as for submit."""
         return self.submit(program, language, tests, **options).result()
 
-    def map(
+    def map(self, jobs: Iterable[tuple[str, str, Sequence[dict]]], **options) -> list[Result]:
+        """Results of (program, language, tests) in the order given; options as for stream."""
+        return list(self.stream(jobs, **options))
+
+    def stream(
         self, jobs: Iterable[tuple[str, str, Sequence[dict]]], *, progress: str | None = None, **options
-    ) -> list[Result]:
-        """Results of (program, language, tests) in the order given; options as for submit.
+    ) -> Iterator[Result]:
+        """The same, each as soon as it and those before it are there; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
         if progress is not None:
@@ -1748,27 +1813,31 @@ class Sandbox:
                 from tqdm import tqdm
 
                 futures = tqdm(futures, desc=progress, unit="program")
-        return [future.result() for future in futures]
+        yield from (future.result() for future in futures)
 
     def _grade(self, job: _Job) -> Result:
         failed = functools.partial(Result, language=job.language.name, level=self.level)
         if toolchain(job.language.name, self.level) is None:
             return failed("no_toolchain", message=_missing(job.language))
-        for _ in range(1 + _RETRIES):
+        for attempt in range(1 + _RETRIES):
             if time.monotonic() >= job.expires:
                 return failed("internal_error", message="deadline")
             try:
-                return self._attempt(job)
+                return self._attempt(job, fresh=attempt > 0)
             except (OSError, EOFError, _Refused) as error:
                 result = failed("internal_error", message=str(error))
         return result
 
-    def _attempt(self, job: _Job) -> Result:
+    def _worker(self, fresh: bool) -> _Worker:
+        """One that is idle, if there is one, unless it has to be fresh: those that are idle may have died together."""
+        with contextlib.suppress(queue.Empty):
+            if not fresh:
+                return self._idle.get_nowait()
+        return _Worker(self.level, self.cgroups)
+
+    def _attempt(self, job: _Job, fresh: bool) -> Result:
         _warm(job.language.name, self.level)
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = _Worker(self.level, self.cgroups)
+        worker = self._worker(fresh)
         try:
             result = job.grade(worker)
         except BaseException:
@@ -1845,19 +1914,24 @@ def _cmd_run(options) -> int:
 
 def _cmd_check(options) -> int:
     rows = _json_lines(options.file, _parse_program)
+    if not rows:
+        raise ValueError(f"{options.file}: no programs")
+    counts, passed = Counter(), 0
     with _open_sandbox(options) as sandbox:
-        results = sandbox.map([job for _, job in rows], progress="programs")
-    for (identity, _), result in zip(rows, results, strict=True):
-        row = {"id": identity, "language": result.language, "verdict": result.verdict}
-        print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}))
-    for (language, verdict), count in Counter((result.language, result.verdict) for result in results).items():
+        results = sandbox.stream([job for _, job in rows], progress="programs")
+        for (identity, _), result in zip(rows, results, strict=True):
+            row = {"id": identity, "language": result.language, "verdict": result.verdict}
+            print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}), flush=True)
+            counts[result.language, result.verdict] += 1
+            passed += result.passed
+    for (language, verdict), count in counts.items():
         print(f"{language:12} {verdict:14} {count}", file=sys.stderr)
-    return 0 if all(result.passed for result in results) else 1
+    return 0 if passed == len(rows) else 1
 
 
 def _positive(kind: type) -> Callable[[str], float]:
     def positive(text: str) -> float:
-        if not 0 < (value := kind(text)) < math.inf:
+        if not 0 < (value := kind(text)) < 1e9:  # what the kernel's clocks and limits can hold
             raise ValueError
         return value
 
@@ -1897,13 +1971,16 @@ def _parser() -> "argparse.ArgumentParser":
 
 
 def _main() -> int:
-    """0 if every program passed, 1 if not, 2 if the request was wrong."""
+    """0 if every program passed, 1 if not, 2 if the request was wrong, 130 if interrupted."""
     options = _parser().parse_args()
     try:
         return options.call(options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sandbox.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sandbox.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

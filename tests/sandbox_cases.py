@@ -105,6 +105,11 @@ for _ in range(10):
     if os.fork() == 0: break
 kept = bytearray(b'x') * (40 << 20)
 time.sleep(60)""", "memory_limit"),
+    Case("under a name that is no text", """
+import ctypes, time
+ctypes.CDLL(None).prctl(15, b"\\xff\\xfe)", 0, 0, 0)
+kept = bytearray(b"x") * (200 << 20)
+time.sleep(5)""", "memory_limit"),
     Case("shared map", """
 import mmap
 kept = mmap.mmap(-1, 1 << 30)
@@ -185,9 +190,14 @@ for line in open("/proc/self/maps"):
         "open('/usr/escaped', 'w')", "open('/etc/escaped', 'w')", "open('SECRET', 'a').write('x')",
         "os.mkdir('/escaped')", "open('/bin/sh', 'a')", "os.symlink('/x', '/usr/escaped')",
         "os.rename('SECRET', 'SECRET2')", "os.unlink('SECRET')", "os.truncate('SECRET', 0)")),
+    Case("changes a host file's attributes", refused(
+        "os.chmod('SECRET', 0o777)", "os.setxattr('SECRET', 'user.a', b'')", "os.utime('SECRET')",
+        "assert ctypes.CDLL(None).syscall(463, -100, b'SECRET', 0, b'user.a', (ctypes.c_long * 2)(), 16) < 0; raise OSError")),
     Case("changes its own program", refused(
         "open(__file__, 'a')", "os.rename(__file__, __file__ + '2')", "os.unlink(__file__)",
         "os.symlink('/etc/passwd', os.path.dirname(__file__) + '/main')")),
+    Case("makes its own program unusable", '#include <stdio.h>\n#include <sys/stat.h>\n'
+         'int main(int count, char **words) { puts("yes"); chmod(words[0], 0); }', "ok runtime_error", "c", tests=ONE * 2),
     Case("100,000 files", """
 try:
     for index in range(100_000): open(f"{index}", "w").close()
@@ -270,6 +280,9 @@ COMPILING = [
     Case("name too long for a file", f"public class {300 * 'A'} {{ void main() {{ }} }}", "compile_error", "java"),
     Case("host file in the binary", '__asm__(".incbin \\"SECRET\\"");\nint main() {}', "compile_error", "c"),
     Case("host file as header", '#include "SECRET"\nint main() {}', "compile_error", "c"),
+    Case("library in place of a program", '#![crate_type = "lib"]\nfn main() {}', "runtime_error", "rust"),
+    Case("program's file larger than its memory", '#include <stdio.h>\nchar a[80 << 20] = {1};\nint main() { puts("yes"); }',
+         "ok memory_limit", "c", limits=sandbox.Limits(memory=32)),
     Case("template bomb", BOMB, NOT_BUILT, "cpp"),
     Case("constexpr bomb", "constexpr long f(long n) { long s = 0; for (;;) s += n; return s; }\nconstexpr long v = f(1);\nint main() {}", NOT_BUILT, "cpp"),
     Case("2 GB static array", "char a[2147483647] = {1};\nint main() { return a[0]; }", NOT_BUILT + " memory_limit", "c"),

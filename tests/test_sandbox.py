@@ -28,6 +28,13 @@ def box():
         yield box
 
 
+def _worker_or_skip(level: str) -> sandbox._Worker:
+    try:
+        return sandbox._Worker(level, True)
+    except sandbox._Refused as refusal:
+        pytest.skip(str(refusal))
+
+
 def _processes() -> dict[int, str]:
     """Helpers and programs anywhere on the machine, by their command line."""
     found = {}
@@ -227,11 +234,50 @@ def test_same_lines(expected, got, right):
         ("1 2", "1", False),
         ("1", "1 2", False),
         ("1_0", "10", False),
+        ("1", "\u0661", False),  # a digit, but not one of ours
+        ("1.", "1", True),
         ("12345678901234567891", "12345678901234567892", True),
     ],
 )
 def test_close_numbers(expected, got, right):
     assert close_numbers()({"stdout": expected}, got) is right
+
+
+MANY = 100_000
+RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda: close_numbers()({"stdout": "1"}, "1" * MANY + "x"),
+        lambda: sandbox._unit_tests(sandbox.LANGUAGES["rust"], "\n" * MANY),
+        lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
+        *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/* ", "public ", '\\"', "\n")),
+        lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, same_lines, 0, "").right(
+            {"stdout": ""}, "\nrunning 1 test\n" * MANY
+        ),
+    ],
+)
+def test_what_a_program_writes_cannot_keep_the_caller_busy(judge):
+    """In time that grows with the square these would take from many minutes to hours."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        assert not judge()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_lone_surrogates_end_no_batch(box):
+    jobs = [("#\ud800", "python", [{"stdout": ""}]), ("print(1)", "python", [{"stdin": "\ud800", "stdout": "1"}])]
+    bad, good = box.map(jobs)
+    assert bad.verdict != "internal_error" and good.passed
 
 
 def test_checker_sees_the_whole_output(box):
@@ -285,12 +331,21 @@ def test_threads_may_share_a_sandbox(box):
     assert passed == [True] * 8
 
 
-def test_a_killed_helper_is_replaced(box):
-    box.run(ADD, "python", TESTS)
-    helper = box._idle.get()
-    box._idle.put(helper)
-    os.killpg(helper.process.pid, signal.SIGKILL)
-    assert all(result.passed for result in box.map([(ADD, "python", TESTS)] * 4))
+@pytest.mark.parametrize("count", [1, 1 + sandbox._RETRIES])
+def test_killed_helpers_are_replaced(count):
+    with Sandbox(1) as box:
+        for _ in range(count):
+            helper = sandbox._Worker(box.level, True)
+            os.killpg(helper.process.pid, signal.SIGKILL)
+            box._idle.put(helper)
+        assert box.run(ADD, "python", TESTS).passed
+
+
+def test_directories_that_a_program_closed_are_open_to_the_next():
+    close = "import os\nfor place in ('.', os.path.dirname(__file__)):\n    try: os.chmod(place, 0)\n    except OSError: pass"
+    with Sandbox(1, level="landlock") as box:
+        box.run(close, "python", [{"stdout": ""}])
+        assert box.run("open('x', 'w')", "python", [{"stdout": ""}]).passed
 
 
 def test_a_limit_that_cannot_be_set_is_an_error(box):
@@ -314,6 +369,27 @@ def test_caches_that_programs_could_not_see_are_refused(monkeypatch):
     Sandbox(level="landlock").close()  # hides no directory of the host's
 
 
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_a_callers_umask_closes_nothing_to_programs(level):
+    _worker_or_skip(level).close()
+    before = os.umask(0o077)
+    try:
+        with Sandbox(1, level=level) as box:
+            for program, language in ((ADD, "python"), ("read a b; echo $((a + b))", "bash")):
+                result = box.run(program, language, TESTS)
+                assert result.passed, result
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's programs are another user's")
+def test_a_place_for_programs_that_is_closed_to_them_is_refused(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"no confinement can be had.*landlock: .*trial"):
+        sandbox.best_level.__wrapped__()
+
+
 def test_no_confinement_is_an_error(monkeypatch):
     def refuse(*_):
         raise sandbox._Refused("forbidden")
@@ -329,6 +405,33 @@ def test_four_times_more_workers_than_cores_give_no_false_time_limit():
     with Sandbox(4 * (os.cpu_count() or 1), limits) as box:
         results = box.map([(spin, "python", [{"stdout": "1"}])] * (12 * (os.cpu_count() or 1)))
     assert {result.verdict for result in results} == {"ok"}
+
+
+@pytest.mark.parametrize("cgroups", [True, False])
+def test_time_of_children_that_nobody_waits_for_is_counted(cgroups):
+    """Each uses 50 ms; signals about children ignored, the kernel adds them to no account."""
+    program = (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
+        "    if os.fork() == 0:\n        while time.process_time() < 0.05: pass\n        os._exit(0)\n"
+        "    time.sleep(0.06)"
+    )
+    with Sandbox(1, Limits(wall=8, cpu=1), cgroups=cgroups) as box:
+        result = box.run(program, "python", [{"stdout": ""}])
+    assert (result.verdict, result.message) == ("time_limit", "1 s of processor time")
+
+
+def test_a_program_kept_waiting_for_ever_is_ended(monkeypatch):
+    """Its own children may be what keeps the processor busy."""
+    monkeypatch.setattr(sandbox, "_schedule", lambda _: (1.0, 99.0, True))  # ran, waited, is ready
+    watch = lambda seconds: sandbox._Watch({"wall": 1.0}, {}, time.monotonic() - seconds)  # noqa: E731
+    assert watch(9.0).excused([1]) and not watch(12.0).excused([1])
+
+
+def test_without_control_groups_fewer_files_may_be_open():
+    """They bound the memory that sockets hold, which only a group counts."""
+    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    with Sandbox(1, cgroups=False) as box:
+        assert box.run(program, "python", [{"stdout": "(256, 256)"}]).passed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,6 +480,18 @@ def test_closing_leaves_nothing():
     assert after["threads"] == before["threads"]
 
 
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_closing_ends_helpers_though_the_caller_has_forked(level, monkeypatch):
+    monkeypatch.setattr(sandbox, "_GRACE", 5.0)
+    worker = _worker_or_skip(level)
+    copy = os.dup(worker.sock.fileno())  # as a forked child would hold
+    try:
+        worker.close()
+        assert worker.process.returncode == 0  # it ended by itself
+    finally:
+        os.close(copy)
+
+
 def test_many_runs_leave_nothing():
     """The shorter form of `python tests/bench.py soak`."""
     with Sandbox(2) as box:
@@ -416,13 +531,14 @@ def test_control_groups_of_version_2(tmp_path, monkeypatch):
     """This machine may have version 1 or none: the files' names and contents at least."""
     for name, text in {
         "memory.max": "max", "memory.swap.max": "max", "pids.max": "max", "cgroup.procs": "",
+        "cpu.stat": "usage_usec 1500000\nuser_usec 1000000\nsystem_usec 500000\n",
         "memory.events": "low 0\nhigh 0\nmax 9\noom 2\noom_kill 3\noom_group_kill 0\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
-    group = sandbox._Group(2, tmp_path, tmp_path)
+    group = sandbox._Group(2, tmp_path, tmp_path, tmp_path)
     group.begin(1 << 30, 64)
     group.join()
-    assert group.kills() == group.kills_before == 3
+    assert group.kills() == group.kills_before == 3 and group.used() == group.used_before == 1.5
     assert (tmp_path / "memory.max").read_text() == str(1 << 30)
     assert (tmp_path / "pids.max").read_text().startswith("64")
     assert (tmp_path / "memory.swap.max").read_text() == "0"
@@ -456,10 +572,7 @@ with sandbox.Sandbox(2, level={level!r}) as box:
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock"])
 def test_a_killed_trainer_leaves_nothing(level):
-    try:
-        sandbox._Worker(level, True).close()
-    except sandbox._Refused as refusal:
-        pytest.skip(str(refusal))
+    _worker_or_skip(level).close()
     mark = f"9{os.getpid()}.5"
     code = TRAINER.format(root=str(ROOT), level=level, mark=mark)
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -532,6 +645,18 @@ def test_cli_check(tmp_path):
     assert done.returncode == 2 and f"{file}:3" in done.stderr and "klingon" in done.stderr
 
 
+def test_cli_check_answers_at_once_and_can_be_interrupted(tmp_path):
+    row = {"language": "python", "tests": [{"stdout": "1"}]}
+    rows = [{**row, "program": "print(1)"}, *[{**row, "program": "import time; time.sleep(2)"}] * 50]
+    (tmp_path / "programs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, str(ROOT / "sandbox.py"), "check", str(tmp_path / "programs.jsonl"), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert json.loads(done.stdout.readline())["verdict"] == "ok"
+        done.send_signal(signal.SIGINT)
+        _, errors = done.communicate(timeout=60)
+    assert done.returncode == 130 and errors.endswith("sandbox.py: interrupted\n") and "Traceback" not in errors
+
+
 def test_cli_toolchains():
     packages = _cli("toolchains", "--all").stdout.split()
     assert "nodejs" in packages and "g++" in packages
@@ -553,6 +678,8 @@ PROGRAM = '{"program": "print(1)", "language": "python", "tests": %s}'
         ("check FILE", PROGRAM % '["x"]', '"stdout" must be text in "x"'),
         ("check FILE", PROGRAM % "[{}]", '"stdout" must be text in {}'),
         ("check FILE", PROGRAM % '[{"stdout": "1", "stdin": null}]', '"stdin" must be text'),
+        ("check FILE", "\n", "no programs"),
+        ("run FILE --tests FILE --wall 1e10", "", "invalid positive value: '1e10'"),
         ("check FILE --workers 0", "", "invalid positive value: '0'"),
         ("run FILE --tests FILE --language python", '{"stdout": 1}', '"stdout" must be text'),
         ("run FILE --tests FILE --language klingon", "", "unknown language 'klingon'"),
