@@ -1212,12 +1212,12 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are
-        counted without them, so that replay tears no group of parallel programs apart."""
-        general = 0.0 if self.name == "base" else self.general  # base has nothing to replay but itself
-        before = int(i * general)
-        if int((i + 1) * general) > before:
-            return base(self, before)
-        return MIXTURES[self.name](self, i - before)
+        counted without them, so that replay tears no group of parallel programs apart. Base replays its own
+        beginning: those documents come twice, and the second time may have a statement where they had none."""
+        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.general)
+        if int((i + 1) * self.general) > before:
+            return base(self, before, rng)
+        return MIXTURES[self.name](self, i - before, rng)
 
 
 @functools.lru_cache(maxsize=8)
@@ -1230,7 +1230,7 @@ def pick(seed: str, i: int, count: int) -> int:
     return _shuffle(f"{seed} {i // count}", count)[i % count]
 
 
-def base(m: Mixture, i: int) -> Example:
+def base(m: Mixture, i: int, rng: random.Random) -> Example:
     """A stand-in for pre-training: a document of one PL, on which every token is trained.
 
     A share `statements` begins with a statement; the others have comments, where the record has
@@ -1238,24 +1238,24 @@ def base(m: Mixture, i: int) -> Example:
     """
     at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
     record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
-    if random.Random(f"{m.seed} statement {i}").random() < m.statements:
+    if rng.random() < m.statements:
         return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
     tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
 
 
-def source(m: Mixture, i: int) -> Example:
+def source(m: Mixture, i: int, rng: random.Random) -> Example:
     """The source PL only."""
     return example(m.tokenizer, m.records[pick(f"{m.seed} sft", i, len(m.records))], m.sft[:1], "source")
 
 
-def multi(m: Mixture, i: int) -> Example:
+def multi(m: Mixture, i: int, rng: random.Random) -> Example:
     """All SFT PLs, but each problem in one of them only."""
     at = pick(f"{m.seed} sft", i, len(m.records))
     return example(m.tokenizer, m.records[at], [m.sft[at % len(m.sft)]], "multi")
 
 
-def parallel(m: Mixture, i: int) -> Example:
+def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     """Each problem in all SFT PLs: as examples one after the other, or with `in_context` in one answer."""
     number = i if m.in_context else i // len(m.sft)
     record = m.records[pick(f"{m.seed} sft", number, len(m.records))]

@@ -70,7 +70,7 @@ class Settings(Hardware):
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
     temperature: float = flag(1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01)
-    lr: float = flag(2e-4, "learning rate, constant")
+    lr: float = flag(5e-4, "learning rate, constant")
     eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW")
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
     rows: int = flag(512, "responses to write at a time, on each rank: less needs less memory", least=1)

@@ -679,8 +679,8 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
 
 
 # Names of the limit on memory, of the count of kills, of the processor time used (in version 1 nanoseconds, then
-# "usage_usec" and microseconds) and of the file to join by, by version. In version 1 a single thread joins at once; through cgroup.procs the kernel first waits for all
-# processors to pass through it (5 to 15 ms).
+# "usage_usec" and microseconds) and of the file to join by, by version. In version 1 a single thread joins at once;
+# through cgroup.procs the kernel first waits for all processors to pass through it (5 to 15 ms).
 _GROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.oom_control", "cpuacct.usage", "tasks"),
     2: ("memory.max", "memory.events", "cpu.stat", "cgroup.procs"),

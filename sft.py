@@ -596,7 +596,7 @@ class Settings(Hardware):
     lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4")
     warmup: float = flag(0.05, "share of the run over which the learning rate rises")
     weight_decay: float = flag(0.1, "AdamW's decay of matrices")
-    general: float = flag(0.3, "share of base documents replayed inside an SFT mixture")
+    general: float = flag(0.3, "share of base documents replayed; base replays its own beginning")
     statements: float = flag(0.45, "share of base documents that begin with a statement")
     in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all")

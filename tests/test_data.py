@@ -261,14 +261,6 @@ def test_base_shows_all_languages_mostly_without_statement(corpus, records, toke
     assert all(e.start == 1 and e.tokens[0] == tokenizer.bos for e in examples)
 
 
-def test_replay_shows_what_base_showed_and_base_replays_nothing(corpus, records, tokenizer):
-    shown = [mixture(corpus, records, tokenizer, "base")[i] for i in range(300)]
-    assert [mixture(corpus, records, tokenizer, "base", general=0.3)[i] for i in range(300)] == shown
-    sft = mixture(corpus, records, tokenizer, "source", general=0.3)
-    replayed = [e for e in (sft[i] for i in range(900)) if e.kind == "base"]
-    assert replayed == shown[: len(replayed)] and len(replayed) > 200
-
-
 def test_examples_depend_on_seed_and_number_alone(corpus, records, tokenizer):
     a, b = (mixture(corpus, records, tokenizer, "parallel", general=0.3) for _ in range(2))
     forward = [a[i] for i in range(40)]
