@@ -875,16 +875,14 @@ def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
 
 def read_roles(folder: str | Path) -> Roles:
     """The roles in `folder`/languages.json."""
-    path = Path(folder) / "languages.json"
+    path, form = Path(folder) / "languages.json", '{"sft": ["python", ...], "unseen": [...]}'
     if not path.exists():
-        raise FileNotFoundError(
-            f'{path}: no such file; write {{"sft": ["python", ...], "unseen": [...]}} into it, the source PL first'
-        )
+        raise FileNotFoundError(f"{path}: no such file; write {form} into it, the source PL first")
     try:
         raw = json.loads(path.read_text())
         return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: {error}; it must read {{"sft": ["python", ...], "unseen": [...]}}') from None
+        raise ValueError(f"{path}: {error}; it must read {form}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1057,14 +1055,6 @@ FORMATS = {
 }
 
 
-def parse_file(path: Path, parse: Callable[[str], Any]):
-    """What `parse` makes of the file's text; a ValueError names the file."""
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except Exception as error:  # of no narrower class from tokenizers
-        raise ValueError(f"{path}: {error}") from None
-
-
 class Tokenizer:
     """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
@@ -1078,13 +1068,17 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
-        self.text, self.core = parse_file(self.path, lambda text: (text, tokenizers.Tokenizer.from_str(text)))
+        config = self.path.with_name("tokenizer_config.json")
+        try:
+            self.text = (path := self.path).read_text(encoding="utf-8")
+            self.core = tokenizers.Tokenizer.from_str(self.text)
+            self.config = {**json.loads((path := config).read_text(encoding="utf-8"))} if config.exists() else {}
+        except Exception as error:  # of no narrower class from tokenizers
+            raise ValueError(f"{path}: {error}") from None
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
         names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
         self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-        config = self.path.with_name("tokenizer_config.json")
-        self.config = parse_file(config, lambda text: {**json.loads(text)}) if config.exists() else {}
         self.format = format or self.config.get("prompt_format", "chat")
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
@@ -1204,11 +1198,9 @@ class Mixture:
 
     def answers(self) -> list[tuple[str, ...]]:
         """The PLs of each answer that may be shown of a record, but for their order."""
-        if self.name == "parallel" and self.in_context:
-            own = [self.sft]
-        else:
-            own = [(p,) for p in {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)]
-        return own + [(p,) for p in self.everything if self.general]
+        own = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
+        together = self.name == "parallel" and self.in_context
+        return [*([own] if together else zip(own)), *zip(self.everything if self.general else ())]
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are

@@ -320,6 +320,7 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: "):
             data.Tokenizer(tmp_path)
         (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").unlink()
     plain = data.tokenizers.Tokenizer(data.tokenizers.models.BPE())
     plain.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"begin_of_text.*use a Llama-3 tokenizer"):
