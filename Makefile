@@ -59,7 +59,7 @@ $(RUN)/eval/table.md: $(STAGES:%=$(RUN)/%/summary.json)
 
 seeds:
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit; done
-	$(PY) eval.py --join $(SEEDS:%=runs/demo-%/eval/eval.json)
+	$(PY) eval.py --join $(foreach s,$(SEEDS),runs/demo$(if $(filter-out 0,$s),-$s)/eval/eval.json)
 
 # --- the rest
 

@@ -194,7 +194,10 @@ def read_records(path: str | Path) -> list[dict]:
 def read_split(folder: str | Path, name: str) -> list[dict]:
     """The records of `folder`/NAME.jsonl or NAME.jsonl.gz."""
     plain = Path(folder) / f"{name}.jsonl"
-    return read_records(plain if plain.exists() else plain.with_suffix(".jsonl.gz"))
+    zipped = plain.with_suffix(".jsonl.gz")
+    if plain.exists() and zipped.exists():
+        raise RecordError(f"{plain}: {zipped.name} is there as well; remove either")
+    return read_records(plain if plain.exists() else zipped)
 
 
 def record_files(folder: str | Path) -> list[Path]:
@@ -877,7 +880,8 @@ def read_roles(folder: str | Path) -> Roles:
     """The roles in `folder`/languages.json."""
     path, form = Path(folder) / "languages.json", '{"sft": ["python", ...], "unseen": [...]}'
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; write {form} into it, the source PL first")
+        mend = f"run `python data.py make`, or write {form} into it, the source PL first"
+        raise FileNotFoundError(f"{path}: no such file; name another folder with --data, {mend}")
     try:
         raw = json.loads(path.read_text())
         return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
@@ -987,6 +991,8 @@ def make(s: CorpusSettings) -> None:
     out = Path(s.out)
     if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
         fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    if own := [path for path in map(out.joinpath, ("train.jsonl", "rl.jsonl", "eval.jsonl")) if path.exists()]:
+        fail(f"{own[0]}: records of your own, which would be mixed with those made; give another --out")
     if s.new_share and not s.reworded:
         fail("--reworded: name an operation, or give --new-share 0")
     roles = choose_roles(s.sft, s.unseen)

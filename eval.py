@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
-from model import PREFILL_TOKENS, Llama, generate, wide
+from model import PREFILL_TOKENS, Config, Llama, generate, wide
 from sft import DTYPES, World, check_lengths, collate, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
@@ -475,17 +476,17 @@ class Settings:
     sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
     representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
     plots: bool = flag(False, "draw passes.png and, of --representations, retrieval.png; needs matplotlib")
-    problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all")
+    problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all", least=0)
     by: str = flag("wording", "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations")
-    samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone")
+    samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone", least=0)
     k: tuple = flag((1,), "the k of pass@k", type=int)
-    temperature: float = flag(1.0, "temperature of the samples")
+    temperature: float = flag(1.0, "temperature of the samples", least=0)
     top_k: int = flag(0, "draw the samples from the TOP_K likeliest tokens; 0 means all", least=0)
     top_p: float = flag(1.0, "draw the samples from the likeliest tokens of TOP_P probability together; 1 means all")
     max_new_tokens: int = flag(320, "token budget of a response", least=1)
     rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
-    workers: int = flag(0, "programs to run at once; 0 means one a core")
-    time_limit: float = flag(5.0, "seconds that a program may take for a test")
+    workers: int = flag(0, "programs to run at once; 0 means one a core", least=0)
+    time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     precision: str = flag("", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=DTYPES)
@@ -580,6 +581,12 @@ def evaluate_models(s: Settings) -> list[dict]:
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
         roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s.data, s.problems, s.by)
         wanted, measures, cells, added, pairs = wanted_languages(s, roles), {}, [], [], {}
+        if s.representations and len(wanted) < 2:
+            raise ValueError("--representations: compares PLs; name two or more with --languages")
+        for folder in models.values():  # what is missing shows before the long work, as does a place for the results
+            Config.load(folder), Tokenizer(folder, s.format)
+        Path(s.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=s.out).close()
         languages = present_languages(wanted) if s.sampling else []
         # A forward pass over short texts: the first rank does it alone, and before the long work, since it may refuse.
         if s.representations and not world.rank:
@@ -591,12 +598,13 @@ def evaluate_models(s: Settings) -> list[dict]:
         return []
     cells += added
     text = tables(cells)
+    print(text, end="\n\n")
     outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
     whole = {"settings": s, "seconds": seconds, "cells": cells, "outcomes": outcomes, "representations": pairs}
     for name, content in {"table.md": text, "eval.json": json.dumps(whole, default=asdict)}.items():
         data.write_atomically(Path(s.out) / name, lambda p, content=content: p.write_text(content + "\n"))
-    print(f"{text}\n\nwrote {s.out}/table.md and {s.out}/eval.json")
+    print(f"wrote {s.out}/table.md and {s.out}/eval.json")
     return cells
 
 

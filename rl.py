@@ -70,12 +70,12 @@ class Settings(Hardware):
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
     temperature: float = flag(1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01)
-    lr: float = flag(5e-4, "learning rate, constant")
-    eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW")
-    eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH")
+    lr: float = flag(5e-4, "learning rate, constant", least=0)
+    eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW", least=0, most=1)
+    eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH", least=0)
     rows: int = flag(512, "responses to write at a time, on each rank: less needs less memory", least=1)
-    workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out")
-    time_limit: float = flag(5.0, "seconds that a program may take for a test")
+    workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out", least=0)
+    time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     eval_every: int = flag(10, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
     eval_problems: int = flag(32, "held-out problems of each kind for that", least=1)
@@ -272,6 +272,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
     held, sampler, stopping = choose_records(s.data, s.eval_problems), Sampler(learner), False
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
     check_lengths(sampler.model, tokenizer, records, [[roles.source]], s.max_new_tokens)
+    check_lengths(sampler.model, tokenizer, held, [[p] for p in languages], s.eval_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:

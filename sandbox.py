@@ -1633,7 +1633,7 @@ class _Worker:
 
 @functools.cache
 def best_level(cgroups: bool = True) -> str:
-    """The strongest confinement that works here. Raises RuntimeError saying what was refused."""
+    """The strongest confinement that works here. Raises OSError saying what was refused."""
     refusals = []
     for level in LEVELS[:2]:
         try:
@@ -1641,8 +1641,9 @@ def best_level(cgroups: bool = True) -> str:
             return level
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
-    raise RuntimeError(
-        f"no confinement can be had here ({'; '.join(refusals)}); level='none' runs programs with the caller's rights"
+    mend = "run as root, or where Linux allows user namespaces or has Landlock (5.13)"
+    raise OSError(
+        f"no confinement can be had here ({'; '.join(refusals)}); {mend}; level='none' runs programs with the caller's rights"
     )
 
 

@@ -46,6 +46,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -361,13 +362,17 @@ def whole(x: Tensor) -> Tensor:
 # Runs: metrics, checkpoints, resume. rl.py uses the same.
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole `step-N` of a run folder. Copies with other names are their owner's."""
+    return [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+
+
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """`folder` if it is a checkpoint, else its newest whole `step-N`, else None."""
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    steps = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
-    return max(steps, key=lambda p: int(p.name[5:]), default=None)
+    return max(checkpoints(folder), key=lambda p: int(p.name[5:]), default=None)
 
 
 def starting_point(folder: str | Path, advice: str) -> Path:
@@ -406,7 +411,7 @@ def check_lengths(
     format's template is longer than the tokens that it puts around a text.
     """
     limit = model.config.max_position_embeddings
-    mend = "leave it out or lower --max-new-tokens" if budget else "leave it out"
+    mend = "leave it out or allow fewer new tokens" if budget else "leave it out"
     for record, languages in itertools.product(records, answers):
         programs = record["solutions"] | record.get("commented", {})
         text = "" if budget else data.answer(programs, languages)
@@ -499,7 +504,11 @@ class Run:
         if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
         if checkpoint:
-            state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+            path = checkpoint / "trainer.pt"
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # of no narrower class for a file that is cut short
+                raise ValueError(f"{path}: not whole ({error}); delete {checkpoint}, or give another --out") from None
             for name, old in state["settings"].items():
                 new = getattr(self.settings, name, None)
                 if old != new and name not in FREE:
@@ -512,6 +521,8 @@ class Run:
             self.saved = self.step
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
         if self.world.rank == 0:
+            for path in self.out.glob(".step-*.tmp"):  # of a save that was killed
+                shutil.rmtree(path)
             with open(self.metrics, "ab") as file:
                 file.truncate(min(file.tell(), state["metrics_bytes"]))
         return checkpoint, state["optimizer"]
@@ -544,17 +555,19 @@ class Run:
     def write(self, model: Llama, tokenizer: Tokenizer, optimizer: dict) -> None:
         """The files of `save`."""
         final, temporary = self.out / f"step-{self.step}", self.out / f".step-{self.step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        save(model, temporary)
-        tokenizer.save(temporary)
         state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
         state |= {"seconds": dict(self.seconds), "flops": self.flops, "data": self.data}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
-        torch.save(state, temporary / "trainer.pt")
+        try:
+            save(model, temporary)
+            tokenizer.save(temporary)
+            torch.save(state, temporary / "trainer.pt")
+        except (SafetensorError, RuntimeError, OSError) as error:  # of these each writer has its own
+            raise ValueError(f"{temporary}: {error}; make room, and the same command goes on") from None
         for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
             with open(path) as file:
                 os.fsync(file.fileno())
-        older = list(self.out.glob("step-*"))
+        older = checkpoints(self.out)
         os.replace(temporary, final)
         for old in older:
             shutil.rmtree(old)
@@ -587,19 +600,19 @@ class Run:
 @dataclass(frozen=True)
 class Settings(Hardware):
     mixture: str = flag("parallel", "what to train on", choices=tuple(data.MIXTURES))
-    data: str = flag("runs/data", "folder that `python data.py make` wrote; made first if it is missing")
+    data: str = flag("runs/data", "folder that `python data.py make` wrote; the default one is made if it is missing")
     model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
     tokens: int = flag(0, "tokens to train on, prompts included; 0: 3,500,000 for base, else 400,000", least=0)
     batch: int = flag(16, "sequences per update, over all ranks", least=1)
-    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4")
-    warmup: float = flag(0.05, "share of the run over which the learning rate rises")
-    weight_decay: float = flag(0.1, "AdamW's decay of matrices")
-    general: float = flag(0.3, "share of base documents replayed; base replays its own beginning")
-    statements: float = flag(0.45, "share of base documents that begin with a statement")
+    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4", least=0)
+    warmup: float = flag(0.05, "share of the run over which the learning rate rises", least=0, most=1)
+    weight_decay: float = flag(0.1, "AdamW's decay of matrices", least=0)
+    general: float = flag(0.3, "share of base documents replayed; base replays its own beginning", least=0, most=1)
+    statements: float = flag(0.45, "share of base documents that begin with a statement", least=0, most=1)
     in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
-    problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all")
+    problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all", least=0)
     eval_every: int = flag(500, "updates between two measurements of the held-out loss", least=1)
     eval_problems: int = flag(32, "held-out problems for the loss", least=1)
     save_every: int = flag(1000, "updates between two checkpoints", least=1)

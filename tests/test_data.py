@@ -14,7 +14,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+import eval as evaluation
+import rl
 import sandbox
+import sft
 
 SPLITS = ("train", "rl", "eval")
 
@@ -360,14 +363,36 @@ def test_extract(response, program):
         ("verify --data {0}/r.jsonl/x", "error: .*r.jsonl/x"), ("verify --data {0}/r.jsonl --languages lua", "nothing to run"),
         ("verify --limit -1", "--limit must be at least 0"), ("make --held-out 1.5", "--held-out must be at most 1"),
         ("make --new-share nan", "--new-share must be at "), ("make --reworded", "--reworded: name an operation"),
-        ("show --help", ""),
+        ("show --help", ""), ("make --out {0}/own", "own/rl.jsonl: records of your own"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_ends_in_one_line(tmp_path, capsys, flags, message):
     data.write_records(tmp_path / "r.jsonl", [GOOD])
+    data.write_records(tmp_path / "own/rl.jsonl", [GOOD])
     with pytest.raises(SystemExit) as stop:
         data.main(flags.format(tmp_path).split())
     assert re.search(message, f"{stop.value.code}{capsys.readouterr().err}") and bool(stop.value.code) == bool(message)
+
+
+def test_two_forms_of_one_split_are_refused(tmp_path):
+    for name in ("rl.jsonl", "rl.jsonl.gz"):
+        data.write_records(tmp_path / name, [GOOD])
+    with pytest.raises(data.RecordError, match=r"rl\.jsonl: rl\.jsonl\.gz is there as well"):
+        data.read_split(tmp_path, "rl")
+
+
+@pytest.mark.parametrize(
+    "stage, flag",
+    [
+        (sft, "--lr -1"), (sft, "--warmup 2"), (sft, "--general 30"), (sft, "--problems -1"), (rl, "--lr -1"),
+        (rl, "--eps-low 2"), (rl, "--time-limit 0"), (rl, "--workers -1"), (evaluation, "--temperature -1"),
+        (evaluation, "--time-limit nan"), (evaluation, "--samples -1"),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(capsys, stage, flag):
+    with pytest.raises(SystemExit):
+        data.parse_flags(stage.Settings, "", flag.split())
+    assert f"{flag.split()[0]} must be at " in capsys.readouterr().err
 
 
 GOOD = {

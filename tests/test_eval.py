@@ -218,7 +218,12 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
     records = [r | {"solutions": {}} for r in data.read_split(corpus, "eval")]
     shutil.copytree(corpus, tmp_path / "bare")
     data.write_records(tmp_path / "bare/eval.jsonl.gz", records)
+    shutil.copytree(tmp_path / "m", tmp_path / "mute")
+    (tmp_path / "mute/tokenizer.json").unlink()
     for mistake, message in [
+        ({"models": (str(tmp_path / "m"), str(tmp_path / "mute"))}, r"mute/tokenizer\.json: no such file"),
+        ({"out": str(tmp_path / "m/config.json")}, "File exists: .*config.json"),
+        ({"representations": True, "languages": ("python",)}, "name two or more with --languages"),
         ({"samples": 1}, "--k 1 2: give one or more from 1 to --samples, 1"),
         ({"k": (0,)}, "--k 0: give one or more from 1 to --samples, 2"),
         ({"k": ()}, "--k : give one or more"),
@@ -226,7 +231,7 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         ({"representations": True, "data": str(tmp_path / "bare")}, "0 problems with a program in each of python"),
     ]:
         asked.clear()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, OSError), match=message):
             evaluation.main(replace(s, **mistake))
         assert not asked  # nothing was sampled for nothing
     assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem

@@ -386,7 +386,7 @@ def test_a_callers_umask_closes_nothing_to_programs(level):
 def test_a_place_for_programs_that_is_closed_to_them_is_refused(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"no confinement can be had.*landlock: .*trial"):
+    with pytest.raises(OSError, match=r"no confinement can be had.*landlock: .*trial"):
         sandbox.best_level.__wrapped__()
 
 
@@ -395,7 +395,7 @@ def test_no_confinement_is_an_error(monkeypatch):
         raise sandbox._Refused("forbidden")
 
     monkeypatch.setattr(sandbox, "_Worker", refuse)
-    with pytest.raises(RuntimeError, match=r"namespaces: forbidden; landlock: forbidden.*level='none'"):
+    with pytest.raises(OSError, match=r"namespaces: forbidden; landlock: forbidden.*level='none'"):
         sandbox.best_level.__wrapped__()
 
 

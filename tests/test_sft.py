@@ -356,6 +356,35 @@ def test_a_run_is_not_taken_up_with_other_settings_or_records(corpus, tmp_path):
     assert (tmp_path / "run/summary.json").exists()
 
 
+def test_a_run_folder_keeps_its_owners_copies_and_nothing_of_a_killed_save(corpus, tmp_path):
+    out = tmp_path / "run"
+    for name in (".step-9.tmp", "step-1-keep"):
+        (out / name).mkdir(parents=True)
+    (out / "step-notes.txt").write_text("theirs")
+    run(settings(corpus, out))
+    [step] = sft.checkpoints(out)
+    assert {p.name for p in out.glob("*step-*")} == {step.name, "step-1-keep", "step-notes.txt"}
+    (out / "summary.json").unlink()
+    for size in (100, 0):
+        os.truncate(step / "trainer.pt", size)
+        with pytest.raises(ValueError, match=rf"{step.name}/trainer\.pt: not whole .*; delete .*{step.name}, or give"):
+            run(settings(corpus, out))
+
+
+def test_a_disk_that_is_full_is_named_and_the_checkpoint_before_stays(corpus, tmp_path, monkeypatch):
+    calls, torch_save = [], torch.save
+
+    def full(*arguments):
+        calls.append(torch_save(*arguments))
+        if len(calls) == 2:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what torch.save says then
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"\.step-4\.tmp: unexpected pos .*; make room"):
+        run(settings(corpus, tmp_path))
+    assert [p.name for p in sft.checkpoints(tmp_path)] == ["step-2"]
+
+
 STUB = """#!/bin/sh
 # Stands for python: leaves the files of a stage, or half of them.
 out="${*##*--out }"
