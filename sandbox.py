@@ -329,10 +329,8 @@ def _cache_root() -> Path:
 
 
 def _make_cache_root() -> None:
-    """Open to all, whatever the caller's umask, which can't be changed for one thread. Raises OSError."""
-    done = subprocess.run(["mkdir", "-p", _cache_root()], umask=0o022, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr.strip())
+    """Open to all, whatever the caller's umask, which can't be changed for one thread."""
+    subprocess.run(["mkdir", "-p", _cache_root()], umask=0o022, stderr=subprocess.DEVNULL)
 
 
 @functools.cache
@@ -857,8 +855,8 @@ class _Watch:
         ready = any(schedule[2] for schedule in schedules)
         starved = ready and (self.ran < 0 or ran == self.ran)
         self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
-        now, wall = time.monotonic(), self.step["wall"]
-        return now < self.start + wall + _patience(wall) and (starved or now < self.due())
+        now, longest = time.monotonic(), self.step["wall"] + _patience(self.step["wall"])
+        return now < self.start + longest and (starved or now < self.due())
 
     def used(self, members: list[int]) -> float:
         """Processor time, seconds, from /proc: at least that of each process at the last look that saw it, and at
@@ -1042,11 +1040,10 @@ class _Warden:
             _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
             os.chdir(step["cwd"])
             self.confine(step)
-            program = step["argv"][0]
             try:
-                os.execve(program, step["argv"], step["env"])
+                os.execve(step["argv"][0], step["argv"], step["env"])
             except OSError as error:
-                if not program.startswith(f"{self.box}/"):
+                if not step["argv"][0].startswith(f"{self.box}/"):
                     raise
                 os.write(2, str(error).encode())  # it was built from a text that makes no program, or spoilt itself
                 os._exit(126)
@@ -1505,8 +1502,7 @@ def _home_of(tool: str) -> str:
 @functools.cache
 def _visible_paths() -> list[str]:
     """Directories that toolchains and caches live in, each before those inside it."""
-    with contextlib.suppress(OSError):
-        _make_cache_root()  # what is prepared later shall show too
+    _make_cache_root()  # what is prepared later shall show too
     tools = [tool for name in installed() for tool in toolchain(name).values()]
     return sorted({str(_cache_root()), *map(_home_of, tools)})
 
@@ -1918,8 +1914,8 @@ def _cmd_check(options) -> int:
     if not rows:
         raise ValueError(f"{options.file}: no programs")
     counts, passed = Counter(), 0
-    with _open_sandbox(options) as sandbox:
-        results = sandbox.stream([job for _, job in rows], progress="programs")
+    jobs = [job for _, job in rows]
+    with _open_sandbox(options) as sandbox, contextlib.closing(sandbox.stream(jobs, progress="programs")) as results:
         for (identity, _), result in zip(rows, results, strict=True):
             row = {"id": identity, "language": result.language, "verdict": result.verdict}
             print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}), flush=True)
