@@ -1297,7 +1297,7 @@ def generate(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`; FileNotFoundError names a gap, ValueError a bad index."""
+    """The safetensors files of the model in `folder`; FileNotFoundError names a gap, ValueError a bad index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

@@ -1637,9 +1637,9 @@ def best_level(cgroups: bool = True) -> str:
             return level
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
-    mend = "run as root, or where Linux allows user namespaces or has Landlock (5.13)"
     raise OSError(
-        f"no confinement can be had here ({'; '.join(refusals)}); {mend}; level='none' runs programs with the caller's rights"
+        f"no confinement can be had here ({'; '.join(refusals)}); run as root, or where Linux allows user namespaces or "
+        "has Landlock (5.13); level='none' runs programs with the caller's rights"
     )
 
 
