@@ -967,8 +967,12 @@ class _Warden:
     def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
         self.sock, self.group = sock, group
         self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
-        self.files = 1024 if group else 256  # without one nothing counts what sockets hold
         _prctl(_PR_NO_NEW_PRIVS, 1)
+
+    @property
+    def files(self) -> int:
+        """Descriptors that a process may have: without a group nothing counts what sockets hold."""
+        return 1024 if self.group else 256
 
     # Of the subclasses:
     def new_box(self) -> None: ...
