@@ -1809,12 +1809,14 @@ class Sandbox:
         """The same, each as soon as it and those before it are there; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
+        bar = contextlib.nullcontext(futures)
         if progress is not None:
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                futures = tqdm(futures, desc=progress, unit="program")
-        yield from (future.result() for future in futures)
+                bar = tqdm(futures, desc=progress, unit="program")
+        with bar as each:
+            yield from (future.result() for future in each)
 
     def _grade(self, job: _Job) -> Result:
         failed = functools.partial(Result, language=job.language.name, level=self.level)
@@ -1918,8 +1920,8 @@ def _cmd_check(options) -> int:
     if not rows:
         raise ValueError(f"{options.file}: no programs")
     counts, passed = Counter(), 0
-    jobs = [job for _, job in rows]
-    with _open_sandbox(options) as sandbox, contextlib.closing(sandbox.stream(jobs, progress="programs")) as results:
+    with _open_sandbox(options) as sandbox:
+        results = sandbox.stream([job for _, job in rows], progress="programs")
         for (identity, _), result in zip(rows, results, strict=True):
             row = {"id": identity, "language": result.language, "verdict": result.verdict}
             print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}), flush=True)
