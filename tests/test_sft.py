@@ -281,7 +281,7 @@ def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path):
 
 def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="disk full; make room"):
         run(settings(corpus, tmp_path / "run"))
     assert sft.newest_checkpoint(tmp_path / "run") is None
     monkeypatch.undo()
