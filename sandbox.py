@@ -1920,8 +1920,9 @@ def _cmd_check(options) -> int:
     if not rows:
         raise ValueError(f"{options.file}: no programs")
     counts, passed = Counter(), 0
-    with _open_sandbox(options) as sandbox:
-        results = sandbox.stream([job for _, job in rows], progress="programs")
+    jobs = [job for _, job in rows]
+    # Interrupted, it ends with its bar, and at once: not when somebody collects what is left of it.
+    with _open_sandbox(options) as sandbox, contextlib.closing(sandbox.stream(jobs, progress="programs")) as results:
         for (identity, _), result in zip(rows, results, strict=True):
             row = {"id": identity, "language": result.language, "verdict": result.verdict}
             print(json.dumps({**row, "tests": [test.verdict for test in result.tests]}), flush=True)
