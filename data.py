@@ -1206,7 +1206,8 @@ class Mixture:
         """The PLs of each answer that may be shown of a record, but for their order."""
         own = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
         together = self.name == "parallel" and self.in_context
-        return [*([own] if together else zip(own)), *zip(self.everything if self.general else ())]
+        replayed = self.everything if self.general else ()
+        return ([own] if together else [(p,) for p in own]) + [(p,) for p in replayed]
 
     def __getitem__(self, i: int) -> Example:
         """Replayed are the examples at which i * general passes a whole number; the others are

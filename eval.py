@@ -584,7 +584,8 @@ def evaluate_models(s: Settings) -> list[dict]:
         if s.representations and len(wanted) < 2:
             raise ValueError("--representations: compares PLs; name two or more with --languages")
         for folder in models.values():  # what is missing shows before the long work, as does a place for the results
-            Config.load(folder), Tokenizer(folder, s.format)
+            Config.load(folder)
+            Tokenizer(folder, s.format)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=s.out).close()
         languages = present_languages(wanted) if s.sampling else []

@@ -426,7 +426,10 @@ def check_lengths(
 def digest(folder: str | Path, splits: Sequence[str]) -> str:
     """Of the bytes of `splits` and of languages.json in a data folder."""
     paths = [p for name in splits for p in sorted(Path(folder).glob(f"{name}.jsonl*"))]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in (*paths, Path(folder) / "languages.json"))).hexdigest()
+    total = hashlib.sha256()
+    for path in (*paths, Path(folder) / "languages.json"):
+        total.update(path.read_bytes())
+    return total.hexdigest()
 
 
 # Settings that may differ when a run is taken up again.
