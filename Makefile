@@ -23,6 +23,10 @@ PY := .venv/bin/python
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
+.venv/installed-plots: .venv/installed
+	.venv/bin/pip install -q matplotlib
+	touch $@
+
 # The interpreters of the corpus's PLs: root gets those that are missing, anyone else is told the command.
 INTERPRETERS := python javascript ruby php perl lua bash tcl
 interpreters:
@@ -48,6 +52,7 @@ CORPUS ?=
 BASE ?=
 SFT ?=
 RL ?=
+EVAL ?=
 THREADS ?= 1
 DATA := $(RUN)/data
 MODELS := $(RUN)/base $(foreach arm,$(ARMS),$(RUN)/$(arm) $(RUN)/rl-$(arm))
@@ -73,13 +78,17 @@ $(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.j
 	$(PY) rl.py --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(@D) --workers $(THREADS) $(RL)
 
 $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
-	$(PY) eval.py --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) >/dev/null
+	$(PY) eval.py --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) >/dev/null
 
 # --- the demo
 
-demo: interpreters
-	@$(MAKE) --no-print-directory --jobs=2 run
+# Smaller than the study: half of its SFT, RL of 25 steps, two arms, one seed.
+demo: interpreters .venv/installed-plots
+	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" RL="--steps 25" EVAL=--plots
 	@cat runs/demo/eval/table.md
+	@echo "the figure: runs/demo/eval/transfer.png"
+	@echo "That was one seed. The study, over $$(ls results/study/seed-*.json | wc -l) seeds:"
+	@sed '/^$$/,$$d' results/study/joined.md
 
 # --- the study: two seeds at a time, each with a thread of its own
 

@@ -1,17 +1,18 @@
-"""How well checkpoints solve held-out problems, per PL, and how alike they see equal programs in two PLs.
+"""How well checkpoints solve held-out problems, per PL, what RL in one PL gave the others, and how alike equals look.
 
     python eval.py                                    # every run folder under runs/ that has a checkpoint
     python eval.py --models base=runs/base rl=runs/rl # these, under these names
+    python eval.py --split dev                        # on dev, where settings are chosen; test is for what is reported
     python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
     python eval.py --representations                  # cross-PL retrieval in the residual stream, beside pass@1
     python eval.py --representations --no-sampling    # that alone: no toolchain and no sandbox
-    python eval.py --join runs/*/eval/eval.json       # mean and range over runs with different seeds
+    python eval.py --join runs/*/eval/eval.json       # runs with different seeds: the claims, means and intervals
+    python eval.py --curves runs/rl-*                 # RL runs side by side, by step (needs matplotlib)
     python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
-of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, every problem's verdicts,
-every pair of PLs) beside table.md; --plots adds passes.png and retrieval.png. rl.py samples and grades with
-the same `sample` and `grade`.
+of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (the tables' cells), outcomes.json (every problem's
+verdicts, every pair of PLs) and table.md. rl.py samples and grades with the same `sample` and `grade`.
 
 Our choices:
 
@@ -19,21 +20,25 @@ Our choices:
    PL asked for, and that program passes all tests. A response cut off by the budget is `truncated`
    and one without such a block `no_program`: both are failures.
 2. pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1), averaged over
-   problems.
-3. Intervals are Wilson's 95% score intervals with the number of problems as sample size. For means
-   over several samples or PLs of one problem that is conservative: those share the problem.
+   problems; but where records name the reserved `phrase` in them, over phrases: problems of one phrase stand or
+   fall together, so that the phrase is the sample.
+3. Intervals of one evaluation are Wilson's 95% score intervals with the number of problems, or phrases, as sample
+   size; over several seeds Student's t with the number of seeds. For means over several samples or PLs of one problem
+   the former is conservative: those share the problem.
 4. Samples are drawn from the whole softmax unless --top-k or --top-p cut it; rl.py has neither.
-5. The representation of a program is the residual stream after each block (layer 0: after the embedding),
+5. Forced choice: records with `distractors` count as right where their program is the most probable of all.
+6. The representation of a program is the residual stream after each block (layer 0: after the embedding),
    averaged over the program's own tokens. It stands in a fenced block, as in base and SFT, but without a
-   statement, which would be the same text in every PL.
-6. From each PL's representations their mean is subtracted: what is left is how a program differs from the
+   statement, which would be the same text in every PL. That of a prompt is the stream at its last token, each PL
+   asked in its own community's words: the texts differ and the function is the same.
+7. From each PL's representations their mean is subtracted: what is left is how a program differs from the
    others in its PL. Otherwise a constant offset between two PLs would decide which neighbour is nearest.
-7. Programs are equivalent if they are the same problem's. Problems that share a program's text in some PL, or
-   their `function`, count once, so that every query has one right answer among n: chance is 1 / n.
+8. Programs, or prompts, are equivalent if they are the same problem's. Problems that share a program's text in some
+   PL, or their `function`, count once, so that every query has one right answer among n: chance is 1 / n.
    Neighbours whose cosines differ by less than TIE share the credit: at layer 0, where the order of tokens
-   does not count, texts of the same tokens in another order are alike.
-8. The tables show the block in the middle, number layers // 2, whatever the results; eval.json has all layers.
-   Intervals of differences of cosines are normal ones over the problems.
+   does not count, texts of the same tokens in another order are alike. "bag of tokens" is what counts of tokens give.
+9. The tables show the block in the middle for programs, the last one for prompts, whatever the results; outcomes.json
+   has all layers. Intervals of differences of cosines are normal ones over the problems.
 """
 
 import contextlib
@@ -503,7 +508,10 @@ class Study:
 
     def __init__(self, cells: Sequence[dict]):
         self.cells = {(c["measure"], c["group"], c["model"], c["column"]): c["value"] for c in cells}
-        self.models = set(dict.fromkeys(c["model"] for c in cells))
+        models = dict.fromkeys(
+            model for measure, group, model, _ in self.cells if (measure, group) == (GREEDY, RESERVED)
+        )
+        self.arms = [model for model in models if f"rl-{model}" in models]
         self.source = next((c["column"] for c in cells if c["column"].endswith(" (source)")), "")
         self.shown = {(c["measure"], c["group"]) for c in cells if "layer" in c and c["shown"]}
 
@@ -518,10 +526,21 @@ class Study:
         return self.gain(arm, column) / gained if gained > 0 else math.nan
 
 
+def summary(cells: Sequence[dict]) -> str:
+    """A line an arm: what RL in the source PL added there and elsewhere. Empty where no arm was evaluated."""
+    study, lines = Study(cells), []
+    for arm in study.arms:
+        gains = [100 * study.gain(arm, column) for column in (study.source, *TARGETS.values())]
+        pl = study.source.removesuffix(" (source)")
+        text = "{}: RL in {} adds {:.0f} points there, {:.0f} in the other SFT PLs, {:.0f} in the unseen PLs ({})"
+        lines.append(text.format(arm, pl, *gains, RESERVED))
+    return "\n".join(lines)
+
+
 def claims(runs: Sequence[list[dict]]) -> list[dict]:
     """The paper's claims over runs with several seeds: a row each, with its value in every seed."""
     studies, rows = [Study(cells) for cells in runs], []
-    arms = [m for m in ("source", "multi", "crossed", "parallel") if {m, f"rl-{m}"} <= studies[0].models]
+    arms = studies[0].arms
 
     def add(claim: str, decides: bool, text: str, value: Callable[[Study], float]) -> None:
         values = [value(study) for study in studies]
@@ -539,16 +558,11 @@ def claims(runs: Sequence[list[dict]]) -> list[dict]:
             add(claim, decides, text, lambda s, c=column, o=other: s.gain("parallel", c) - s.gain(o, c))
             text = f"T of {part}, parallel less {other}"
             add(claim, False, text, lambda s, c=column, o=other: s.transfer("parallel", c) - s.transfer(o, c))
-        for measure, group in sorted(studies[0].shown):
-            for _, _, _, column in sorted(k for k in studies[0].cells if k[:3] == (measure, group, "parallel")):
-                text = f"{measure}, {group}, {column}, parallel less {other}"
-                place = (measure, group)
-                add(
-                    "d",
-                    True,
-                    text,
-                    lambda s, p=place, c=column, o=other: s.cells[(*p, "parallel", c)] - s.cells[(*p, o, c)],
-                )
+        for measure, group in sorted(studies[0].shown):  # of those with two groups of PLs the farther one
+            column = f"{studies[0].source.removesuffix(' (source)')} and unseen PLs"
+            before, after = ((measure, group, arm, column) for arm in (other, "parallel"))
+            text = f"{measure}, {group}, {column}: parallel less {other}"
+            add("d", True, text, lambda s, a=after, b=before: s.cells[a] - s.cells[b])
     return rows
 
 
@@ -562,11 +576,9 @@ def claims_table(rows: Sequence[dict]) -> str:
     lines = ["| claim | what must be above 0 | mean | 95% interval | seeds | outcome |", "|---" * 6 + "|"]
     for row in sorted(rows, key=lambda r: r["claim"]):
         value, low, high = (100 * row[name] for name in ("value", "low", "high"))
-        mark, about = "**" if row["decides"] else "", f"{low:.1f} to {high:.1f}" if row["seeds"] > 1 else "one seed"
-        outcome = verdict(row) if row["seeds"] > 1 else "–"
-        lines.append(
-            f"| {row['claim']} | {row['text']} | {value:.1f} | {about} | {row['seeds']} | {mark}{outcome}{mark} |"
-        )
+        about, outcome = ("one seed", "–") if row["seeds"] == 1 else (f"{low:.1f} to {high:.1f}", verdict(row))
+        outcome = f"**{outcome}**" if row["decides"] else outcome
+        lines.append(f"| {row['claim']} | {row['text']} | {value:.1f} | {about} | {row['seeds']} | {outcome} |")
     return "\n".join(lines)
 
 
@@ -626,7 +638,7 @@ def draw_transfer(cells: Sequence[dict]):
     """The study's figure: each arm's pass@1 on reserved wordings before and after RL, in the three groups of PLs."""
     own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (GREEDY, RESERVED)}
     source = next(column for _, column in own if column.endswith(" (source)"))
-    arms = [model for model in dict.fromkeys(m for m, _ in own) if f"rl-{model}" in dict(own)]
+    arms = Study(cells).arms
     figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
     for axis, column in zip(axes, (source, *TARGETS.values()), strict=True):
         for i, (prefix, label) in enumerate((("", "before RL"), ("rl-", "after RL"))):
@@ -637,7 +649,7 @@ def draw_transfer(cells: Sequence[dict]):
             axis.bar(at, values, 0.38, color=COLOURS[3 + i], label=label, yerr=ends, capsize=2, error_kw={"lw": 0.8})
         axis.set_xticks(range(len(arms)), arms)
         axis.set_title(column, fontsize="medium")
-    axes[0].set(ylim=(0, 100), ylabel="greedy pass@1 on reserved wordings, percent")
+    axes[0].set(ylim=(0, 100), ylabel="pass@1, reserved words, percent")
     axes[0].legend(frameon=False)
     figure.supxlabel(f"arm; {meaning(next(iter(own.values())))}", fontsize="medium")
     return figure
@@ -662,7 +674,7 @@ def draw_curves(folders: Sequence[Path]):
         for axis, (name, title) in zip(axes, CURVES.items(), strict=True):
             own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if name == "held_out":
-                own = [(step, mean(mean(by_pl.values()) for by_pl in kinds.values())) for step, kinds in own]
+                own = [(step, mean(kinds.get(RESERVED, list(kinds.values())[-1]).values())) for step, kinds in own]
             axis.plot(*zip(*own, strict=True), color=COLOURS[(i + 1) % len(COLOURS)], label=folder.name)
             axis.set(title=title, xlabel="step")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -837,7 +849,7 @@ def evaluate_models(s: Settings) -> list[dict]:
     if world.rank:
         return []
     cells += added
-    text = tables(cells)
+    text = "\n\n".join(filter(None, (tables(cells), summary(cells))))
     print(text, end="\n\n")
     outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
@@ -867,7 +879,7 @@ def join_seeds(s: Settings) -> list[dict]:
     """Prints and writes the tables of several seeds and what they say of the claims. Returns the joined cells."""
     runs = [read_cells(path) for path in s.join]
     cells, rows = join(runs), claims(runs)
-    text = "\n\n".join([claims_table(rows), tables(cells)] if rows else [tables(cells)])
+    text = "\n\n".join(filter(None, (summary(cells), rows and claims_table(rows), tables(cells))))
     print(text, end="\n\n")
     write(s.out, "joined.md", text)
     write(s.out, "claims.json", json.dumps(rows, indent=1))

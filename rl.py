@@ -399,6 +399,8 @@ def train(s: Settings, world: World) -> None:
     """Trains for `s.steps` steps, resuming a run that stopped."""
     if s.prompts % world.size:
         raise ValueError(f"--prompts {s.prompts}: must be a multiple of the {world.size} ranks")
+    if 0 < s.dual_clip < 1:
+        raise ValueError(f"--dual-clip {s.dual_clip}: must be at least 1, or 0 for no limit")
     with Run(s.out, s, world) as run:
         if run.finished():
             return
