@@ -1137,20 +1137,38 @@ def ask(statement: str, languages: Sequence[str]) -> str:
 
 
 def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
-    """The response's text: one fenced block a PL."""
-    return "\n".join(f"```{language}\n{solutions[language].strip()}\n```" for language in languages)
+    """The response's text: one fenced block a PL, of which `extract` gives the program back, its last line ended.
+
+    A fence is ```, or longer than those that begin a line of the program, as in CommonMark.
+    """
+    blocks = []
+    for language in languages:
+        program = solutions[language].removesuffix("\n")
+        fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
+        blocks.append(f"{fence}{language}\n{program}\n{fence}")
+    return "\n".join(blocks)
 
 
 def extract(response: str, language: str) -> str | None:
     """The program in the last closed fenced block of `language`, else None.
 
-    Its opening line is ``` and the PL's name or an alias, in any case, and no more; its closing line ```
-    alone. A block without a name, of another PL, or that is not closed does not count, nor does text
-    outside of blocks. A line may also end in CRLF.
+    Its opening line is ``` or a longer fence and the PL's name or an alias, in any case, and no more; its
+    closing line a fence at least as long, alone. A block without a name, of another PL, or that is not closed
+    does not count, nor does text outside of blocks. If the opening line ends in CRLF, so may the others.
     """
     names = {language, *sandbox.LANGUAGES[language].aliases}
-    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
-    return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)
+    program, block = None, None  # block: the lines of the one that is open
+    for line in response.split("\n"):
+        ticks = len(line) - len(line.lstrip("`"))
+        rest = line[ticks:].strip()
+        if block is None:
+            if ticks >= 3 and "`" not in rest:
+                fence, name, ending, block = ticks, rest.lower(), "\r" * line.endswith("\r"), []
+        elif ticks < fence or rest:
+            block.append(line.removesuffix(ending) + "\n")
+        else:
+            program, block = "".join(block) if name in names else program, None
+    return program
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -345,11 +346,55 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
         ("```python\nprint('```')\n```", "print('```')\n"),  # a fence is a line of its own
         ("```python\nx\n```\n```ruby\ny\n```", "x\n"),
         ("```python\nx\n```\n```python\ny\n", "x\n"),  # the last that is closed
+        ("````python\nx\n```\ny\n`````\n", "x\n```\ny\n"),  # its end is at least as long as its beginning
+        ("````\n```python\nx\n```\n````", None),
+        ("```python\nx\r\n```", "x\r\n"),
         ("print(1)", None),
     ],
 )
 def test_extract(response, program):
     assert data.extract(response, "python") == program
+
+
+# Programs that hold what ends a block: Markdown in a text, a heredoc, each in the one way that it runs.
+FENCED = [
+    'print("""\n```\ncode\n```\n""")\n', "cat <<'```'\n1\n```\n", "cat <<E\n```\nE\ncat <<E\n`````bash \nE\n",
+    "```\n", "x = 1\n```python\ny = 2\n```", "\n\n  x\n\n\n", "a\r\nb\r\n", "```\r\nx\r\n", "echo `ls`\n", "```\f\nx\n```\x0b\n",
+]  # fmt: skip
+
+
+def test_a_program_is_read_back_whatever_it_holds(tokenizer):
+    rng = random.Random(0)
+    pieces = ["`", "```", "\n", "\r\n", "\r", " ", "\t", "python", "bash", "x", "\f", "\u2028", "<|eot_id|>"]
+    drawn = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(500)]
+    for program in FENCED + [p for p in drawn if p.strip()]:
+        whole = program if program.endswith("\n") else program + "\n"
+        text = data.answer({"python": "```\n", "bash": program}, ["python", "bash", "python"])
+        assert data.extract(tokenizer.decode(tokenizer.encode(text)), "bash") == whole
+        assert data.extract(text, "python") == "```\n"
+
+
+@pytest.mark.parametrize("text", ["```a\n", "```python\n", "```\n", "`", "x\n", " ", "```python\nx\n```\n"])
+def test_the_work_of_extract_grows_with_the_length(text):
+    """Lines of Python run, each of which reads a line of the response at most once: a search hidden in one shows none."""
+
+    def work(response):
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            data.extract(response, "python")
+        finally:
+            sys.settrace(None)
+        return count
+
+    once, twice = work(1000 * text), work(2000 * text)
+    assert 2000 * text.count("\n") <= twice <= 2 * once
 
 
 # --------------------------------------------------------------------------------------------------
