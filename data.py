@@ -11,9 +11,9 @@
      "solutions": {"python": "...", "cpp": "..."}}
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
-function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty` (figures by
-which eval.py can report), `operations`, `function` (a hash of behaviour) and, for training,
-`commented` (the programs with comments).
+function, written once in each. A test may have `args`, a list of texts for the command line. Extra
+fields are kept; the embedded corpus adds `difficulty` (figures by which eval.py can report),
+`operations`, `function` (a hash of behaviour) and, for training, `commented` (the programs with comments).
 
 **The embedded corpus.** A function is a short pipeline of operations on a line of integers or
 words. `OPERATIONS` says what each operation does, and expected outputs come from running that, so
@@ -158,7 +158,14 @@ def parse_record(line: str, where: str) -> dict:
     for i, test in enumerate(tests):
         ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
         need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
-    need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
+        args = test.get("args", [])
+        ok = isinstance(args, list) and all(text(arg) and "\0" not in arg for arg in args)
+        need(ok, f"tests[{i}].args", "give a list of texts without NUL, or leave it out")
+    need(text(record.get("function", "")), "function", "give a text, or leave it out")
+    figures = record.get("difficulty", {})
+    ok = isinstance(figures, dict) and all(isinstance(value, (int, float, str)) for value in figures.values())
+    need(ok, "difficulty", "give an object of numbers and texts, or leave it out")
+    need(not isinstance(figures.get("new"), str), "difficulty.new", "give a number or a boolean, or leave it out")
     for name, programs in {"solutions": record.get("solutions"), "commented": record.get("commented", {})}.items():
         need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
         for language, program in programs.items():
