@@ -1068,9 +1068,16 @@ FORMATS = {
 }
 
 
+# Every byte that UTF-8 has and a composed letter, between white space: read and written back so, any text is.
+PROBE = [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)]
+PROBE = f" \n{''.join(map(chr, PROBE))}e\u0301\n "
+
+
 class Tokenizer:
     """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
+    ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
+    left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
     `format` "" takes the one that the folder was saved with, else chat. Attributes: `bos`, `eos` (end
     of a document), `eot` (end of a turn), `stop` (ends an answer: eot in a chat, eos in plain text),
     `pad` (differs from each of them and is never trained), `stops` (eot, eos and, where there is one, eom:
@@ -1086,19 +1093,47 @@ class Tokenizer:
             self.text = (path := self.path).read_text(encoding="utf-8")
             self.core = tokenizers.Tokenizer.from_str(self.text)
             self.config = {**json.loads((path := config).read_text(encoding="utf-8"))} if config.exists() else {}
+            added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
+            for i, token in self.config.get("added_tokens_decoder", {}).items():
+                if added.get(i, {}) | token != added.get(i):
+                    raise ValueError(f"added_tokens_decoder: {token} is not what {self.path.name} has as {i}")
         except Exception as error:  # of no narrower class from tokenizers
             raise ValueError(f"{path}: {error}") from None
-        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
+        if self.core.truncation or self.core.padding:
+            self.core.no_truncation()
+            self.core.no_padding()
+            self.text = self.core.to_str(pretty=True)
         names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
         self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-        self.format = format or self.config.get("prompt_format", "chat")
+        self.format = format or str(self.config.get("prompt_format", "chat"))
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
         self.stop = self.eos if self.format == "plain" else self.eot
         eom = self.core.token_to_id("<|eom_id|>")
         self.stops = (self.eot, self.eos, *([] if eom is None else [eom]))
         self.size = self.core.get_vocab_size()
+        self._check()
+
+    def _check(self) -> None:
+        """ValueError unless ids below `size` are tokens, texts come back whole, and special tokens are not read in them."""
+        ids = [self.bos, self.start, self.end, self.eot, self.pad, *self.stops]
+        bos, start, end, eot, *_ = specials = [self.core.id_to_token(i) for i in ids]
+        added = self.core.get_added_tokens_decoder().values()
+        text = " ".join([PROBE, *(token.content for token in added if not token.special), ""])
+        self.core.encode_special_tokens = False  # as transformers reads what a template wrote
+        whole = self.core.encode(f"{bos}{start}user{end}\n\n{text}{eot}", add_special_tokens=False).ids
+        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
+        faults = {
+            "has ids without a token": sorted(self.core.get_vocab().values()) != list(range(self.size)),
+            "changes texts (by a normalizer, an unknown token, lstrip or rstrip of an added token, for want of a decoder)":
+                any(self.decode(self.encode(t)) != t for t in (text, text.strip())),
+            "does not mark special tokens as special": {*ids} & {*self.encode("".join(specials))},
+            "reads a text by what is around it (lstrip, rstrip or single_word of a special token) or by chance (dropout)":
+                whole != [self.bos, *self._turn("user", text), self.eot],
+        }  # fmt: skip
+        if found := [fault for fault, there in faults.items() if there]:
+            raise ValueError(f"{self.path}: {found[0]}; use the model's own tokenizer")
 
     def _special(self, *names: str) -> int:
         for name in names:
@@ -1127,10 +1162,11 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
 
-        The latter keeps what the model's own says, but for special tokens, template and class.
+        The latter keeps of the model's own what has no say in how a text is read.
         """
         tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
-        config = {"model_input_names": ["input_ids", "attention_mask"]} | self.config
+        config = {"model_input_names": ["input_ids", "attention_mask"]}
+        config |= {name: self.config[name] for name in (*config, "model_max_length") if name in self.config}
         config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"prompt_format": self.format, "chat_template": FORMATS[self.format]}
