@@ -1069,8 +1069,8 @@ FORMATS = {
 
 
 # Every byte that UTF-8 has and a composed letter, between white space: read and written back so, any text is.
-PROBE = [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)]
-PROBE = f" \n{''.join(map(chr, PROBE))}e\u0301\n "
+PROBE = map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)])
+PROBE = f" \n{''.join(PROBE)}e\u0301\n "
 
 
 class Tokenizer:

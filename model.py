@@ -88,7 +88,7 @@ KINDS = [  # fields, what their values must be, and how to tell
     ({"tie_word_embeddings"}, "true or false", lambda x: type(x) is bool),
     ({"bos_token_id", "pad_token_id"}, "a whole number", lambda x: type(x) is int),
     ({"eos_token_id"}, "a whole number or a list of them", lambda x: {*map(type, x if type(x) is list else [x])} <= {int}),
-    ({"torch_dtype"}, f"one of {', '.join(DTYPES.values())}", lambda x: x in list(DTYPES.values())),
+    ({"torch_dtype"}, f"one of {', '.join(DTYPES.values())}", lambda x: x in [*DTYPES.values()]),
 ]  # fmt: skip
 
 
@@ -162,9 +162,9 @@ def read_fields(raw: dict) -> dict:
             )
     if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
-    fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw}
-    fields |= {"torch_dtype": dtype} if (dtype := raw.get("dtype") or raw.get("torch_dtype")) else {}
-    fields |= read_rope(raw)
+    if "dtype" in raw:
+        raw["torch_dtype"] = raw["dtype"]  # as version 5 calls it
+    fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw} | read_rope(raw)
     values = fields | (fields["rope_scaling"] or {})
     for names, kind, right in KINDS:
         for name in sorted(names & values.keys()):
@@ -1358,10 +1358,9 @@ def read_weights(path: Path, shapes: dict, device, dtype) -> tuple[dict, dict[st
 def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face folder: config.json, and safetensors in one file or in shards.
 
-    Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: config.json's, else that of
-    the first one, as in transformers).
-    FileNotFoundError for a missing file; ValueError that names every missing, unexpected or
-    misshapen tensor, or the file that is cut short.
+    Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: config.json's, else
+    that of the first tensor, as in transformers). FileNotFoundError for a missing file; ValueError that
+    names every missing, unexpected or misshapen tensor, or the file that is cut short.
     """
     folder = Path(folder)
     with torch.device("meta"):
