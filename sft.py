@@ -392,12 +392,13 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, format: str) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer in `folder`; ValueError if they do not belong together.
 
-    The model's config gets the tokenizer's stop tokens: that of a base model names no end of a turn, and
-    other engines would not stop where the checkpoints that are saved from it do.
+    The model's config gets the tokenizer's size, beyond which no id is drawn or scored, and its stop tokens: that of
+    a base model names no end of a turn, and other engines would not stop where the checkpoints saved from it do.
     """
     tokenizer, model = Tokenizer(folder, format), load(folder, world.device, dtype)
     if tokenizer.size > (rows := model.config.vocab_size):
         raise ValueError(f"{tokenizer.path}: has {tokenizer.size} tokens, the model {rows}; take the model's own")
+    model.config.tokenizer_size = tokenizer.size
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos, sorted(tokenizer.stops)
     return model, tokenizer
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -594,6 +595,81 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
         data.Tokenizer(tmp_path)
 
 
+CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+PADDED = {"strategy": {"Fixed": 80}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0}
+FIRST = {"id": "<|begin_of_text|>", "ids": [0], "tokens": ["<|begin_of_text|>"]}
+TWO = [{"SpecialToken": {"id": FIRST["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+NEW = {"content": "<new>", "special": False} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+SPACED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+def spoil(folder, corpus, changes):
+    """Copies the corpus's tokenizer with changes by section: its own, `model`, `added` (a token), `special` (all), `config`."""
+    data.Tokenizer(corpus).save(folder)
+    raw, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    raw["added_tokens"] = [token | changes.get("special", {}) for token in raw["added_tokens"]]
+    raw["added_tokens"] += [{"id": len(raw["model"]["vocab"])} | NEW | changes["added"]] if "added" in changes else []
+    raw["model"] |= changes.get("model", {})
+    raw |= {name: value for name, value in changes.items() if name in raw and name != "model"}
+    raw["model"]["vocab"] |= changes.get("vocab", {})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes.get("config", {})))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"truncation": CUT}, {"padding": PADDED | {"pad_token": "<|finetune_right_pad_id|>"}}, {"added": {}},
+        {"added": {"single_word": True}}, {"added": {"normalized": True}}, {"special": {"normalized": True}},
+        {"model": {"ignore_merges": True}}, {"model": {"byte_fallback": True}},
+        {"post_processor": {"type": "TemplateProcessing", "single": TWO, "pair": TWO, "special_tokens": {FIRST["id"]: FIRST}}},
+        {"config": {"truncation": True, "max_length": 8, "truncation_side": "left", "pad_to_multiple_of": 16, "padding": True}},
+        {"config": {"add_prefix_space": True, "add_bos_token": True, "clean_up_tokenization_spaces": True}},
+        {"config": {"added_tokens_decoder": {"0": NEW | {"content": FIRST["id"], "special": True}}}},
+    ],
+)  # fmt: skip
+def test_what_a_tokenizers_file_carries_means_what_it_means_to_transformers(corpus, records, tmp_path, changes):
+    spoil(tmp_path / "a", corpus, changes)
+    ours = data.Tokenizer(tmp_path / "a")
+    ours.save(tmp_path / "b")
+    statement, text = f"{records['rl'][0]['prompt']} <new>x", " \n<new> x<new>y ünïcödé e\u0301 漢\x00\n" + 100 * "a "
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False) and len(theirs) == ours.size
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
+        messages = [{"role": "user", "content": data.ask(statement, ["python"])}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.prompt(statement, ["python"]) == ids
+    saved, config = (json.loads((tmp_path / "b" / f"tokenizer{x}.json").read_text()) for x in ("", "_config"))
+    assert saved["truncation"] is saved["padding"] is None
+    assert not {"truncation", "max_length", "padding"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"added": {"lstrip": True}}, "changes texts"), ({"added": {"rstrip": True}}, "changes texts"),
+        *(({"normalizer": {"type": kind}}, "changes texts") for kind in ("NFC", "NFKC", "NFD", "Lowercase")),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "changes texts"),
+        ({"normalizer": {"type": "Prepend", "prepend": "_"}}, "changes texts"), ({"decoder": None}, "changes texts"),
+        ({"pre_tokenizer": SPACED}, "changes texts"), ({"model": {"end_of_word_suffix": "</w>"}}, "changes texts"),
+        ({"model": {"vocab": {name: i for i, name in enumerate(data.SPECIAL_TOKENS)}, "merges": []}}, "changes texts"),
+        ({"model": {"vocab": {name: i for i, name in enumerate(data.SPECIAL_TOKENS)}, "merges": [], "unk_token": "<|end_of_text|>"}},
+         "changes texts"),
+        *(({"special": {name: True}}, "reads a text by what is around it") for name in ("lstrip", "rstrip", "single_word")),
+        ({"model": {"dropout": 0.5}}, "by chance"), ({"special": {"special": False}}, "does not mark special tokens"),
+        ({"vocab": {"zzzz": 5}}, "has ids without a token"), ({"vocab": {"zzzz": 5000}}, "has ids without a token"),
+        ({"config": {"added_tokens_decoder": {"5000": NEW}}}, "added_tokens_decoder: .*as 5000"),
+        ({"config": {"added_tokens_decoder": {"0": {"content": "<|begin_of_text|>", "rstrip": True}}}}, "added_tokens_decoder: .*as 0"),
+        ({"config": {"added_tokens_decoder": [3]}}, r"tokenizer_config\.json: "), ({"config": {"prompt_format": [3]}}, "prompt format"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_would_be_read_otherwise_is_refused(corpus, tmp_path, changes, message):
+    spoil(tmp_path, corpus, changes)
+    with pytest.raises(ValueError, match=message):
+        data.Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "response, program",
     [
@@ -609,11 +685,55 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
         ("```python\nprint('```')\n```", "print('```')\n"),  # a fence is a line of its own
         ("```python\nx\n```\n```ruby\ny\n```", "x\n"),
         ("```python\nx\n```\n```python\ny\n", "x\n"),  # the last that is closed
+        ("````python\nx\n```\ny\n`````\n", "x\n```\ny\n"),  # its end is at least as long as its beginning
+        ("````\n```python\nx\n```\n````", None),
+        ("```python\nx\r\n```", "x\r\n"),
         ("print(1)", None),
     ],
 )
 def test_extract(response, program):
     assert data.extract(response, "python") == program
+
+
+# Programs that hold what ends a block: Markdown in a text, a heredoc, each in the one way that it runs.
+FENCED = [
+    'print("""\n```\ncode\n```\n""")\n', "cat <<'```'\n1\n```\n", "cat <<E\n```\nE\ncat <<E\n`````bash \nE\n",
+    "```\n", "x = 1\n```python\ny = 2\n```", "\n\n  x\n\n\n", "a\r\nb\r\n", "```\r\nx\r\n", "echo `ls`\n", "```\f\nx\n```\x0b\n",
+]  # fmt: skip
+
+
+def test_a_program_is_read_back_whatever_it_holds(tokenizer):
+    rng = random.Random(0)
+    pieces = ["`", "```", "\n", "\r\n", "\r", " ", "\t", "python", "bash", "x", "\f", "\u2028", "<|eot_id|>"]
+    drawn = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(500)]
+    for program in FENCED + [p for p in drawn if p.strip()]:
+        whole = program if program.endswith("\n") else program + "\n"
+        text = data.answer({"python": "```\n", "bash": program}, ["python", "bash", "python"])
+        assert data.extract(tokenizer.decode(tokenizer.encode(text)), "bash") == whole
+        assert data.extract(text, "python") == "```\n"
+
+
+@pytest.mark.parametrize("text", ["```a\n", "```python\n", "```\n", "`", "x\n", " ", "```python\nx\n```\n"])
+def test_the_work_of_extract_grows_with_the_length(text):
+    """Lines of Python run, each of which reads a line of the response at most once: a search hidden in one shows none."""
+
+    def work(response):
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            data.extract(response, "python")
+        finally:
+            sys.settrace(None)
+        return count
+
+    once, twice = work(1000 * text), work(2000 * text)
+    assert 2000 * text.count("\n") <= twice <= 2 * once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -677,6 +797,9 @@ GOOD = {
         ({"prompt": "p\ud800"}, "prompt"), ({"tests": [{"stdin": "\udfff", "stdout": ""}]}, r"tests\[0\]"),
         ({"solutions": None}, "solutions"), ({"commented": None}, "commented"), ({"commented": {"python": 3}}, "commented.python"),
         ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
+        *(({"tests": [GOOD["tests"][0] | {"args": args}]}, r"tests\[0\].args") for args in (None, "a", [1], ["a\0"], ["\ud800"])),
+        *(({"difficulty": {"level": level}}, "difficulty") for level in (None, [], {})), ({"difficulty": {"new": "no"}}, "difficulty.new"),
+        ({"tests": [{"stdin": 3, "stdout": ""}]}, r"tests\[0\]"), ({"function": ["f"]}, "function"), ({"function": None}, "function"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named(tmp_path, change, field):

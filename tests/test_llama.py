@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 import data
+import eval as evaluation
 import sft
 from model import Config, Llama, load, save
 
@@ -147,6 +148,24 @@ def test_a_base_model_that_learned_to_chat_stops_in_other_engines_too(instruct, 
     stops = raw["eos_token_id"]
     (base / "config.json").write_text(json.dumps(raw | {"eos_token_id": stops[0]}))
     assert Config.load(train(base, corpus, tmp_path / "run")).eos_token_id == stops
+
+
+def test_a_padded_vocabulary_is_drawn_from_and_scored_as_far_as_the_tokenizer_goes(instruct, corpus, tmp_path):
+    """The rows beyond it are made such that an id of theirs would nearly always be drawn."""
+    padded, theirs = shutil.copytree(instruct, tmp_path / "padded"), AutoModelForCausalLM.from_pretrained(instruct)
+    theirs.resize_token_embeddings(576, mean_resizing=False)
+    theirs.lm_head.weight.data[511:] *= 200
+    theirs.save_pretrained(padded)
+    (padded / "model.safetensors.index.json").unlink()
+    final = train(padded, corpus, tmp_path / "run", precision="bfloat16")
+    model, tokenizer = sft.open_checkpoint(final, sft.World("cpu"), torch.float32, "")
+    assert (model.config.vocab_size, model.config.tokenizer_size) == (576, tokenizer.size) == (576, 511)
+    assert AutoModelForCausalLM.from_pretrained(final).lm_head.weight.shape == (576, 32)
+    tasks = [(record, "python") for record in data.read_split(corpus, "eval")[:2]]
+    for rollout in evaluation.sample(model, tokenizer, tasks, 20, 1.0, 8):
+        tokens = torch.tensor([rollout.prompt + rollout.tokens])
+        logprobs = model(tokens[:, :-1], tokens[:, 1:])[0][0, len(rollout.prompt) - 1 :]
+        assert tokens.max() < 511 and rollout.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(instruct, corpus, tmp_path):
