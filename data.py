@@ -3,6 +3,8 @@
     python data.py make             # write the embedded corpus and its tokenizer
     python data.py verify           # run every program of the corpus against its tests
     python data.py show train-17    # one problem with all its programs side by side
+    python data.py import FORMAT FILE... --out DIR   # public problems and programs, as records
+    python data.py split --data DIR --out DIR        # deals such records out to training, RL and evaluation
 
 **Records.** One JSON object a line, in plain or gzipped JSONL:
 
@@ -11,7 +13,10 @@
      "solutions": {"python": "...", "cpp": "..."}}
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
-function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty` (figures by
+function, written once in each. A test's `stdout` may be a list of accepted ones. How answers are run and
+compared, a record may say as sandbox.Demands does: `compare`, `tolerance`, `time_limit`, `memory_limit`, and
+`harness` for problems that ask for a function, whose tests may lack `stdout` or be left out.
+`prompts` (PL -> text) are the statements of PLs that have one of their own. Extra fields are kept; the embedded corpus adds `difficulty` (figures by
 which eval.py can report), `operations`, `function` (a hash of behaviour) and, for training,
 `commented` (the programs with comments).
 
@@ -153,19 +158,43 @@ def parse_record(line: str, where: str) -> dict:
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
         need(text(record.get(name)) and record[name], name, "give a text that is not empty")
-    tests = record.get("tests")
+    try:
+        harness = sandbox.demands(record).harness
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}") from None
+    tests = record.setdefault("tests", [{"stdin": ""}]) if harness else record.get("tests")
     need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
     for i, test in enumerate(tests):
-        ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
-        need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
+        ok = isinstance(test, dict) and text(test.get("stdin"))
+        accepted = test.get("stdout", "" if harness else None) if ok else None
+        several = accepted if isinstance(accepted, list) else [accepted]
+        need(several and all(map(text, several)), f"tests[{i}]", 'give an object {"stdin": text, "stdout": text or list of texts}')
     need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
-    for name, programs in {"solutions": record.get("solutions"), "commented": record.get("commented", {})}.items():
+    for name in ("solutions", "commented", "prompts"):
+        programs = record.get(name, None if name == "solutions" else {})
         need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
         for language, program in programs.items():
             field = f"{name}.{language}"
             need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-            need(text(program) and program.strip(), field, "give the program's text")
+            need(text(program) and program.strip(), field, "give a text that is not empty")
+            need(name == "prompts" or not harness or language in harness, field, "give it a harness, as others have")
     return record
+
+
+def statement(record: dict, languages: Sequence[str]) -> str:
+    """What the record asks for in `languages`; of several statements each once."""
+    own = record.get("prompts", {})
+    return "\n\n".join(dict.fromkeys(own.get(language, record["prompt"]) for language in languages))
+
+
+def gradable(record: dict, language: str) -> bool:
+    """Whether the record's tests can judge an answer in the PL."""
+    return not record.get("harness") or language in record["harness"]
+
+
+def job(record: dict, language: str, program: str) -> tuple:
+    """What Sandbox.map takes to judge `program` as the record's answer in the PL."""
+    return program, language, record["tests"], record
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -1037,7 +1066,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
+    texts = (ask(statement(r, [p]), [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
     (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
@@ -1169,7 +1198,7 @@ class Example:
 
 def example(tokenizer: Tokenizer, record: dict, languages: Sequence[str], kind: str) -> Example:
     """Statement and answer in the tokenizer's format; trained on the answer and its stop token."""
-    prompt = tokenizer.prompt(record["prompt"], languages)
+    prompt = tokenizer.prompt(statement(record, languages), languages)
     response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.stop]
     return Example(prompt + response, len(prompt), tuple(languages), kind)
 
@@ -1289,7 +1318,7 @@ def verify(s: VerifySettings) -> None:
     if not jobs:
         fail(f"{s.data}: no program in {', '.join(wanted)}; there is nothing to run")
     with sandbox.Sandbox() as box:
-        results = box.map([(program, p, r["tests"]) for r, p, program in jobs], progress="verify")
+        results = box.map([job(*each) for each in jobs], progress="verify")
     runs, passes = Counter(), Counter()
     for (record, language, program), result in zip(jobs, results, strict=True):
         if not result.passed and passes[language] == runs[language]:  # the PL's first

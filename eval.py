@@ -98,7 +98,7 @@ def sample(
     """
     if not tasks:
         return []
-    prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
+    prompts = [tokenizer.prompt(data.statement(record, [language]), [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
         model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows, **truncation
@@ -123,7 +123,7 @@ def grade(
         r.verdict = "truncated" if not r.stopped else "no_program"
     graded = [(r, (r.record["id"], r.language, r.program)) for r in rollouts if r.program is not None]
     todo = {key: r for r, key in graded if key not in known}
-    jobs = [(r.program, r.language, r.record["tests"]) for r in todo.values()]
+    jobs = [data.job(r.record, r.language, r.program) for r in todo.values()]
     results = box.map(jobs, stop_at_failure=True, progress=progress)
     verdicts = known | {key: result.verdict for key, result in zip(todo, results, strict=True)}
     for r, key in graded:

@@ -415,9 +415,10 @@ def check_lengths(
     for record, languages in itertools.product(records, answers):
         programs = record["solutions"] | record.get("commented", {})
         text = "" if budget else data.answer(programs, languages)
-        around = data.ask(record["prompt"], languages) + FORMATS[tokenizer.format]
+        statement = data.statement(record, languages)
+        around = data.ask(statement, languages) + FORMATS[tokenizer.format]
         if len((around + text).encode()) + budget > limit:
-            length, new = len(tokenizer.prompt(record["prompt"], languages)), budget or len(tokenizer.encode(text)) + 1
+            length, new = len(tokenizer.prompt(statement, languages)), budget or len(tokenizer.encode(text)) + 1
             if length + new > limit:
                 what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
                 raise ValueError(f"record {record['id']!r}: {what}; {mend}")
