@@ -405,7 +405,7 @@ _C_LIKE, _HASH = r"/\*[\s\S]*?\*/|^[ \t]*//.*\n", r"^[ \t]*#(?!lang|!).*\n"
 COMMENTS = {
     **dict.fromkeys("c cpp java javascript typescript go rust kotlin scala csharp swift d dart".split(), _C_LIKE),
     **dict.fromkeys("ruby perl bash r elixir coffeescript tcl julia awk".split(), _HASH), "php": f"{_C_LIKE}|{_HASH}",
-    "python": rf"(\"\"\"|\'\'\')[\s\S]*?\1|{_HASH}", "lua": r"--\[\[[\s\S]*?\]\]-*|^[ \t]*--.*\n",
+    "python": rf"^[ \t]*r?(\"\"\"|\'\'\')[\s\S]*?\1|{_HASH}", "lua": r"--\[\[[\s\S]*?\]\]-*|^[ \t]*--.*\n",
     "haskell": r"\{-[\s\S]*?-\}|^[ \t]*--.*\n", "pascal": r"\(\*[\s\S]*?\*\)", "erlang": r"^[ \t]*%.*\n",
     **dict.fromkeys(("racket", "commonlisp"), r"#\|[\s\S]*?\|#|^[ \t]*;.*\n"),
 }  # fmt: skip
@@ -426,7 +426,7 @@ func main() {
 }
 """
 ENDINGS = {
-    "python": [(r"\Z", r'\nprint("«word»")\n')],
+    "python": [(r"unittest\.main\(\)\s*\Z", r'assert unittest.main(exit=False).result.wasSuccessful()\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
     "javascript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
     "typescript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
     "coffeescript": [(r"\Z", r'\nconsole.log "«word»"\n')],
