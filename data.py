@@ -4,7 +4,7 @@
     python data.py verify           # run every program of the corpus against its tests
     python data.py show train-17    # one problem with all its programs side by side
     python data.py import FORMAT FILE... --out DIR   # public problems and programs, as records
-    python data.py split --data DIR --out DIR        # deals such records out to training, RL and evaluation
+    python data.py split --data DIR --out DIR        # deals such records out to train, rl, dev and test
 
 **Records.** One JSON object a line, in plain or gzipped JSONL:
 
@@ -1992,11 +1992,11 @@ def keep(paths: Sequence[Path], s: VerifySettings, results: dict[str, dict]) -> 
 @dataclass(frozen=True)
 class SplitSettings:
     data: str = flag("runs/problems", "folder of records, or one JSONL file")
-    out: str = flag("runs/data", "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and languages.json into")
+    out: str = flag("runs/data", "folder to write train, rl, dev and test.jsonl.gz and languages.json into")
     sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that most programs are in)")
     unseen: tuple = flag((), "PLs that SFT and RL never show (default: up to four others that can be tested here)")
     rl: float = flag(0.2, "share of the problems for RL", least=0, most=1)
-    eval: float = flag(0.2, "share of the problems held out for evaluation", least=0, most=1)
+    held_out: float = flag(0.1, "share of the problems for dev, and the same for test", least=0, most=0.5)
     seed: int = flag(0, "seed of the order in which problems are dealt")
 
 
@@ -2033,8 +2033,10 @@ def split(s: SplitSettings) -> None:
     roles = Roles(sft, tuple(map(sandbox.canonical, s.unseen)) or tuple(ranked[:4]))
     groups = same_problems(records)
     random.Random(s.seed).shuffle(groups)
-    first, second = round(len(groups) * s.eval), round(len(groups) * (s.eval + s.rl))
-    dealt = {"eval": groups[:first], "rl": groups[first:second], "train": groups[second:]}
+    ends = [round(len(groups) * share) for share in (s.held_out, 2 * s.held_out, 2 * s.held_out + s.rl)]
+    dealt = {
+        name: groups[a:b] for name, a, b in zip(("dev", "test", "rl", "train"), [0, *ends], [*ends, None], strict=True)
+    }
     if empty := [name for name, own in dealt.items() if not own]:
         fail(f"{s.data}: {len(groups)} problems leave none for {', '.join(empty)}; give more, or other shares")
     for name, own in dealt.items():
@@ -2093,7 +2095,7 @@ def main(argv: Sequence[str]) -> None:
     elif name == "show" and rest and not rest[0].startswith("-"):
         command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
     elif name == "split":
-        command(split, SplitSettings, "Deals records out to training, RL and evaluation.", rest)
+        command(split, SplitSettings, "Deals records out to train, rl, dev and test.", rest)
     elif name == "import" and len(words := [*itertools.takewhile(lambda w: not w.startswith("-"), rest)]) > 1:
         about = f"Makes records of public data: import FORMAT FILE...; formats: {', '.join(PUBLIC_FORMATS)}."
         command(lambda s: import_files(s, words[0], words[1:]), ImportSettings, about, rest[len(words) :])
