@@ -486,7 +486,10 @@ def function_part(
         head, bare = bare[: at.start()], bare[at.start() :]
         task = f"Complete {entry} in this and answer with that function alone"
     elif language == "go":
-        head, bare = re.sub(r"package \w+", "package main", head), re.sub(HEADS["go"], "", bare, flags=re.M).strip("\n")
+        head, bare = (
+            re.sub(r"package \w+", 'package main\nimport "os"', head),
+            re.sub(HEADS["go"], "", bare, flags=re.M).strip("\n"),
+        )
     elif language == "php":
         test = f"?><?php\n{test}"
     part = {
@@ -645,7 +648,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                 whole = [{"src_uid": key, "unittests": value} for key, value in whole.items()]  # unittest_db.json
             rows = [(f"row {n}", row) for n, row in enumerate(whole if isinstance(whole, list) else [whole], 1)]
         except ValueError:
-            rows = ((f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+            rows = ((f"row {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     for where, content in rows:
         try:
             row = Row(json.loads(content) if isinstance(content, str) else content)

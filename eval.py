@@ -954,6 +954,8 @@ def write_programs(s: Settings) -> None:
                 left["prompt too long"] += not fits
         if not world.rank:
             print(f"{len(tasks)} to write" + "".join(f"; {n} left out: {why}" for why, n in left.items()))
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
+            data.write_atomically(out / "ledger.txt", lambda p: p.write_text(text, encoding="utf-8"))
         batch = max(1, s.rows // s.samples) * world.size
         for start in tqdm(range(0, len(tasks), batch), desc="batches", disable=world.rank > 0 or None):
             own, seed = world.deal(tasks[start : start + batch]), (s.seed, len(done) + start, world.rank)
@@ -964,7 +966,6 @@ def write_programs(s: Settings) -> None:
             rows = [row for row in world.gather(rows) if "internal_error" not in row["verdicts"]]
             done |= {(row["id"], row["language"]): row for row in rows}
             if not world.rank:
-                out.mkdir(parents=True, exist_ok=True)
                 with open(out / "ledger.txt", "a", encoding="utf-8") as ledger:
                     ledger.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not world.rank:
