@@ -3,6 +3,8 @@
     python data.py make             # write the embedded corpus and its tokenizer
     python data.py verify           # run every program of the corpus against its tests
     python data.py show train-17    # one problem with all its programs side by side
+    python data.py import FORMAT FILE... --out DIR   # public problems and programs, as records
+    python data.py split --data DIR --out DIR        # deals such records out to train, rl, dev and test
 
 **Records.** One JSON object a line, in plain or gzipped JSONL:
 
@@ -12,7 +14,9 @@
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
 function, written once in each. `prompts` {PL: statement} may word it otherwise for some PLs. A test may have `args`, a list
-of texts for the command line. Extra fields are kept;
+of texts for the command line, and its `stdout` may be a list of accepted ones. How answers are run and compared, a record may
+say as sandbox.Demands does: `compare`, `tolerance`, `time_limit`, `memory_limit`, and `harness` for problems that ask for a
+function. Extra fields are kept;
 the embedded corpus adds `operations`, `function` (a hash of behaviour), `commented` (base's programs with comments),
 and for held-out problems `kind`, `phrase` (the reserved wording in it) and `distractors` (wrong programs a PL).
 
@@ -38,20 +42,23 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
 """
 
 import argparse
+import base64
 import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,11 +163,18 @@ def parse_record(line: str, where: str) -> dict:
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("id", "prompt"):
         need(text(record.get(name)) and record[name], name, "give a text that is not empty")
-    tests = record.get("tests")
+    try:
+        harness = sandbox.demands(record).harness
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}") from None
+    tests = record.setdefault("tests", [{"stdin": ""}]) if harness else record.get("tests")
     need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
     for i, test in enumerate(tests):
-        ok = isinstance(test, dict) and text(test.get("stdin")) and text(test.get("stdout"))
-        need(ok, f"tests[{i}]", 'give an object {"stdin": text, "stdout": text}')
+        ok = isinstance(test, dict) and text(test.get("stdin"))
+        accepted = test.get("stdout", "" if harness else None) if ok else None
+        several = accepted if isinstance(accepted, list) else [accepted]
+        mend = 'give an object {"stdin": text, "stdout": text or list of texts}'
+        need(several and all(map(text, several)), f"tests[{i}]", mend)
         args = test.get("args", [])
         ok = isinstance(args, list) and all(text(arg) and "\0" not in arg for arg in args)
         need(ok, f"tests[{i}].args", "give a list of texts without NUL, or leave it out")
@@ -169,13 +183,33 @@ def parse_record(line: str, where: str) -> dict:
     wrong = record.get("distractors", {})
     ok = isinstance(wrong, dict) and all(isinstance(own, list) and all(map(text, own)) for own in wrong.values())
     need(ok, "distractors", "give an object from PL to a list of programs, or leave it out")
-    for name, programs in {"solutions": record.get("solutions"), "commented": record.get("commented", {})}.items():
+    for name in ("solutions", "commented", "prompts"):
+        programs = record.get(name, None if name == "solutions" else {})
         need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
         for language, program in programs.items():
             field = f"{name}.{language}"
             need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-            need(text(program) and program.strip(), field, "give the program's text")
+            need(text(program) and program.strip(), field, "give a text that is not empty")
+            need(name == "prompts" or not harness or language in harness, field, "give it a harness, as others have")
     return record
+
+
+def gradable(record: dict, language: str) -> bool:
+    """Whether the record's tests can judge an answer in the PL."""
+    return not record.get("harness") or language in record["harness"]
+
+
+def job(record: dict, language: str, program: str) -> tuple:
+    """What Sandbox.map takes to judge `program` as the record's answer in the PL."""
+    return program, language, record["tests"], record
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, plain or .gz."""
+    try:
+        return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -186,11 +220,7 @@ def read_records(path: str | Path) -> list[dict]:
     path, records, seen = Path(path), [], {}
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
-    try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             records.append(parse_record(line, f"{path}:{number}"))
             name = records[-1]["id"]
@@ -221,6 +251,470 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
     if path.suffix == ".gz":
         body = gzip.compress(body, mtime=0)
     write_atomically(path, lambda p: p.write_bytes(body))
+
+
+# --------------------------------------------------------------------------------------------------
+# Importing public data. A format is one function, from a row of its files to a record or a part of one; parts
+# with one id are put together. `solutions` are lists of programs until then.
+
+
+class LeftOut(ValueError):
+    """Why a row is none that records are made of; counted and said."""
+
+
+class Row(dict):
+    """A row of a public file. row(field) is a field of that kind, else a RecordError names file, row and field."""
+
+    where, name = "", ""  # file and row; a name for a row that has none
+    left: Counter  # what of the file is left out, and why
+
+    def __call__(self, field: str, kind=str, *default):
+        value = self.get(field)
+        if value in (None, "") and default:
+            return default[0]
+        if not isinstance(value, kind):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise RecordError(f"{self.where}: field {field!r}: must be {wanted}; is the file of this format?")
+        return value
+
+    def json(self, field: str, *default):
+        """A list or object that the field holds, or that its text does."""
+        value = self(field, (str, list, dict), *default)
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise RecordError(f"{self.where}: field {field!r}: not JSON ({error})") from None
+
+    def program(self, name: str, text: str) -> dict:
+        """The part of a record that one program is; of a PL that we do not have it is empty, and counted."""
+        try:
+            return {public_language(name): [text]}
+        except LeftOut as reason:
+            self.left[f"programs: {reason}"] += 1
+            return {}
+
+
+PUBLIC_NAMES = {  # what contests and data sets call PLs -> ours; the first that is found in a name counts
+    r"python ?2|pypy ?2|emacs": "", r"c\+\+|clang": "cpp", r"delphi|fpc|pascal": "pascal", r"c#|csharp|\.net": "csharp",
+    "coffee": "coffeescript", r"node|javascript": "javascript", r"^java\b": "java", r"^py": "python", "kotlin": "kotlin",
+    "^go": "go", "rust": "rust", "ruby": "ruby", "scala": "scala", "haskell": "haskell", "ocaml": "ocaml",
+    "perl": "perl", "php": "php", "common lisp": "commonlisp", r"^(gnu )?c(\d\d)?\b": "c", r"^d\b": "d",
+}  # fmt: skip
+
+
+def public_language(name: str) -> str:
+    """Our name of a PL that public data calls `name`, such as "GNU C++17 (64)"."""
+    low = name.lower().strip()
+    try:
+        return sandbox.canonical(next((p for pattern, p in PUBLIC_NAMES.items() if re.search(pattern, low)), low))
+    except ValueError:
+        raise LeftOut(f"{name} is no PL of `python sandbox.py languages`") from None
+
+
+def quantity(text: str | int | float | None) -> float | None:
+    """Seconds or MB, from a number or from texts such as "2 seconds", "256 megabytes"."""
+    found = re.match(r"([\d.]+) *(milli|kilo|giga)?", str(text or ""))
+    return float(found[1]) * {"milli": 1e-3, "kilo": 2**-10, "giga": 2**10}.get(found[2], 1) or None if found else None
+
+
+def limits(seconds: float | None, memory: float | None) -> dict:
+    return {k: v for k, v in (("time_limit", seconds), ("memory_limit", memory)) if v}
+
+
+def story(body: str, **sections: str) -> str:
+    """A statement: the body, then each section that is not empty under its title."""
+    return "\n\n".join(
+        [body.strip(), *(f"{title}:\n{text.strip()}" for title, text in sections.items() if text.strip())]
+    )
+
+
+def cases(pairs: Iterable[tuple]) -> dict:
+    """`tests` and `compare` of (input, output or list of accepted ones). Contests compare tokens, and let numbers
+    with a point differ in their last digits."""
+
+    def text(value) -> str:
+        return ("\n".join(value) if isinstance(value, list) else value).replace("\r\n", "\n")
+
+    tests = [{"stdin": text(i), "stdout": [*map(text, o)] if isinstance(o, list) else text(o)} for i, o in pairs]
+    if not tests:
+        raise LeftOut("no tests")
+    outputs = (o for t in tests for o in ([t["stdout"]] if isinstance(t["stdout"], str) else t["stdout"]))
+    return {"tests": tests, "compare": "numbers" if any(re.search(r"\d\.\d", o) for o in outputs) else "tokens"}
+
+
+CALL = """from typing import *
+import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys
+«answer»
+_arguments, _accepted = json.load(sys.stdin)
+_got = (getattr(Solution(), "NAME") if "Solution" in globals() else NAME)(*_arguments)
+_got = json.loads(json.dumps(_got, default=list))
+assert any(_got == x or isinstance(x, float) and math.isclose(_got, x, abs_tol=1e-6) for x in _accepted), _got
+print("«word»")
+"""
+
+
+def judged(given: dict | list, function: str = "") -> dict:
+    """What judges answers: tests, with a harness where they call a function. Given as APPS has them, or as a list.
+
+    The accepted results of a function are in the input of its tests: the harness compares them.
+    """
+    if isinstance(given, dict):
+        inputs, outputs, function = given.get("inputs", []), given.get("outputs", []), given.get("fn_name") or ""
+        if len(inputs) != len(outputs):
+            raise LeftOut("not as many outputs as inputs")
+        calls, pairs = bool(function), [*zip(inputs, outputs, strict=True)]
+        if calls:  # Codewars' results are each in a list of their own
+            pairs = [(i, [o, *o] if isinstance(o, list) and len(o) == 1 else [o]) for i, o in pairs]
+    else:
+        kinds = {t.get("testtype") or t.get("type") or "stdin" for t in given}
+        calls, pairs = bool(kinds - {"stdin", "stdin_stdout"}), [(t["input"], t["output"]) for t in given]
+        function = next((t["fn_name"] for t in given if t.get("fn_name")), function)
+        if calls:
+            read = [
+                ([*map(json.loads, filter(str.strip, i.split("\n")))] if isinstance(i, str) else i, o) for i, o in pairs
+            ]
+            pairs = [(i, [json.loads(o) if isinstance(o, str) else o]) for i, o in read]
+    if not calls:
+        return cases(pairs)
+    if not re.fullmatch(r"\w+", function):
+        raise LeftOut("tests call a function that has no name")
+    harness = {"python": CALL.replace("NAME", function)}
+    return {"tests": [{"stdin": json.dumps(pair)} for pair in pairs] or cases([]), "harness": harness}
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """Unpickles texts and plain values: nothing that a pickle names is loaded, let alone called."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def hidden_cases(row: Row, field: str) -> list:
+    """Test cases as JSON, or as base64 of zlib of a pickled text of JSON."""
+    value = row(field, (str, list), "[]")
+    if isinstance(value, list) or value.lstrip().startswith("["):
+        return row.json(field, [])
+    try:
+        return json.loads(_TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load())
+    except (ValueError, TypeError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        raise RecordError(f"{row.where}: field {field!r}: neither JSON nor a packed text of it ({error})") from None
+
+
+# Comments, where public data describes a function, and the lines that tests need beside it
+_C_LIKE, _HASH = r"/\*[\s\S]*?\*/|^[ \t]*//.*\n", r"^[ \t]*#(?!lang|!).*\n"
+COMMENTS = {
+    **dict.fromkeys("c cpp java javascript typescript go rust kotlin scala csharp swift d dart".split(), _C_LIKE),
+    **dict.fromkeys("ruby perl bash r elixir coffeescript tcl julia awk".split(), _HASH), "php": f"{_C_LIKE}|{_HASH}",
+    "python": rf"^[ \t]*r?(\"\"\"|\'\'\')[\s\S]*?\1|{_HASH}", "lua": r"--\[\[[\s\S]*?\]\]-*|^[ \t]*--.*\n",
+    "haskell": r"\{-[\s\S]*?-\}|^[ \t]*--.*\n", "pascal": r"\(\*[\s\S]*?\*\)", "erlang": r"^[ \t]*%.*\n",
+    **dict.fromkeys(("racket", "commonlisp"), r"#\|[\s\S]*?\|#|^[ \t]*;.*\n"),
+}  # fmt: skip
+HEADS = {
+    "python": r"^(?:from|import) [^(\n]*$", "c": r"^#include.*", "cpp": r"^(?:#include|using namespace).*", "java": r"^import .*",
+    "go": r"^package \w+|^import\s*\([^)]*\)|^import .*", "php": r"\A\s*<\?php", "racket": r"^#lang .*",
+}  # fmt: skip
+# How the tests of a PL are made to print the word when all is done: the first pattern that they have, and what takes
+# its place. A main function is called by another, or prints as its scope is left by a return.
+_GO_TEST = r"""\g<0>
+func main() {
+	testing.Main(func(_, _ string) (bool, error) { return true, nil }, []testing.InternalTest{{Name: "Test", F: func(t *testing.T) {
+		if \1(t); !t.Failed() {
+			os.Stdout.WriteString("«word»\\n")
+			os.Exit(0)
+		}
+	}}}, nil, nil)
+}
+"""
+ENDINGS = {
+    "python": [(r"unittest\.main\(\)\s*\Z", r'assert unittest.main(exit=False).result.wasSuccessful()\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
+    "javascript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
+    "typescript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
+    "coffeescript": [(r"\Z", r'\nconsole.log "«word»"\n')],
+    "ruby": [(r"\Z", r'\nputs "«word»"\n')],
+    "perl": [(r"\Z", r'\nprint "«word»\\n" if !Test::More->can("builder") || Test::More->builder->is_passing;\n')],
+    "php": [(r"(?:\?>\s*)?\Z", r'\necho "«word»";\n')],
+    "lua": [(r"os\.exit\((.*)\)\s*\Z", r'assert(\1 == 0)\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
+    "bash": [(r"\Z", r'\necho "«word»"\n')],
+    "r": [(r"\Z", r'\ncat("«word»")\n')],
+    "tcl": [(r"\Z", r'\nputs "«word»"\n')],
+    "julia": [(r"\Z", r'\nprintln("«word»")\n')],
+    "swift": [(r"\Z", r'\nprint("«word»")\n')],
+    "commonlisp": [(r"\Z", r'\n(format t "«word»~%")\n')],
+    "racket": [(r"\A([\s\S]*)\Z", r'(require rackunit)\n(current-check-handler raise)\n\1\n(displayln "«word»")\n')],
+    "elixir": [(r"ExUnit\.start\(\)([\s\S]*)", r'ExUnit.start(autorun: false)\1\n%{failures: 0} = ExUnit.run()\nIO.puts("«word»")\n')],
+    "erlang": [(r"^test\(\) ->[\s\S]*", r'\g<0>\nmain(_) -> ok = test(), io:format("«word»~n").\n')],
+    "haskell": [(r"^main :: IO \(\)\nmain =", r'main :: IO ()\nmain = checks >> putStrLn "«word»"\nchecks :: IO ()\nchecks =')],
+    "pascal": [(r"\bend\.\s*\Z", "writeln('«word»');\nend.\n")],
+    "c": [(r"\bint main\(.*?\)\s*\{", r'#include <stdio.h>\nstatic void last(int *_) { puts("«word»"); }\n\g<0> __attribute__((cleanup(last))) int last_ = 0;')],
+    "cpp": [(r"\bint main\(.*?\)\s*\{", r'#include <cstdio>\n\g<0> struct Last { ~Last() { std::puts("«word»"); } } last_;')],
+    "java": [(r"(?:public )?static void main\(.*?\)", r'public static void main(String[] args) throws Exception { checks(args); System.out.println("«word»"); }\nstatic void checks(String[] args)')],
+    "csharp": [(r"(?:public )?static void Main\(.*?\)([\s\S]*)\Z", r'public static void Main() { Checks(); System.Console.WriteLine("«word»"); }\nstatic void Checks()\1\nstatic class Debug { public static void Assert(bool ok, string why = "") { if (!ok) throw new System.Exception(why); } }\n')],
+    "kotlin": [(r"\bfun main\(.*?\)([\s\S]*?)(?:^main\(\)\s*)?\Z", r'fun main() { checks(); println("«word»") }\nfun checks()\1')],
+    "scala": [(r"\bdef main\(.*?\)(?:: Unit)?", r'def main(args: Array[String]): Unit = { checks(args); println("«word»") }\ndef checks(args: Array[String]): Unit'),
+              (r"\}\s*\Z", r'println("«word»")\n}\n')],
+    "go": [(r"\bfunc main\(\)", r'func main() { checks(); os.Stdout.WriteString("«word»\\n") }\nfunc checks()'), (r"^func (Test\w*)\([\s\S]*", _GO_TEST)],
+    "rust": [(r"#\[cfg\(test\)\]\s*mod (\w+)([\s\S]*?)#\[test\](?:\s|//.*)*fn (\w+)([\s\S]*)", r'mod \1\2pub fn \3\4\nfn main() { \1::\3(); println!("«word»"); }\n'),
+             (r"\bfn main\(\)", r'fn main() { checks(); println!("«word»"); }\nfn checks()')],
+    "d": [(r"\bunittest\b([\s\S]*?)void main\(.*?\)\s*\{", r'void checks()\1void main() { checks(); import std.stdio; writeln("«word»");')],
+}  # fmt: skip
+
+
+def function_part(
+    name: str, language: str, opening: str, solution: str, test: str, *, shown: str = "", setup: str = "", entry: str = "", about: str = ""
+) -> dict:  # fmt: skip
+    """What a problem that asks for a function is in one PL: statement, harness and, if it is there, the solution.
+
+    `opening` begins the function, `solution` ends it, `test` calls it; the model is shown `shown`, else the opening
+    with its comments, and is asked for all of it. Where the test closes the class that the opening began, it is
+    asked for the function `entry` alone.
+    """
+    if language not in ENDINGS or not test.strip():
+        raise LeftOut(f"{language}: " + ("no tests" if language in ENDINGS else "how its tests end is not known"))
+    bare = re.sub(COMMENTS[language], "", opening + "\n", flags=re.M)
+    bare = re.sub(r"\n\s*\n+", "\n\n", re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", bare, flags=re.M)).strip("\n")
+    test = test if solution else re.sub(r"\A\s*\}", "", test)  # MultiPL-E's close the function
+    if language == "python" and re.search(r"^def check\(", test, re.M) and not re.search(r"^check\(", test, re.M):
+        test += f"\ncheck({entry})\n"
+    if language == "rust":
+        test = test.replace("use super::*;", "\n".join(["use super::*;", *re.findall(r"^\s*use .*;", bare, re.M)]), 1)
+    patterns = ((pattern, text) for pattern, text in ENDINGS[language] if re.search(pattern, test, re.M))
+    if not (first := next(patterns, None)):
+        raise LeftOut(f"{language}: tests without a main function")
+    test = re.sub(*first, test, count=1, flags=re.M)
+    head = "\n".join(re.findall(HEADS.get(language, r"(?!)"), setup + bare, re.M))
+    task = "Complete this and answer with the whole of it"
+    code = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])\'', "", test)
+    if language in ("java", "csharp", "scala") and code.count("}") > code.count("{"):
+        at = re.search(rf"^.*\b{re.escape(entry)}\b", bare, re.M)
+        if not at:
+            raise LeftOut(f"{language}: no function {entry!r} to be seen")
+        head, bare = bare[: at.start()], bare[at.start() :]
+        task = f"Complete {entry} in this and answer with that function alone"
+    elif language == "go":
+        head, bare = (
+            re.sub(r"package \w+", 'package main\nimport "os"', head),
+            re.sub(HEADS["go"], "", bare, flags=re.M).strip("\n"),
+        )
+    elif language == "php":
+        test = f"?><?php\n{test}"
+    part = {
+        "id": name,
+        "prompt": about or shown or opening,
+        "tests": [{"stdin": ""}],
+        "prompts": {language: f"{task}:\n\n{(shown or opening).strip()}"},
+        "harness": {language: "\n".join([head, "«answer»", test])},
+    }
+    return part | {"solutions": {language: [f"{bare}\n{solution.rstrip()}"]} if solution else {}}
+
+
+def humaneval_x(row: Row) -> dict:
+    name, number = row("task_id").split("/")
+    opening, shown = row("import", str, "") + row("declaration"), row("prompt")
+    shown += "" if opening.strip().split("\n")[-1] in shown else opening
+    own = {"shown": shown, "setup": row("test_setup", str, "")}
+    language = public_language(name)
+    return function_part(f"HumanEval/{number}", language, opening, row("canonical_solution"), row("test"), **own)
+
+
+def humanevalpack(row: Row) -> dict:
+    language, imports = public_language(row("lang")), re.match(r"\s*import \([^)]*\)\n", row("prompt"))
+    opening = (imports[0] if imports else "") + row("declaration")
+    own = {"shown": row("prompt"), "setup": row("setup", str, ""), "entry": row("entry_point")}
+    own["about"] = row("instruction").partition("\n")[2]
+    return function_part(row("problem"), language, opening, row("solution"), row("test"), **own)
+
+
+def mbxp(row: Row) -> dict:
+    task, number = row("task_id").split("/")[:2]
+    name = f"{'MBXP' if task.startswith('MB') else 'HumanEval'}/{number}"
+    if row("natural_language", str, ""):
+        name = f"HumanEval-XL/{number}/{row('natural_language')}"
+    own = {"entry": row("entry_point"), "about": row("description", str, "")}
+    solution = row("canonical_solution", str, "")
+    return function_part(name, public_language(row("language")), row("prompt"), solution, row("test"), **own)
+
+
+def mceval(row: Row) -> dict:
+    name, opening = row("task_id"), row("prompt")
+    language = "racket" if opening.lstrip().startswith("#lang racket") else public_language(name.split("/")[0])
+    own = {"entry": row("entry_point", str, ""), "about": row("instruction")}
+    part = function_part(f"McEval/{name}", language, opening, row("canonical_solution"), row("test", str, ""), **own)
+    return part | {"level": row("level")}
+
+
+def multipl_e(row: Row) -> dict:
+    name, opening = row("name"), row("prompt")
+    entry = re.sub(r"^[A-Za-z]+_\d+_", "", name)
+    return function_part(f"MultiPL-E/{name}", public_language(row("language")), opening, "", row("tests"), entry=entry)
+
+
+def xcodeeval(row: Row) -> dict:
+    name = row("src_uid")
+    if "unittests" in row:
+        return {"id": name} | cases((t["input"], t["output"]) for t in row("unittests", list))
+    if "source_code" in row:
+        if row("exec_outcome") != "PASSED":
+            raise LeftOut(f"programs: outcome {row('exec_outcome')}")
+        both = row("lang", str, "") or row("lang_cluster")
+        return {"id": name, "solutions": row.program(both, row("source_code"))}
+    samples = zip(row("sample_inputs", list, []), row("sample_outputs", list, []), strict=False)
+    examples = "\n".join(f"{i}\n->\n{o}" for i, o in samples)
+    about = {"Input": row("input_spec", str, ""), "Output": row("output_spec", str, ""), "Examples": examples}
+    rating = {"rating": row("difficulty", (int, float))} if row.get("difficulty") else {}
+    about["Notes"] = row("notes", str, "")
+    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    return {"id": name, "prompt": story(row("description"), **about), **own, **rating}
+
+
+def codeforces(row: Row) -> dict:
+    if "source" in row:
+        if row("verdict") != "OK":
+            raise LeftOut(f"programs: verdict {row('verdict')}")
+        return {"id": row("problem_id"), "solutions": row.program(row("programmingLanguage"), row("source"))}
+    for field, fine, reason in (
+        ("interaction_format", ("", False), "interactive"), ("generated_checker", ("", False), "a checker of its own"),
+        ("input_mode", ("", "stdio"), "reads a file"), ("executable", ("", True), "cannot be run"),
+        ("official_tests_complete", ("", True, False), ""),
+    ):  # fmt: skip
+        if row(field, (str, bool), "") not in fine:
+            raise LeftOut(reason)
+    examples = "\n".join(f"{e['input']}\n->\n{e['output']}" for e in row("examples", list, []))
+    about = {"Input": row("input_format", str, ""), "Output": row("output_format", str, ""), "Examples": examples}
+    about["Note"] = row("note", str, "")
+    tests = [*row("examples", list, []), *row("official_tests", list, [])]
+    tests = {(t["input"], t["output"]): None for t in tests}
+    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    prompt = story(f"{row('title')}\n\n{row('description', str, '')}", **about)
+    return {"id": row("id"), "prompt": prompt, **cases(tests), **own}
+
+
+def codecontests(row: Row) -> dict:
+    if row("input_file", str, "") or row("output_file", str, ""):
+        raise LeftOut("reads a file")
+    pairs, seconds, solutions = [], row("time_limit", dict, {}), {}
+    for field in ("public_tests", "private_tests", "generated_tests"):
+        pairs += zip(*(row(field, dict, {"input": [], "output": []})[k] for k in ("input", "output")), strict=True)
+    names = {0: "UNKNOWN", 1: "Python 2", 2: "C++", 3: "Python 3", 4: "Java"}
+    given = row("solutions", dict, {"language": [], "solution": []})
+    for number, text in zip(given["language"], given["solution"], strict=True):
+        for language, programs in row.program(names.get(number, str(number)), text).items():
+            solutions.setdefault(language, []).extend(programs)
+    own = limits((seconds.get("seconds") or 0) + (seconds.get("nanos") or 0) / 1e9, None)
+    own |= limits(None, row("memory_limit_bytes", int, 0) / 2**20)
+    return {"id": row("name"), "prompt": row("description"), **cases(pairs), **own, "solutions": solutions}
+
+
+def apps(row: Row) -> dict:
+    given, starter = row.json("input_output", {}), row("starter_code", str, "").strip()
+    prompt = story(row("question"), **{"Complete this and answer with the whole of it": starter})
+    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    name = str(row.get("problem_id", row.get("id", row.name)))
+    return {"id": name, "prompt": prompt, **judged(given), **own, "solutions": {"python": row.json("solutions", [])}}
+
+
+def function_name(row: Row) -> str:
+    """The function that a problem's tests call, where the problem says so apart from them."""
+    starter = re.findall(r"def (\w+)\(", row("starter_code", str, ""))
+    return row.json("metadata", {}).get("func_name") or (starter[-1] if starter else "")
+
+
+def deepcoder(row: Row) -> dict:
+    own = judged(row.json("tests"), function_name(row))
+    return {"id": row.name, "prompt": row("problem"), **own, "solutions": {"python": row.json("solutions", [])}}
+
+
+def livecodebench(row: Row) -> dict:
+    tests = [*row.json("public_test_cases", []), *hidden_cases(row, "private_test_cases")]
+    starter = {"Complete this and answer with the whole of it": row("starter_code", str, "")}
+    name = str(row.get("question_id") or row.name)
+    return {"id": name, "prompt": story(row("question_content"), **starter), **judged(tests, function_name(row))}
+
+
+PUBLIC_FORMATS = {
+    "humaneval-x": humaneval_x, "humanevalpack": humanevalpack, "mbxp": mbxp, "humaneval-xl": mbxp, "mceval": mceval,
+    "multipl-e": multipl_e, "xcodeeval": xcodeeval, "codeforces": codeforces, "codecontests": codecontests,
+    "apps": apps, "taco": apps, "deepcoder": deepcoder, "livecodebench": livecodebench,
+}  # fmt: skip
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a public file: JSON lines, a JSON array or object, either gzipped, or parquet."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(f"{path}: parquet needs pyarrow; run `pip install pyarrow`") from None
+        rows = ((f"row {n}", row) for n, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+    else:
+        text = read_text(path)
+        try:
+            whole = json.loads(text)
+            if isinstance(whole, dict) and all(isinstance(value, list) for value in whole.values()):
+                whole = [{"src_uid": key, "unittests": value} for key, value in whole.items()]  # unittest_db.json
+            rows = [(f"row {n}", row) for n, row in enumerate(whole if isinstance(whole, list) else [whole], 1)]
+        except ValueError:
+            rows = ((f"row {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    for where, content in rows:
+        try:
+            row = Row(json.loads(content) if isinstance(content, str) else content)
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"{path}: {where}: no JSON object ({error}); write one a line, or an array") from None
+        row.where, row.name = f"{path}: {where}", f"{path.name.partition('.')[0]}/{where.split()[1]}"
+        yield row
+
+
+def assemble(parts: dict, programs: int, left: Counter) -> list[dict]:
+    """The records of one id: the first has the shortest program of each PL, the next the second, and so on."""
+    if missing := [field for field in ("prompt", "tests") if not parts.get(field)]:
+        left[f"problems without {missing[0]}" if "prompt" in parts else "programs and tests without a problem"] += 1
+        return []
+    given = {p: sorted(dict.fromkeys(filter(str.strip, texts)), key=len) for p, texts in parts["solutions"].items()}
+    left["programs: longer than those kept"] += sum(max(0, len(texts) - programs) for texts in given.values())
+    records = []
+    for i in range(max(1, min(programs, max(map(len, given.values()), default=1)))):
+        own = {p: texts[i] for p, texts in given.items() if i < len(texts)}
+        records.append(parts | {"id": parts["id"] + f"#{i + 1}" * (i > 0), "solutions": own})
+    return records
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    out: str = flag("runs/problems", "folder to write problems.jsonl.gz into")
+    programs: int = flag(1, "programs kept of each PL, the shortest first; each more makes a record more", least=1)
+
+
+def import_files(s: ImportSettings, format: str, paths: Sequence[str]) -> None:
+    """Writes the records of the files, and says what was left out and why."""
+    if format not in PUBLIC_FORMATS:
+        fail(f"import: no format {format!r}; there are {', '.join(PUBLIC_FORMATS)}")
+    problems, left, records = {}, Counter(), []
+    for row in itertools.chain(*(read_rows(Path(path)) for path in paths)):
+        row.left = left
+        try:
+            part = PUBLIC_FORMATS[format](row)
+        except RecordError:
+            raise
+        except LeftOut as reason:
+            left[str(reason)] += 1
+            continue
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{row.where}: {type(error).__name__} {error}; is this a file of {format}?") from None
+        whole = problems.setdefault(part["id"], {"where": row.where, "solutions": {}})
+        for language, texts in part.pop("solutions", {}).items():
+            whole["solutions"].setdefault(language, []).extend(texts)
+        for field, value in part.items():
+            whole[field] = whole.get(field, {}) | value if isinstance(value, dict) else whole.get(field, value)
+    for whole in problems.values():
+        where = whole.pop("where")
+        records += [parse_record(json.dumps(r), where) for r in assemble(whole, s.programs, left)]
+    for reason, count in sorted(left.items()):
+        print(f"left out: {count:>6} {reason}") if count else None
+    if not records:
+        fail(f"{', '.join(paths)}: no record in {format}; see what was left out")
+    write_records(Path(s.out) / "problems.jsonl.gz", records)
+    counts = Counter(p for r in records for p in r["solutions"])
+    print("programs: " + ", ".join(f"{p} {n}" for p, n in counts.most_common()))
+    print(f"wrote {s.out}/problems.jsonl.gz: {len(records)} records")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1432,9 +1926,71 @@ MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, cross
 # Command line
 
 
+LITERAL = re.compile(r'"((?:\\.|[^"\\\n])*)"|\'((?:\\.|[^\'\\\n])*)\'|(?<![\w.])(\d+(?:\.\d+)?)')
+
+
+def literals(text: str) -> set[str]:
+    """Strings and numbers in the text of a program; of two characters or more: others say nothing."""
+    found = {"".join(groups).strip() for groups in LITERAL.findall(text)}
+    return {x for x in found if len(x) > 1 and not re.search("(?i)error|exception|fail|test case", x)}
+
+
+def hard_coded(record: dict) -> set[str]:
+    """The PLs whose program lists its tests' answers: two or more of the tests' literals, and a quarter of all.
+
+    Words of the statement do not count, nor what most of three or more programs have: such belong to the problem.
+    """
+    programs = {p: re.sub(COMMENTS.get(p, r"(?!)"), "", text, flags=re.M) for p, text in record["solutions"].items()}
+    carried = {p: literals(text) for p, text in programs.items()}
+    common = Counter(itertools.chain(*carried.values())) if len(carried) > 2 else Counter()
+    outputs = [t.get("stdout", "") for t in record["tests"]]
+    outputs = {o.strip() for several in outputs for o in ([several] if isinstance(several, str) else several)}
+    listed = set()
+    for language, own in carried.items():
+        asked = literals(record.get("harness", {}).get(language, "").partition("«answer»")[2]) or outputs
+        asked = {x for x in asked if common[x] <= len(carried) / 2 and (x[:1].isdigit() or x not in record["prompt"])}
+        shared = own & asked
+        listed |= {language} if len(shared) > 1 and 4 * len(shared) >= len(asked) else set()
+    return listed
+
+
+def sift(record: dict, results: dict[str, sandbox.Result], drop: Callable[..., None]) -> dict | None:
+    """The record with what holds of it, given the results of its programs by PL; drop(what, why) is told the rest."""
+    listed, ran = hard_coded(record), {p: r for p, r in results.items() if r.tests and not record.get("harness")}
+    passes = [[r.tests[i].verdict == "ok" for r in ran.values()] for i in range(len(record["tests"]))]
+    # Programs that agree against a test are right, where there is a test that they pass; one alone is not.
+    faulty = {i for i, own in enumerate(passes) if len(own) > 1 and not any(own) and any(map(any, passes))}
+    for i in faulty:
+        drop(f"test {i + 1}", "no program passes it")
+    solutions, broken = {}, {}
+    for language, program in record["solutions"].items():
+        result = results.get(language)
+        verdicts = [t.verdict for i, t in enumerate(result.tests) if i not in faulty] if result else []
+        bad = next((v for v in verdicts if v != "ok"), "") if result and result.tests else result and result.verdict
+        if bad == "internal_error" or not (bad or language in listed):
+            solutions[language] = program
+        elif bad:
+            broken[language] = bad
+            drop(f"program in {language}", f"fails its tests: {bad}")
+        else:
+            drop(f"program in {language}", "lists its tests' answers")
+    kept = record | {"solutions": solutions, "tests": [t for i, t in enumerate(record["tests"]) if i not in faulty]}
+    if harness := record.get("harness"):  # the one program that its tests had fails them
+        for language in broken:
+            drop(f"tests in {language}", "no program passes them")
+        kept["harness"] = {p: text for p, text in harness.items() if p not in broken}
+        kept["prompts"] = {p: text for p, text in record.get("prompts", {}).items() if p not in broken}
+    if (broken and not solutions) or (harness and not kept["harness"]):
+        return drop("record", "none of its programs is right")
+    return kept
+
+
 @dataclass(frozen=True)
 class VerifySettings:
     data: str = flag("runs/data", "folder of the corpus, or one JSONL file of records")
+    keep: str = flag(
+        "", "folder to write into what holds: programs that pass and list no answers, tests that one passes"
+    )
     languages: tuple = flag((), "PLs to run (default: all in the records whose toolchain is here)")
     limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all", least=0)
 
@@ -1452,10 +2008,10 @@ def verify(s: VerifySettings) -> None:
     if not jobs:
         fail(f"{s.data}: no program in {', '.join(wanted)}; there is nothing to run")
     with sandbox.Sandbox() as box:
-        results = box.map([(program, p, r["tests"]) for r, p, program in jobs], progress="verify")
+        results = box.map([job(*each) for each in jobs], progress="verify")
     runs, passes = Counter(), Counter()
     for (record, language, program), result in zip(jobs, results, strict=True):
-        if not result.passed and passes[language] == runs[language]:  # the PL's first
+        if not result.passed and passes[language] == runs[language] and not s.keep:  # the PL's first
             print(f"{record['id']} in {language}: {result.verdict}\n{program}")
         runs[language] += 1
         passes[language] += result.passed
@@ -1463,8 +2019,95 @@ def verify(s: VerifySettings) -> None:
         print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
     if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
         print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
-    if passes != runs:
+    if s.keep:
+        found: dict[str, dict] = {}
+        for (record, language, program), result in zip(jobs, results, strict=True):
+            if program == record["solutions"].get(language):
+                found.setdefault(record["id"], {})[language] = result
+        keep(paths, s, found)
+    elif passes != runs:
         sys.exit(1)
+
+
+def keep(paths: Sequence[Path], s: VerifySettings, results: dict[str, dict]) -> None:
+    """Writes each file's records anew with what holds of them, and dropped.json with the reasons for the rest."""
+    dropped, kept = [], {}
+    for path in paths:
+        records = kept[path.name] = []
+        for record in read_records(path)[: s.limit or None]:
+
+            def drop(what: str, why: str, name: str = record["id"]) -> None:
+                dropped.append({"id": name, "what": what, "why": why})
+
+            records += filter(None, [sift(record, results.get(record["id"], {}), drop)])
+        if not records:
+            fail(f"{path}: nothing of it holds; `python data.py verify` without --keep shows what fails")
+    for name, records in kept.items():
+        write_records(Path(s.keep) / name, records)
+    text = "[\n" + ",\n".join(json.dumps(d, ensure_ascii=False) for d in dropped) + "\n]\n"
+    write_atomically(Path(s.keep) / "dropped.json", lambda p: p.write_text(text, encoding="utf-8"))
+    for reason, count in Counter(f"{re.sub(' [0-9].*', '', d['what'])}: {d['why']}" for d in dropped).most_common():
+        print(f"dropped: {count:>6} {reason}")
+    print(f"wrote {s.keep}: {sum(map(len, kept.values()))} records, and dropped.json with the reasons")
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    data: str = flag("runs/problems", "folder of records, or one JSONL file")
+    out: str = flag("runs/data", "folder to write train, rl, dev and test.jsonl.gz and languages.json into")
+    sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that most programs are in)")
+    unseen: tuple = flag((), "PLs that SFT and RL never show (default: up to four others that can be tested here)")
+    rl: float = flag(0.2, "share of the problems for RL", least=0, most=1)
+    held_out: float = flag(0.1, "share of the problems for dev, and the same for test", least=0, most=0.5)
+    seed: int = flag(0, "seed of the order in which problems are dealt")
+
+
+def same_problems(records: Sequence[dict]) -> list[list[dict]]:
+    """The records in groups, those together that share a statement, a program or their `function`."""
+    parent: dict = {}
+
+    def root(mark):
+        while parent.setdefault(mark, mark) != mark:
+            parent[mark] = mark = parent[parent[mark]]
+        return mark
+
+    for r in records:
+        texts = [("statement", r["prompt"]), *r.get("prompts", {}).items(), *r["solutions"].items()]
+        marks = [(kind, " ".join(text.split())) for kind, text in texts]
+        for mark in marks + ([("function", r["function"])] if "function" in r else []):
+            parent[root(mark)] = root(("id", r["id"]))
+    groups: dict = {}
+    for r in records:
+        groups.setdefault(root(("id", r["id"])), []).append(r)
+    return list(groups.values())
+
+
+def split(s: SplitSettings) -> None:
+    """Deals the records out by problem, and writes the roles of their PLs."""
+    paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
+    records = [r for path in paths for r in read_records(path)]
+    if len({r["id"] for r in records}) < len(records):
+        fail(f"{s.data}: an id is in two of its files; make it unique")
+    counts = Counter(p for r in records for p in r["solutions"])
+    sft = tuple(map(sandbox.canonical, s.sft)) or tuple(p for p, _ in counts.most_common(4))
+    others = [p for p in sandbox.installed() if p not in sft and any(gradable(r, p) for r in records)]
+    ranked = sorted(others, key=lambda p: -sum(p in r.get("harness", r["solutions"]) for r in records))
+    roles = Roles(sft, tuple(map(sandbox.canonical, s.unseen)) or tuple(ranked[:4]))
+    groups = same_problems(records)
+    random.Random(s.seed).shuffle(groups)
+    ends = [round(len(groups) * share) for share in (s.held_out, 2 * s.held_out, 2 * s.held_out + s.rl)]
+    dealt = {
+        name: groups[a:b] for name, a, b in zip(("dev", "test", "rl", "train"), [0, *ends], [*ends, None], strict=True)
+    }
+    if empty := [name for name, own in dealt.items() if not own]:
+        fail(f"{s.data}: {len(groups)} problems leave none for {', '.join(empty)}; give more, or other shares")
+    for name, own in dealt.items():
+        write_records(Path(s.out) / f"{name}.jsonl.gz", itertools.chain(*own))
+        print(f"{name}: {len(own)} problems, {sum(map(len, own))} records")
+    text = json.dumps(dataclasses.asdict(roles)) + "\n"
+    write_atomically(Path(s.out) / "languages.json", lambda path: path.write_text(text))
+    print(f"{len(records) - len(groups)} records share a statement or a program with another and went with it")
+    print(f"SFT PLs: {', '.join(roles.sft)} (the first is the source of RL); unseen PLs: {', '.join(roles.unseen)}")
 
 
 def beside(texts: dict[str, str], width: int) -> str:
@@ -1513,8 +2156,16 @@ def main(argv: Sequence[str]) -> None:
         command(verify, VerifySettings, "Runs every program of a corpus in the sandbox.", rest)
     elif name == "show" and rest and not rest[0].startswith("-"):
         command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
+    elif name == "split":
+        command(split, SplitSettings, "Deals records out to train, rl, dev and test.", rest)
+    elif name == "import" and len(words := [*itertools.takewhile(lambda w: not w.startswith("-"), rest)]) > 1:
+        about = f"Makes records of public data: import FORMAT FILE...; formats: {', '.join(PUBLIC_FORMATS)}."
+        command(lambda s: import_files(s, words[0], words[1:]), ImportSettings, about, rest[len(words) :])
     else:
-        print("usage: python data.py make | verify | show ID   (make and verify have --help)\n\n" + __doc__)
+        print(
+            "usage: python data.py make | import FORMAT FILE... | verify | split | show ID   (each has --help)\n\n"
+            + __doc__
+        )
         sys.exit(not {"-h", "--help"} & {name, *rest})
 
 

@@ -9,6 +9,9 @@
     python eval.py --join runs/*/eval/eval.json       # runs with different seeds: the claims, means and intervals
     python eval.py --curves runs/rl-*                 # RL runs side by side, by step (needs matplotlib)
     python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
+    python eval.py --translate --models M --data DIR --to ruby php --samples 4 --keep OUT
+                                                      # programs from programs, those that pass written as records;
+                                                      # --solve: from the statements alone
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
 of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (the tables' cells), outcomes.json (every problem's
@@ -48,7 +51,8 @@ import math
 import os
 import tempfile
 import time
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,7 +135,7 @@ def grade(
         r.verdict = "truncated" if not r.stopped else "no_program"
     graded = [(r, (r.record["id"], r.language, r.program)) for r in rollouts if r.program is not None]
     todo = {key: r for r, key in graded if key not in known}
-    jobs = [(r.program, r.language, r.record["tests"]) for r in todo.values()]
+    jobs = [data.job(r.record, r.language, r.program) for r in todo.values()]
     results = box.map(jobs, stop_at_failure=True, progress=progress)
     verdicts = known | {key: result.verdict for key, result in zip(todo, results, strict=True)}
     for r, key in graded:
@@ -707,6 +711,13 @@ def plot(cells: Sequence[dict], out: Path) -> list[str]:
 class Settings:
     models: tuple = flag((), "checkpoints or run folders, FOLDER or NAME=FOLDER (default: every run under runs/)")
     data: str = flag("runs/data", "folder of the corpus")
+    translate: bool = flag(
+        False, "write programs in --to for DATA's records, shown one in another PL; keep what passes"
+    )
+    solve: bool = flag(False, "the same, shown the statement alone")
+    to: tuple = flag((), "PLs to write programs in")
+    source: str = flag("python", "PL to translate from, where a record has it; else the first that it has")
+    keep: str = flag("", "folder for the records with their new programs, and ledger.txt with every try")
     out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
     join: tuple = flag((), "eval.json files, one a seed: join them, weigh the claims, and evaluate nothing")
     curves: tuple = flag(
@@ -886,6 +897,100 @@ def join_seeds(s: Settings) -> list[dict]:
     return cells
 
 
+# --------------------------------------------------------------------------------------------------
+# Parallel programs from a model: what it writes and what passes is kept
+
+
+def shown_program(record: dict, source: str) -> dict:
+    """The record with its program in `source` below each of its statements."""
+    program = f"The same in {source}:\n```{source}\n{record['solutions'][source].strip()}\n```"
+    own = {p: f"{text.strip()}\n\n{program}" for p, text in record.get("prompts", {}).items()}
+    return record | {"prompt": f"{record['prompt'].strip()}\n\n{program}", "prompts": own}
+
+
+def read_ledger(path: Path) -> dict[tuple[str, str], dict]:
+    """What is done, by record and PL. A last line that an interrupted run left unfinished is done again."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return {(row["id"], row["language"]): row for row in map(json.loads, lines)}
+
+
+def tell(rollouts: Sequence[Rollout]) -> dict:
+    """The ledger's line on one record in one PL: the first program that is right, and why the others are not kept."""
+    record, language, program, rejected = rollouts[0].record, rollouts[0].language, None, {}
+    for r in rollouts:
+        listed = r.passed and language in data.hard_coded(record | {"solutions": {language: r.program}})
+        if r.passed and not listed:
+            program = program or r.program
+        elif r.program is not None:
+            rejected[r.program] = "hard_coded" if listed else r.verdict
+    verdicts = [r.verdict for r in rollouts]
+    row = {"id": record["id"], "language": language, "program": program, "verdicts": verdicts}
+    return row | {"rejected": [{"verdict": v, "program": text} for text, v in rejected.items()]}
+
+
+def write_programs(s: Settings) -> None:
+    """Samples programs in the PLs `s.to` for records that lack them, and writes the records with those that pass.
+
+    Every try is a line of OUT/ledger.txt as soon as it is judged, so that a run that stopped goes on from there.
+    """
+    if not (s.to and s.samples and s.keep and len(s.models) == 1):
+        raise ValueError("--translate and --solve: give --models MODEL, --to PL..., --samples N and --keep FOLDER")
+    paths = data.record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
+    files = {path: data.read_records(path) for path in paths}
+    languages, out, left, tasks = present_languages([*map(sandbox.canonical, s.to)]), Path(s.keep), Counter(), []
+    with World(s.device) as world, open_sandbox(s, world) as box:
+        model, tokenizer = open_checkpoint(*find_models(s).values(), world, world.dtype(s.precision), s.format)
+        done, limit = read_ledger(out / "ledger.txt"), model.config.max_position_embeddings - s.max_new_tokens
+        for record, language in itertools.product(itertools.chain(*files.values()), languages):
+            given = [p for p in (s.source, *record["solutions"]) if p in record["solutions"]]
+            if language in record["solutions"] or (record["id"], language) in done:
+                left["done before"] += 1
+            elif not data.gradable(record, language) or (s.translate and not given):
+                left[f"no tests in {language}" if given or s.solve else "no program to translate"] += 1
+            else:
+                task = shown_program(record, given[0]) if s.translate else record
+                fits = len(tokenizer.prompt(data.statement(task, language), [language])) <= limit
+                tasks += [(task, language)] * fits
+                left["prompt too long"] += not fits
+        if not world.rank:
+            print(f"{len(tasks)} to write" + "".join(f"; {n} left out: {why}" for why, n in left.items()))
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
+            data.write_atomically(out / "ledger.txt", lambda p: p.write_text(text, encoding="utf-8"))
+        batch = max(1, s.rows // s.samples) * world.size
+        for start in tqdm(range(0, len(tasks), batch), desc="batches", disable=world.rank > 0 or None):
+            own, seed = world.deal(tasks[start : start + batch]), (s.seed, len(done) + start, world.rank)
+            job = (model, tokenizer, own, s.max_new_tokens, s.temperature, s.samples, zlib.crc32(repr(seed).encode()))
+            rollouts = sample(*job, s.rows, top_k=s.top_k, top_p=s.top_p)
+            grade(rollouts, tokenizer, box)
+            rows = [tell(rollouts[i : i + s.samples]) for i in range(0, len(rollouts), s.samples)]
+            rows = [row for row in world.gather(rows) if "internal_error" not in row["verdicts"]]
+            done |= {(row["id"], row["language"]): row for row in rows}
+            if not world.rank:
+                with open(out / "ledger.txt", "a", encoding="utf-8") as ledger:
+                    ledger.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not world.rank:
+        keep_programs(files, done, out)
+
+
+def keep_programs(files: dict[Path, list[dict]], done: dict, out: Path) -> None:
+    """Writes the files' records with the programs that are right, and prints the pass rate in each PL."""
+    new = defaultdict(dict)
+    for (name, language), row in done.items():
+        new[name] |= {language: row["program"]} if row["program"] else {}
+    for path, records in files.items():
+        data.write_records(out / path.name, [r | {"solutions": new[r["id"]] | r["solutions"]} for r in records])
+    for language in dict.fromkeys(language for _, language in done):
+        rows = [row for (_, p), row in done.items() if p == language]
+        drawn, kept = [v for row in rows for v in row["verdicts"]], sum(row["program"] is not None for row in rows)
+        rate = f"{100 * drawn.count('ok') / len(drawn):.1f}% of {len(drawn)} samples pass" if drawn else "none sampled"
+        print(f"{language:<12} {rate}; {kept} of {len(rows)} problems have a program")
+    print(f"wrote {out}: {', '.join(path.name for path in files)} and ledger.txt, with what was rejected and why")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
 def main(s: Settings) -> None:
     """Evaluates, or joins what was evaluated, and draws it."""
     if s.plots or s.curves:
@@ -894,6 +999,8 @@ def main(s: Settings) -> None:
         figures = {Path(s.out) / "curves.png": draw_curves(list(map(Path, s.curves)))}
         print("wrote " + " and ".join(write_figures(figures)))
         return
+    if s.translate or s.solve:
+        return write_programs(s)
     cells = join_seeds(s) if s.join else evaluate_models(s)
     if s.plots and cells:
         print("wrote " + " and ".join(plot(cells, Path(s.out))))

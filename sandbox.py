@@ -12,6 +12,8 @@ From Python:
         results = sandbox.map([(program, language, tests), ...])      # in order
         future = sandbox.submit(program, language, tests)             # while something else goes on
 
+A job may end with a record of data.py, whose comparison, limits and harness then count: see Demands.
+
 A program is compiled once and run once per test, by one small helper process per worker: the
 caller, which may hold a model and many threads, is never forked. The helper reports what a
 program wrote and how it ended. Whether that is right is decided in the caller, where the expected
@@ -36,6 +38,7 @@ What a program is kept from (each claim is a case in tests/sandbox_cases.py):
 What it does not protect against: faults of the kernel, for programs talk to the same one; side
 channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
 unit tests inside a program, in any language: it can leave them out, or print their report itself;
+an answer in a harness that alters what the harness calls, or reads the word it has to print from its own source;
 use of up to the limits by every worker at once (workers x memory should fit the machine); with
 neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks; without control
 groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process), nor the processor time of
@@ -61,7 +64,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 # A helper runs this file too, and forks at every run: the less it holds, the faster.
@@ -70,6 +73,7 @@ if not _IN_HELPER:
     import argparse
     import hashlib
     import queue
+    import secrets
     import subprocess
     import tempfile
     import warnings
@@ -125,7 +129,7 @@ _PYTHON = (
     '__import__("sys").argv.pop(0); __file__ = __import__("sys").argv[0];'
     'exec(compile(open(__file__, "rb").read(), __file__, "exec"))'
 )
-_JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto"
+_JAVA = "-ea -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto"
 _JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m"
 _JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": f"{_JAVA} -Xss256m -Xmx{{mb}}m"}
 _CPP = "g++ -std=gnu++20 -O1 -w"
@@ -143,7 +147,7 @@ _TABLE = (
              "node --version", "nodejs", aliases=("js", "node"), overhead=128),
     Language("typescript", "main.ts", "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js",
              "esbuild --version", "esbuild nodejs",
-             "esbuild --log-level=error --outfile={box}/main.js {file}", aliases=("ts",), overhead=128),
+             "esbuild --log-level=error --format=cjs --outfile={box}/main.js {file}", aliases=("ts",), overhead=128),
     Language("c", "main.c", "{box}/main", "gcc --version", "gcc libc6-dev",
              "gcc -std=gnu17 -O1 -w -o {box}/main {file} -lm", aliases=("h",)),
     Language("cpp", "main.cpp", "{box}/main", "g++ --version", "g++",
@@ -242,6 +246,23 @@ _TABLE = (
 # fmt: on
 LANGUAGES: dict[str, Language] = {language.name: language for language in _TABLE}
 _NAMES = {alias: lang.name for lang in _TABLE for alias in (lang.name, *lang.aliases)}
+# What the tests of public problems call beside the language: Debian package -> a file that it brings.
+_NODE_LIBRARIES = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
+_LIBRARIES: dict[str, dict[str, str]] = {
+    "javascript": _NODE_LIBRARIES,
+    "typescript": _NODE_LIBRARIES,
+    "perl": {
+        "libdata-compare-perl": "/usr/share/perl5/Data/Compare.pm",
+        "libtest-deep-perl": "/usr/share/perl5/Test/Deep.pm",
+    },
+    "lua": {"lua-unit": "/usr/share/lua/5.4/luaunit.lua"},
+    "go": {"golang-github-stretchr-testify-dev": "/usr/share/gocode/src/github.com/stretchr/testify/go.mod"},
+}
+
+
+def _libraries(name: str, here: bool) -> list[str]:
+    """The packages of a language's libraries that are here, or that are not."""
+    return [package for package, path in _LIBRARIES.get(name, {}).items() if os.path.exists(path) is here]
 
 
 def canonical(name: str) -> str:
@@ -335,9 +356,9 @@ def _make_cache_root() -> None:
 
 @functools.cache
 def cache(name: str, level: str = "namespaces") -> Path:
-    """Where a language's prepared files are, for the toolchain as it is now and these commands."""
+    """Where a language's prepared files are, for the toolchain and libraries as they are now and these commands."""
     language, tools = LANGUAGES[name], toolchain(name, level) or {}
-    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()]
+    stamps = [(path, os.stat(os.path.realpath(path)).st_mtime) for path in tools.values()] + _libraries(name, True)
     return _cache_root() / f"{name}-{hashlib.sha256(repr((language, stamps)).encode()).hexdigest()[:16]}"
 
 
@@ -361,18 +382,13 @@ def _warm(name: str, level: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Comparing
+# Comparing: what a problem demands of its answers
 
 Checker = Callable[[dict, str], bool]  # (test, stdout) -> right?
 
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-def same_lines(test: dict, stdout: str) -> bool:
-    """Equal but for white space at the ends of lines and blank lines at the end."""
-    return _lines(test["stdout"]) == _lines(stdout)
 
 
 # A program may write what a pattern is slow on: here and below each takes time in proportion to the text.
@@ -387,16 +403,100 @@ def _same_token(expected: str, got: str, tolerance: float) -> bool:
     return math.isfinite(number) and math.isclose(number, float(got), rel_tol=tolerance, abs_tol=tolerance)
 
 
-def close_numbers(tolerance: float = 1e-6) -> Checker:
-    """A checker for which white space only separates, and numbers may differ by the tolerance,
-    absolute or relative. Everything else, nan and inf among it, must be the same text."""
+def _close_numbers(expected: str, got: str, tolerance: float) -> bool:
+    left, right = expected.split(), got.split()
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(_same_token(*pair, tolerance) for pair in pairs)
 
-    def check(test: dict, stdout: str) -> bool:
-        expected, got = test["stdout"].split(), stdout.split()
-        pairs = zip(expected, got, strict=False)
-        return len(expected) == len(got) and all(_same_token(*pair, tolerance) for pair in pairs)
 
-    return check
+COMPARISONS: dict[str, Callable[[str, str, float], bool]] = {
+    # equal but for white space at the ends of lines and blank lines at the end
+    "lines": lambda expected, got, _: _lines(expected) == _lines(got),
+    # white space only separates
+    "tokens": lambda expected, got, _: expected.split() == got.split(),
+    # the same, and numbers may differ by the tolerance, absolute or relative; all else, nan and inf too, is text
+    "numbers": _close_numbers,
+    "exact": lambda expected, got, _: expected == got,
+}
+
+
+@dataclass(frozen=True)
+class Demands:
+    """How a problem wants its answers run and compared: these fields of a record, where it has them.
+
+    harness: by language the program around an answer. `«answer»` in it, once, is where the answer is put; `«word»` a
+    word drawn anew for each job, which the harness has to print last, after its checks: an early exit or a
+    caught exception prints none. A test's stdout, if given, is compared with what was printed before. An answer may
+    begin with the harness's own first line (`<?php`, `package main`), which then counts once; Go's imports are
+    gathered. What a harness does not protect against is said at the top of this file.
+    """
+
+    compare: str = "lines"  # one of COMPARISONS
+    tolerance: float = 1e-6  # of "numbers"
+    time_limit: float | None = None  # seconds per test, by the clock and of processor time
+    memory_limit: float | None = None  # MB
+    harness: dict[str, str] = field(default_factory=dict)
+
+    def check(self, test: dict, stdout: str) -> bool:
+        """Whether stdout is the test's, or one of them where it is a list."""
+        accepted = [test["stdout"]] if isinstance(test["stdout"], str) else test["stdout"]
+        return any(COMPARISONS[self.compare](text, stdout, self.tolerance) for text in accepted)
+
+
+def demands(record: dict) -> Demands:
+    """A record's demands. Raises ValueError naming the field that is none, and the mend."""
+    own = {f.name: record[f.name] for f in fields(Demands) if f.name in record}
+
+    def need(name: str, right: Callable[[object], bool], mend: str) -> None:
+        if name in own and not right(own[name]):
+            raise ValueError(f"field {name!r}: give {mend}, or leave it out")
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+    need("compare", lambda value: value in [*COMPARISONS], f"one of {', '.join(COMPARISONS)}")
+    need("tolerance", number, "a number above 0")
+    need("time_limit", number, "seconds, a number above 0")
+    need("memory_limit", number, "MB, a number above 0")
+    need("harness", lambda value: isinstance(value, dict), "an object from language to text")
+    for name, text in own.get("harness", {}).items():
+        if canonical(name) != name or not isinstance(text, str) or text.count("«answer»") != 1 or "«word»" not in text:
+            raise ValueError(f"field 'harness.{name}': give a text with «answer» once and «word»")
+    return Demands(**own)
+
+
+_GO_IMPORT = re.compile(r"^import\s*(?:\(([^)]*)\)|(.+))", re.M)
+
+
+def _gather_go_imports(program: str) -> str:
+    """Go wants imports before all else, each once, and none that nothing uses."""
+    listed = "\n".join(a or b for a, b in _GO_IMPORT.findall(program))
+    package, _, body = _GO_IMPORT.sub("", program).partition("\n")
+    code = re.sub(r"//.*", "", body)
+    used = []
+    for line in dict.fromkeys(map(str.strip, listed.split("\n"))):
+        if found := re.match(r'(\w+\s+)?"(?:[^"]*/)?([^"/]+?)(?:/v\d+)?"', line):
+            used += [f"import {found[0]}"] * bool(re.search(rf"\b{(found[1] or found[2]).strip()}\.", code))
+    return "\n".join([package, *used, body])
+
+
+def _put(answer: str, harness: str, language: str, word: str) -> str:
+    """The program that a harness makes of an answer. The word comes first, lest the answer ask for it too."""
+    first, _, rest = answer.lstrip().partition("\n")
+    if first.strip() == harness.lstrip().partition("\n")[0].strip():
+        answer = rest
+    program = harness.lstrip().replace("«word»", word).replace("«answer»", answer)
+    return _gather_go_imports(program) if language == "go" else program
+
+
+def _ends_with(word: str, check: Checker) -> Checker:
+    """The word is the last thing printed, and what comes before is right if the test says what that is."""
+
+    def right(test: dict, stdout: str) -> bool:
+        before, found, after = stdout.rpartition(word)
+        return bool(found) and not after.strip() and ("stdout" not in test or check(test, before))
+
+    return right
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1485,7 +1585,7 @@ def _helper(fd: int) -> None:
 
 LEVELS = ("namespaces", "landlock", "none")
 _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
-_ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8"}
+_ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8", "NODE_PATH": "/usr/share/nodejs"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 _AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy
@@ -1780,32 +1880,41 @@ class Sandbox:
         program: str,
         language: str,
         tests: Sequence[dict],
+        record: dict | None = None,
         *,
         stop_at_failure: bool = False,
         limits: Limits | None = None,
-        checker: Checker = same_lines,
+        checker: Checker | None = None,
         deadline: float | None = None,
     ) -> "Future[Result]":
-        """Queues one program and returns at once. tests: {"stdin", "stdout"} and, if wanted,
-        "args"; deadline: seconds from now after which the result is internal_error.
-        Raises ValueError for an unknown language."""
+        """Queues one program and returns at once. tests: {"stdin", "stdout"}, stdout a text or a list of accepted
+        ones, and, if wanted, "args"; record: its Demands count, its limits before those given; checker: in place of
+        its comparison; deadline: seconds from now after which the result is internal_error.
+        Raises ValueError for an unknown language, one that a harness lacks, or demands that are none."""
         expires = math.inf if deadline is None else time.monotonic() + deadline
         lang = LANGUAGES[canonical(language)]
-        limits = limits or self.limits
+        limits, own = limits or self.limits, demands(record or {})
+        seconds, memory = own.time_limit, own.memory_limit
+        limits = replace(limits, wall=seconds, cpu=seconds) if seconds else limits
+        limits = replace(limits, memory=math.ceil(memory)) if memory else limits
+        checker = checker or own.check
+        if own.harness:
+            if lang.name not in own.harness:
+                raise ValueError(f"no harness for {lang.name}; there are {', '.join(own.harness)}")
+            word = secrets.token_hex(16)
+            program, checker = _put(program, own.harness[lang.name], lang.name, word), _ends_with(word, checker)
         job = _Job(program, lang, tests, limits, stop_at_failure, checker, expires, self.level)
         return self._pool.submit(self._grade, job)
 
-    def run(self, program: str, language: str, tests: Sequence[dict], **options) -> Result:
-        """One program; options as for submit."""
-        return self.submit(program, language, tests, **options).result()
+    def run(self, *job, **options) -> Result:
+        """One program; what it takes as for submit."""
+        return self.submit(*job, **options).result()
 
-    def map(self, jobs: Iterable[tuple[str, str, Sequence[dict]]], **options) -> list[Result]:
-        """Results of (program, language, tests) in the order given; options as for stream."""
+    def map(self, jobs: Iterable[tuple], **options) -> list[Result]:
+        """Results of (program, language, tests), perhaps with a record, in the order given; options as for stream."""
         return list(self.stream(jobs, **options))
 
-    def stream(
-        self, jobs: Iterable[tuple[str, str, Sequence[dict]]], *, progress: str | None = None, **options
-    ) -> Iterator[Result]:
+    def stream(self, jobs: Iterable[tuple], *, progress: str | None = None, **options) -> Iterator[Result]:
         """The same, each as soon as it and those before it are there; options as for submit.
         progress: the label of a progress bar, drawn if tqdm is there."""
         futures = [self.submit(*job, **options) for job in jobs]
@@ -1865,6 +1974,7 @@ def _cmd_toolchains(options) -> int:
     wanted = [canonical(name) for name in options.languages] or list(LANGUAGES)
     missing = [name for name in wanted if options.all or toolchain(name) is None]
     packages = [package for name in missing for package in LANGUAGES[name].package.split()]
+    packages += [p for name in wanted for here in {False, options.all} for p in _libraries(name, here)]
     print(" ".join(dict.fromkeys(packages)))
     return 0
 
@@ -1894,14 +2004,25 @@ def _field(row: object, name: str, kind: type, *default) -> object:
     return value
 
 
-def _parse_test(row: object) -> dict:
-    texts = {"stdout": _field(row, "stdout", str), "stdin": _field(row, "stdin", str, "")}
-    return {**row, **texts, "args": _field(row, "args", list, [])}
+def _parse_test(row: object, harness: bool = False) -> dict:
+    given = {} if harness and isinstance(row, dict) and "stdout" not in row else {"stdout": _accepted(row)}
+    return {**row, **given, "stdin": _field(row, "stdin", str, ""), "args": _field(row, "args", list, [])}
+
+
+def _accepted(row: object) -> str | list:
+    """A test's stdout: a text, or a list of accepted ones."""
+    value = row.get("stdout") if isinstance(row, dict) else None
+    several = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+    return value if several else _field(row, "stdout", str)
 
 
 def _parse_program(row: object) -> tuple:
     program, language = _field(row, "program", str), canonical(_field(row, "language", str))
-    return row.get("id"), (program, language, [*map(_parse_test, _field(row, "tests", list))])
+    own = demands(row).harness
+    if own and language not in own:
+        raise ValueError(f"field 'harness': has none for {language}; there are {', '.join(own)}")
+    tests = [_parse_test(test, bool(own)) for test in _field(row, "tests", list, *[[{}]] * bool(own))]
+    return row.get("id"), (program, language, tests, row)
 
 
 def _cmd_run(options) -> int:
@@ -1956,7 +2077,7 @@ def _parser() -> "argparse.ArgumentParser":
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("languages", help="list the languages and their versions here")
     add.set_defaults(call=_cmd_languages)
-    add = commands.add_parser("toolchains", help="print the Debian packages of missing languages")
+    add = commands.add_parser("toolchains", help="print the Debian packages of missing languages and test libraries")
     add.add_argument("languages", nargs="*", help="only of these")
     add.add_argument("--all", action="store_true", help="also of languages that are here")
     add.set_defaults(call=_cmd_toolchains)
@@ -1967,7 +2088,7 @@ def _parser() -> "argparse.ArgumentParser":
     _add_limits(add)
     add.set_defaults(call=_cmd_run, workers=1)
     add = commands.add_parser("check", help="grade a file of programs")
-    add.add_argument("file", help='JSON lines of {"program", "language", "tests"} and perhaps "id"')
+    add.add_argument("file", help='JSON lines of {"program", "language", "tests"}, perhaps "id" and demands')
     add.add_argument("--workers", type=_positive(int), help="programs at a time (one per processor)")
     _add_limits(add)
     add.set_defaults(call=_cmd_check)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from sandbox import Limits, Sandbox, canonical, close_numbers, same_lines
+from sandbox import Demands, Limits, Sandbox, canonical
 
 ROOT = Path(__file__).parent.parent
 ADD = "print(sum(map(int, input().split())))"
@@ -211,7 +211,7 @@ def test_aliases():
     ],
 )
 def test_same_lines(expected, got, right):
-    assert same_lines({"stdout": expected}, got) is right
+    assert Demands().check({"stdout": expected}, got) is right
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_same_lines(expected, got, right):
     ],
 )
 def test_close_numbers(expected, got, right):
-    assert close_numbers()({"stdout": expected}, got) is right
+    assert Demands("numbers").check({"stdout": expected}, got) is right
 
 
 MANY = 100_000
@@ -250,11 +250,11 @@ RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
 @pytest.mark.parametrize(
     "judge",
     [
-        lambda: close_numbers()({"stdout": "1"}, "1" * MANY + "x"),
+        lambda: Demands("numbers").check({"stdout": "1"}, "1" * MANY + "x"),
         lambda: sandbox._unit_tests(sandbox.LANGUAGES["rust"], "\n" * MANY),
         lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
         *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/* ", "public ", '\\"', "\n")),
-        lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, same_lines, 0, "").right(
+        lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, Demands().check, 0, "").right(
             {"stdout": ""}, "\nrunning 1 test\n" * MANY
         ),
     ],
