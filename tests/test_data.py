@@ -796,9 +796,8 @@ GOOD = {
         ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
         ({"prompt": "p\ud800"}, "prompt"), ({"tests": [{"stdin": "\udfff", "stdout": ""}]}, r"tests\[0\]"),
         ({"solutions": None}, "solutions"), ({"commented": None}, "commented"), ({"commented": {"python": 3}}, "commented.python"),
-        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
+        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"),
         *(({"tests": [GOOD["tests"][0] | {"args": args}]}, r"tests\[0\].args") for args in (None, "a", [1], ["a\0"], ["\ud800"])),
-        *(({"difficulty": {"level": level}}, "difficulty") for level in (None, [], {})), ({"difficulty": {"new": "no"}}, "difficulty.new"),
         ({"tests": [{"stdin": 3, "stdout": ""}]}, r"tests\[0\]"), ({"function": ["f"]}, "function"), ({"function": None}, "function"),
     ],
 )  # fmt: skip
