@@ -1442,7 +1442,10 @@ def _deaths(kill_all: Callable[[], None]) -> Iterator[tuple]:
     with contextlib.suppress(ChildProcessError):
         while True:
             kill_all()
-            yield os.wait4(-1, 0)
+            death = os.wait4(-1, 0)
+            while death[0]:
+                yield death
+                death = os.wait4(-1, os.WNOHANG)
 
 
 def _tasks_of(uid: int) -> int:
@@ -1458,11 +1461,14 @@ def _tasks_of(uid: int) -> int:
 @contextlib.contextmanager
 def _held(place: str, flags: int, tops: Iterable[str]) -> Iterator[str]:
     """A path that leads to this file whatever becomes of its name. Raises OSError if it is below none of tops."""
-    with open(os.open(place, os.O_PATH | flags), "rb", 0) as file:
-        path = f"/proc/self/fd/{file.fileno()}"
+    file = os.open(place, os.O_PATH | flags)
+    try:
+        path = f"/proc/self/fd/{file}"
         if not f"{os.readlink(path)}/".startswith(tuple(f"{top}/" for top in tops)):
             raise PermissionError(errno.EPERM, place)
         yield path
+    finally:
+        os.close(file)
 
 
 def _below(directory: str) -> Iterator[os.DirEntry]:
@@ -1470,8 +1476,8 @@ def _below(directory: str) -> Iterator[os.DirEntry]:
     places = [directory]
     for place in places:  # grows on the way
         with contextlib.suppress(OSError):  # it has just been removed
-            if not os.access(place, os.R_OK | os.X_OK):
-                with _held(place, os.O_NOFOLLOW, [directory]) as path:
+            with contextlib.suppress(OSError), _held(place, os.O_NOFOLLOW, [directory]) as path:
+                if os.stat(path).st_mode & 0o500 != 0o500:
                     os.chmod(path, 0o700)
             for entry in list(os.scandir(place)):
                 yield entry
@@ -1607,15 +1613,18 @@ class _LandlockWarden(_Warden):
         _end_descendants(os.getpid())
 
     def stored_too_much(self, step: dict) -> bool:
-        """Or so deep that the next look might not see it: a path can have 4096 bytes."""
-        entries = [*_below(self.tmp), *self.shared()]
-        found = _each(lambda entry: entry.stat(follow_symlinks=False), entries)
+        """Or so deep that looking would take long: a path can have 4096 bytes."""
+        sizes = {}
+        for entry in itertools.chain(_below(self.tmp), self.shared()):
+            found = _each(lambda entry: entry.stat(follow_symlinks=False), [entry])
+            sizes |= {(file.st_dev, file.st_ino): file.st_blocks * 512 for file in found}
+            if len(entry.path) > 1024 or len(sizes) > _FILES:
+                return True
         with self.as_program():  # files that are open but have no name any more
-            numbers = [path for pid in self.members() for path in glob.glob(f"/proc/{pid}/fd/*")]
-            found += [file for file in _each(os.stat, numbers) if stat.S_ISREG(file.st_mode) and not file.st_nlink]
-        sizes = {(file.st_dev, file.st_ino): file.st_blocks * 512 for file in found}
-        deep = any(len(os.fsencode(entry.path)) > 2048 for entry in entries)
-        return sum(sizes.values()) > step["files"] << 20 or len(sizes) > _FILES or deep
+            paths = [path for pid in self.members() for path in glob.glob(f"/proc/{pid}/fd/*")]
+            found = [file for file in _each(os.stat, paths) if stat.S_ISREG(file.st_mode) and not file.st_nlink]
+        sizes |= {(file.st_dev, file.st_ino): file.st_blocks * 512 for file in found}
+        return sum(sizes.values()) > step["files"] << 20
 
 
 # ---------------------------------------------------------------------------------------------

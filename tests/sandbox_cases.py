@@ -450,7 +450,8 @@ PASSES = [
     )),
 ]  # fmt: skip
 
-CASES = [*PROCESSES, *MEMORY, *TIME, *OUTPUT, *STDIN, *FILES, *NETWORK, *KERNEL, *COMPILING, *GRADING, *MESSAGES, *PASSES]
+HOSTILE = [*PROCESSES, *MEMORY, *TIME, *OUTPUT, *STDIN, *FILES, *NETWORK, *KERNEL, *COMPILING, *GRADING]
+CASES = [*HOSTILE, *MESSAGES, *PASSES]
 
 
 @contextlib.contextmanager
@@ -461,7 +462,11 @@ def host(directory: Path):
     directory.chmod(0o755)
     secret.chmod(0o666)
     with contextlib.ExitStack() as stack:
-        for kind, name in ((socket.SOCK_STREAM, f"{secret}.s"), (socket.SOCK_STREAM, f"\0{secret}"), (socket.SOCK_DGRAM, f"{secret}.d")):
+        for kind, name in (
+            (socket.SOCK_STREAM, f"{secret}.s"),
+            (socket.SOCK_STREAM, f"\0{secret}"),
+            (socket.SOCK_DGRAM, f"{secret}.d"),
+        ):
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
             listener.bind(name)
             if kind == socket.SOCK_STREAM:
