@@ -588,13 +588,13 @@ _ONLY = {
 # Not done, but answered with success: a runtime may ask for its threads, a program for others'.
 _IGNORED = {"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "setpriority": (141, 140),
             "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30)}  # fmt: skip
-# Where no mount namespace hides the host's files: refused; not there, so that libc does it otherwise; and asked of the
-# warden, which does it in the program's place to files of its own.
+# Where no mount namespace hides the host's files: refused, or asked of the warden, which does it in the program's place
+# to files of its own. Of fchmodat2 libc does without.
 _HOST_REFUSED = {
     "socket": (41, 198), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "pidfd_send_signal": (424, 424),
 }  # fmt: skip
-_HOST_LACKED = {"fchmodat2": (452, 452)}
+_FCHMODAT2 = (452, 452)
 _ATTRIBUTES = {"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "utimensat": (280, 88)}
 # Asked of the warden where Landlock can't keep signals inside (before its version 6).
 _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
@@ -631,7 +631,7 @@ def _rules(host: bool, signals: bool, truncate: bool, maps: bool) -> dict[int | 
     signals, maps: ask about them; truncate: files may be shortened."""
     tables = [(_REFUSED, _REFUSE), (_UNSUPPORTED, _UNSUPPORT), (_IGNORED, _IGNORE)]
     if host:
-        tables += [(_HOST_REFUSED, _REFUSE), (_HOST_LACKED, _LACK), (_ATTRIBUTES, _ASK)]
+        tables += [(_HOST_REFUSED, _REFUSE), ({"": _FCHMODAT2}, _LACK), (_ATTRIBUTES, _ASK)]
     if signals:
         tables += [(_SIGNALLING, _ASK)]
     rules = {numbers[_ARCH]: _only(*rule) for numbers, *rule in _ONLY.values()}
@@ -1576,12 +1576,6 @@ class _LandlockWarden(_Warden):
     def new_box(self) -> None:
         self.new_directory(self.box)
 
-    def close_box(self) -> None:
-        """What is root's own, programs can't change."""
-        if self.uid:
-            for path in (self.box, *(entry.path for entry in _below(self.box))):
-                os.chown(path, 0, 0, follow_symlinks=False)
-
     def new_scratch(self, step: dict) -> None:
         self.new_directory(self.tmp)
 
@@ -1657,9 +1651,9 @@ def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
     warden.serve()
 
 
-def _few(processors: list[int], start: int) -> list[int]:
-    """As many as programs shall see: runtimes start threads, and set memory aside, for each of a great machine's."""
-    return [processors[(start * _PROCESSORS + index) % len(processors)] for index in range(_PROCESSORS)]
+def _few(processors: Iterable[int]) -> list[int]:
+    """Those that programs shall see: runtimes start threads, and set memory aside, for each of a great machine's."""
+    return sorted(processors, key=lambda _: os.urandom(8))[:_PROCESSORS]
 
 
 def _helper(fd: int) -> None:
@@ -1668,7 +1662,7 @@ def _helper(fd: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
-    os.sched_setaffinity(0, _few(sorted(os.sched_getaffinity(0)), os.getpid()))
+    os.sched_setaffinity(0, _few(os.sched_getaffinity(0)))
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
     settings, _ = _receive(sock)

@@ -5,7 +5,9 @@ import ctypes
 import errno
 import json
 import os
+import select
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,19 +164,57 @@ def _expect(number: int, call, *arguments) -> None:
         raise AssertionError(f"{call} was allowed")
 
 
-def test_filter_keeps_signals_to_oneself(tmp_path):
-    """For kernels whose Landlock can't: before version 6."""
-    parent = os.getpid()
+def test_the_warden_allows_signals_and_attributes_inside_alone(tmp_path):
+    """Signals: for kernels whose Landlock can't, before version 6."""
+    inside, outside, parent = tmp_path / "inside", tmp_path / "outside", os.getpid()
+    for place in (inside, outside):
+        place.mkdir()
+        (place / "file").touch(0o600)
+    (inside / "link").symlink_to(outside / "file")
+    before = outside.stat(), (outside / "file").stat()
+    ours, theirs = socket.socketpair()
 
     def work():
         sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
-        sandbox._seccomp(sandbox._filter(host=True, signals=True))
+        socket.send_fds(theirs, [b"x"], [sandbox._seccomp(sandbox._filter(host=True, signals=True))])
         os.kill(os.getpid(), 0)
-        _expect(errno.EPERM, os.kill, parent, 0)
-        _expect(errno.EPERM, os.kill, -1, 0)
-        _expect(errno.EPERM, os.chmod, tmp_path, 0o700)
+        for target in (parent, -1, 1):
+            _expect(errno.EPERM, os.kill, target, 0)
+        os.chdir(inside)
+        os.chmod("file", 0o7751)
+        os.chmod(inside, 0o711)
+        os.utime("file", (5, 6))
+        os.utime(os.open("file", os.O_RDONLY), (5, 6))
+        os.utime("link", (7, 8), follow_symlinks=False)
+        for path in (outside, "../outside/file", "link", "/proc/self/cwd/../outside", inside / "link"):
+            _expect(errno.EPERM, os.chmod, path, 0o777)
+            _expect(errno.EPERM, os.utime, path)
+        _expect(errno.EPERM, os.fchmod, os.open(outside / "file", os.O_RDONLY), 0o777)
+        _expect(errno.ENOENT, os.chmod, "none", 0o700)
+        assert ctypes.CDLL(None).chmod(ctypes.c_void_p(-9), 0) == -1
 
-    assert _in_child(work) == 0
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    theirs.close()
+    warden = object.__new__(sandbox._LandlockWarden)
+    warden.uid, warden.tmp, warden.common, warden.members = None, str(inside), [], lambda: [pid]
+    with ours:
+        listener = socket.recv_fds(ours, 1, 1)[1][0]
+    watch, poll = sandbox._Watch({"cwd": str(inside)}, {}, 0.0, listener=listener), select.poll()
+    poll.register(listener, select.POLLIN)
+    while not poll.poll()[0][1] & select.POLLHUP:
+        warden.decide(watch)
+    os.close(listener)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    state = (inside / "file").stat()
+    assert (state.st_mode & 0o7777, state.st_mtime) == (0o751, 6) and (inside / "link").lstat().st_mtime == 8
+    assert before == (outside.stat(), (outside / "file").stat())
 
 
 @pytest.mark.parametrize("version", range(1, 8))
