@@ -2140,7 +2140,12 @@ def show(s: ShowSettings, name: str) -> None:
     for path in record_files(s.data):
         for record in read_records(path):
             if record["id"] == name:
-                print(*dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()]), *record["tests"], "", sep="\n")
+                print(
+                    *dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()]),
+                    *record["tests"],
+                    "",
+                    sep="\n",
+                )
                 width = shutil.get_terminal_size((160, 50)).columns
                 print(beside(record["solutions"], width))
                 return
