@@ -1574,8 +1574,9 @@ class Corpus:
 def make(s: CorpusSettings) -> None:
     """Writes the corpus and its tokenizer into `s.out`."""
     out = Path(s.out)
-    if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
-        fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    unknown = ", ".join(sorted(set(s.reworded) - set(OPERATIONS)))
+    if unknown or not s.reworded:
+        fail(f"--reworded: {'no operation ' + unknown if unknown else 'name one'}; there are {', '.join(OPERATIONS)}")
     if own := [path for path in (out / f"{name}.jsonl" for name in SPLITS) if path.exists()]:
         fail(f"{own[0]}: records of your own, which would be mixed with those made; give another --out")
     corpus, tokenizer = Corpus(s), Tokenizer(s.tokenizer) if s.tokenizer else None
@@ -1847,11 +1848,12 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Example:
         """Every (1 / replay)th example is a base document; the others are counted without them, so that
-        replay tears no group of parallel programs apart."""
-        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.replay)
-        if self.name == "base" or int((i + 1) * self.replay) > before:
-            return base(self, i if self.name == "base" else before, rng)
-        return MIXTURES[self.name](self, i - before, rng)
+        replay tears no group of parallel programs apart. Each arm replays the same documents."""
+        before = 0 if self.name == "base" else int(i * self.replay)
+        name, number = self.name, i - before
+        if name != "base" and int((i + 1) * self.replay) > before:
+            name, number = "base", before
+        return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
 
     def record(self, i: int) -> dict:
         """Record number i of the passes, in the same order in every arm."""
