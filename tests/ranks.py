@@ -30,9 +30,9 @@ CASES = {  # of two ranks, and of four that are two replicas of two shards: stag
 
 
 def by_length(rollouts, tokenizer, box, known=None, progress=None):
-    """A reward that a random model can get: an even number of different tokens."""
+    """A reward that a random model can get: an even number of different tokens, those of the prompt included."""
     for r in rollouts:
-        r.verdict = "ok" if len(set(r.tokens)) % 2 == 0 else "wrong_answer"
+        r.verdict = "ok" if len({*r.prompt, *r.tokens}) % 2 == 0 else "wrong_answer"
 
 
 def rows():
