@@ -257,6 +257,94 @@ def test_close_numbers(expected, got, right):
     assert Demands("numbers").check({"stdout": expected}, got) is right
 
 
+@pytest.mark.parametrize(
+    ("record", "expected", "got", "right"),
+    [
+        ({"compare": "tokens"}, "1 2\n3", "1\n2 3", True),
+        ({"compare": "tokens"}, "1.0", "1.00", False),
+        ({"compare": "numbers", "tolerance": 0.01}, "100", "100.9", True),
+        ({"compare": "exact"}, "a\n", "a\n", True),
+        ({"compare": "exact"}, "a\n", "a", False),
+        ({}, ["yes", "no"], "no\n", True),
+        ({}, ["yes", "no"], "yes\nno\n", False),
+    ],
+)
+def test_a_record_names_its_comparison_and_may_accept_several_outputs(record, expected, got, right):
+    assert sandbox.demands(record).check({"stdout": expected}, got) is right
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"compare": "fuzzy"}, "field 'compare': give one of lines, tokens, numbers, exact"),
+        ({"tolerance": "1"}, "field 'tolerance': give a number above 0"),
+        ({"time_limit": 0}, "field 'time_limit': give seconds"),
+        ({"memory_limit": float("nan")}, "field 'memory_limit': give MB"),
+        ({"harness": "print"}, "field 'harness': give an object"),
+        ({"harness": {"python": "«answer»"}}, "field 'harness.python': give a text with «answer» once and «word»"),
+        ({"harness": {"python": "«answer»«answer»«word»"}}, "field 'harness.python'"),
+        ({"harness": {"py": "«answer»«word»"}}, "field 'harness.py'"),
+    ],
+)
+def test_demands_that_are_none(record, message):
+    with pytest.raises(ValueError, match=message):
+        sandbox.demands(record)
+
+
+def test_a_record_sets_the_limits_of_its_own_job(box):
+    record, tests = {"time_limit": 0.3, "memory_limit": 64}, [{"stdout": "done"}]
+    programs = ["import time; time.sleep(1); print('done')", "x = bytearray(200 << 20); print('done')", "print('done')"]
+    verdicts = [r.verdict for r in box.map([(p, "python", tests, own) for own in (record, {}) for p in programs])]
+    assert verdicts == ["time_limit", "memory_limit", "ok", "ok", "ok", "ok"]
+
+
+HARNESS = {
+    "python": "import atexit\n«answer»\ntry:\n    assert f(2) == 4\nexcept ValueError:\n    raise SystemExit(0)\nprint('«word»')\n"
+}
+ANSWERS = {
+    "def f(x): return x * x": "ok",
+    "print('noise', end='')\ndef f(x): return 4": "ok",
+    "import atexit\ndef f(x): return 4": "ok",  # begins as the harness does
+    "def f(x): return 5": "runtime_error",
+    "def f(x): raise ValueError": "wrong_answer",
+    "def f(x): exit(0)": "wrong_answer",
+    "import os\ndef f(x): os._exit(0)": "wrong_answer",
+    "def f(x):\n    print('«word»')\n    exit(0)": "wrong_answer",
+    "def f(x): return 4\natexit.register(print, 'more')": "wrong_answer",
+    "": "runtime_error",
+}
+
+
+def test_an_answer_passes_if_the_harness_comes_to_its_last_line(box):
+    results = box.map([(answer, "python", [{"stdin": ""}], {"harness": HARNESS}) for answer in ANSWERS])
+    assert [r.verdict for r in results] == list(ANSWERS.values())
+    first, second = (box.run("def f(x): return 4", "python", [{}], {"harness": HARNESS}) for _ in range(2))
+    assert first.tests[0].stdout != second.tests[0].stdout  # the word is drawn anew
+    with pytest.raises(ValueError, match="no harness for perl; there are python"):
+        box.run("", "perl", [{}], {"harness": HARNESS})
+
+
+def test_a_harness_may_leave_the_comparison_to_the_caller(box):
+    harness = {"python": "«answer»\nprint(f(int(input())))\nprint('«word»')\n"}
+    tests = [{"stdin": "2", "stdout": "4"}, {"stdin": "3", "stdout": ["6", "9"]}]
+    answers = ("def f(x): return x * x", "def f(x): return x + 2")
+    assert [box.run(a, "python", tests, {"harness": harness}).verdict for a in answers] == ["ok", "wrong_answer"]
+
+
+GO_HARNESS = (
+    'package main\nimport "fmt"\n«answer»\nfunc main() { if f(4) != 2 { panic("no") }; fmt.Println("«word»") }\n'
+)
+
+
+def test_imports_of_go_are_gathered():
+    answer = 'package main\nimport (\n\t"math"\n\t"os" // unused\n\tm2 "math/rand/v2"\n)\nfunc f(x float64) float64 { return math.Sqrt(x) }'
+    text = sandbox._put(answer, GO_HARNESS, "go", "w")
+    assert text.startswith('package main\nimport "fmt"\nimport "math"\n') and text.count("import") == 2
+    if "go" in sandbox.installed():
+        with Sandbox(1) as box:
+            assert box.run(answer, "go", [{}], {"harness": {"go": GO_HARNESS}}).passed
+
+
 MANY = 100_000
 RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
 
@@ -668,6 +756,12 @@ def test_cli_check(tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     done = _cli("check", file)
     assert done.returncode == 2 and f"{file}:3" in done.stderr and "klingon" in done.stderr
+    tokens = {"program": "print(1, 2)", "language": "python", "tests": [{"stdout": ["3", "1\n2"]}], "compare": "tokens"}
+    function = {"program": "def f(x): return 4", "language": "python", "harness": HARNESS}
+    file.write_text(json.dumps(tokens) + "\n" + json.dumps(function))
+    assert _cli("check", file).returncode == 0
+    file.write_text(json.dumps(tokens | {"compare": "fuzzy"}))
+    assert f"{file}:1: field 'compare'" in _cli("check", file).stderr
 
 
 def test_cli_check_answers_at_once_and_can_be_interrupted(tmp_path):
@@ -684,7 +778,7 @@ def test_cli_check_answers_at_once_and_can_be_interrupted(tmp_path):
 
 def test_cli_toolchains():
     packages = _cli("toolchains", "--all").stdout.split()
-    assert "nodejs" in packages and "g++" in packages
+    assert {"nodejs", "g++", "node-lodash", "libdata-compare-perl", "lua-unit"} <= set(packages)
     assert "g++" not in _cli("toolchains").stdout.split() or "cpp" not in sandbox.installed()
 
 
