@@ -1,26 +1,17 @@
-# make demo        the whole pipeline on a CPU, set-up included; prints the transfer table
+# make demo        the whole pipeline on a CPU, set-up included: two arms, one seed; prints the transfer table
+# make study       four arms, six seeds, hours: what the README reports; goes on where it stopped
 # make test        ruff and pytest, set-up included
-# make seeds       the demo with seeds 1, 2 and 3, each with problems of its own; prints mean and range
 # make toolchains  the compilers and interpreters that Debian packages (as root)
-# make clean       forget the demo's results and the environment
+# make clean       forget the demo's and the study's runs and the environment
 
 PYTHON ?= python3
 # The build of torch to install, with any further arguments of pip: the demo needs no GPU.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
-SEED ?= 0
-SEEDS ?= 1 2 3
-RUN := runs/demo$(if $(filter-out 0,$(SEED)),-$(SEED))
-DATA := $(RUN)/data
 
-.PHONY: demo seeds test tests-with-sandboxes tests-beside toolchains clean
+.PHONY: demo study references run gates test tests-with-sandboxes tests-beside interpreters toolchains clean
 .DELETE_ON_ERROR:
-ifeq ($(filter tests-%,$(MAKECMDGOALS)),)
-.NOTPARALLEL: # a stage uses all cores
-endif
-
-demo: $(RUN)/eval/table.md
-	@cat $<
+.SECONDARY: # nothing that took long is removed as a step on the way
 
 # --- set-up
 
@@ -33,35 +24,112 @@ demo: $(RUN)/eval/table.md
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
-# --- the demo: each stage leaves a file that marks it as done, and is not run again while it stands.
-# A stage that was interrupted goes on where it stopped; one whose input is newer than its start starts anew.
+.venv/installed-plots: .venv/installed
+	.venv/bin/pip install -q matplotlib
+	touch $@
 
-STAGES := base source rl-source parallel rl-parallel
+# The interpreters of the corpus's PLs: root gets those that are missing, anyone else is told the command.
+INTERPRETERS := python javascript ruby php perl lua bash tcl
+interpreters:
+	@missing=$$($(PYTHON) sandbox.py toolchains $(INTERPRETERS)) && if [ -n "$$missing" ]; then \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq; \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	else echo "error: interpreters are missing; as root: apt-get install $$missing" >&2; exit 1; fi; fi
+
+toolchains:
+	apt-get update
+	apt-get install -y --no-install-recommends $$($(PYTHON) sandbox.py toolchains)
+
+# --- one run of the pipeline, in RUN: corpus, base, the arms with RL from each, evaluation.
+# Each stage leaves a file that marks it as done, and is not run again while it stands. A stage that was
+# interrupted goes on where it stopped; one whose input is newer than its start starts anew.
+
+RUN ?= runs/demo
+SEED ?= 0
+ARMS ?= source parallel
+SPLIT ?= test
+# Further flags of each stage, and the threads of an arm, beside which another one may run.
+CORPUS ?=
+BASE ?=
+SFT ?=
+RL ?=
+EVAL ?=
+THREADS ?= 1
+DATA := $(RUN)/data
+MODELS := $(RUN)/base $(foreach arm,$(ARMS),$(RUN)/$(arm) $(RUN)/rl-$(arm))
 ANEW = [ $(@D)/settings.json -nt $< ] || rm -rf $(@D)
 
+run: $(RUN)/eval/eval.json
+
 $(DATA)/languages.json: | .venv/installed
-	$(PY) data.py make --seed $(SEED) --out $(DATA)
+	$(PY) data.py make --seed $(SEED) --out $(DATA) $(CORPUS)
 
 $(RUN)/base/summary.json: $(DATA)/languages.json
 	@$(ANEW)
-	$(PY) sft.py --mixture base --seed $(SEED) --data $(DATA) --out $(RUN)/base
+	$(PY) sft.py --mixture base --seed $(SEED) --data $(DATA) --out $(@D) $(BASE)
 
-$(RUN)/source/summary.json $(RUN)/parallel/summary.json: $(RUN)/%/summary.json: $(RUN)/base/summary.json
+$(ARMS:%=$(RUN)/%/summary.json): export OMP_NUM_THREADS = $(THREADS)
+$(ARMS:%=$(RUN)/%/summary.json): $(RUN)/%/summary.json: $(RUN)/base/summary.json
 	@$(ANEW)
-	$(PY) sft.py --mixture $* --seed $(SEED) --data $(DATA) --model $(RUN)/base --out $(RUN)/$*
+	$(PY) sft.py --mixture $* --seed $(SEED) --data $(DATA) --model $(RUN)/base --out $(@D) $(SFT)
 
-$(RUN)/rl-source/summary.json $(RUN)/rl-parallel/summary.json: $(RUN)/rl-%/summary.json: $(RUN)/%/summary.json
+$(ARMS:%=$(RUN)/rl-%/summary.json): export OMP_NUM_THREADS = $(THREADS)
+$(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.json
 	@$(ANEW)
-	$(PY) rl.py --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(RUN)/rl-$*
+	$(PY) rl.py --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(@D) --workers $(THREADS) $(RL)
 
-$(RUN)/eval/table.md: $(STAGES:%=$(RUN)/%/summary.json)
-	$(PY) eval.py --data $(DATA) --models $(STAGES:%=$(RUN)/%) --problems 60 --out $(RUN)/eval >/dev/null
+$(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
+	$(PY) eval.py --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) >/dev/null
 
-seeds:
-	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed || exit; done
-	$(PY) eval.py --join $(foreach s,$(SEEDS),runs/demo$(if $(filter-out 0,$s),-$s)/eval/eval.json)
+# --- the demo
 
-# --- the rest
+# Smaller than the study: half of its SFT, RL of 25 steps, two arms, one seed.
+demo: interpreters .venv/installed-plots
+	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" RL="--steps 25" EVAL=--plots
+	@cat runs/demo/eval/table.md
+	@echo "the figure: runs/demo/eval/transfer.png"
+	@echo "That was one seed. The study, over $$(ls results/study/seed-*.json | wc -l) seeds:"
+	@sed '/^$$/,$$d' results/study/joined.md
+
+# --- the study: two seeds at a time, each with a thread of its own
+
+SEEDS ?= 1 2 3 4 5 6
+STUDY ?= results/study
+STUDY_ARMS ?= source multi crossed parallel
+
+study: interpreters .venv/installed-tests
+	$(MAKE) --no-print-directory --jobs=2 $(SEEDS:%=$(STUDY)/seed-%.json)
+	$(PY) eval.py --join $(SEEDS:%=$(STUDY)/seed-%.json) --out $(STUDY) --plots
+
+# Reference rows, two seeds each: a base that shows each function in all PLs; one that borrows a tenth of its words from
+# the other community; another source PL; and RL in a target PL itself, which is what transfer could reach.
+references:
+	$(MAKE) study SEEDS="1 2" STUDY=results/aligned STUDY_ARMS="source parallel" CORPUS="--base-programs all"
+	$(MAKE) study SEEDS="1 2" STUDY=results/borrowed STUDY_ARMS="source parallel" CORPUS="--borrowed 0.1"
+	$(MAKE) study SEEDS="1 2" STUDY=results/ruby STUDY_ARMS="source parallel" CORPUS="--sft ruby python javascript php"
+	$(MAKE) --no-print-directory --jobs=2 results/oracle/seed-1.json results/oracle/seed-2.json
+	$(PY) eval.py --join results/oracle/seed-1.json results/oracle/seed-2.json --out results/oracle
+
+results/oracle/seed-%.json: export OMP_NUM_THREADS = 1
+results/oracle/seed-%.json: results/study/seed-%.json # whose runs must still be there
+	$(PY) rl.py --languages ruby --seed $* --data runs/study-$*/data --model runs/study-$*/source --out runs/study-$*/rl-oracle
+	$(PY) eval.py --data runs/study-$*/data --models oracle=runs/study-$*/source rl-oracle=runs/study-$*/rl-oracle \
+		--out runs/study-$*/eval-oracle >/dev/null
+	@mkdir -p $(@D)
+	cp runs/study-$*/eval-oracle/eval.json $@
+
+# The same as the study on dev problems and dev seeds, to choose settings by; says which gates hold.
+gates: interpreters .venv/installed
+	$(MAKE) --no-print-directory study SEEDS="101 102 103" STUDY=results/gates SPLIT=dev
+	$(PY) tests/gates.py runs/gates-101 runs/gates-102 runs/gates-103
+
+$(STUDY)/seed-%.json: export OMP_NUM_THREADS = 1
+$(STUDY)/seed-%.json: | .venv/installed
+	+@mkdir -p $(@D)
+	+$(MAKE) --no-print-directory --jobs=1 run RUN=runs/$(STUDY:results/%=%)-$* SEED=$* ARMS="$(STUDY_ARMS)"
+	cp runs/$(STUDY:results/%=%)-$*/eval/eval.json $@
+
+# --- tests
 
 # Files that start no sandbox run beside the others, which count what sandboxes leave on the machine; of these
 # come first the tests that wait for time limits more than they compute.
@@ -83,9 +151,5 @@ tests-beside: # without a GPU the first call only compiles the kernels; shown wh
 	@log=$$(mktemp) && { $(PY) -m pytest $(BESIDE) && TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py; } >$$log 2>&1; \
 	status=$$?; cat $$log; rm $$log; exit $$status
 
-toolchains:
-	apt-get update
-	apt-get install -y --no-install-recommends $$($(PYTHON) sandbox.py toolchains)
-
 clean:
-	rm -rf .venv runs/demo runs/demo-*
+	rm -rf .venv runs/demo runs/study-*

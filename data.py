@@ -11,26 +11,28 @@
      "solutions": {"python": "...", "cpp": "..."}}
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
-function, written once in each. Extra fields are kept; the embedded corpus adds `difficulty` (figures by
-which eval.py can report), `operations`, `function` (a hash of behaviour) and, for training,
-`commented` (the programs with comments).
+function, written once in each. `prompts` {PL: statement} may word it otherwise for some PLs. Extra fields are kept;
+the embedded corpus adds `operations`, `function` (a hash of behaviour), `commented` (base's programs with comments),
+and for held-out problems `kind`, `phrase` (the reserved wording in it) and `distractors` (wrong programs a PL).
 
 **The embedded corpus.** A function is a short pipeline of operations on a line of integers or
 words. `OPERATIONS` says what each operation does, and expected outputs come from running that, so
 the tests are independent of every program text. `SNIPPETS` says how each PL writes it: a PL is one
-entry there. Each operation has wordings reserved for RL and evaluation, so that RL has something to
-teach that no supervised example taught.
+entry there. People who write in one PL also word their problems in their own way: each operation has a wording of
+the source PL's community, one of everyone else's, and reserved ones for RL and evaluation.
 
 Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or is silent:
 
 1. Splits are by behaviour: functions with equal outputs on fixed probe inputs are the same function,
-   however they are written or worded, and a held-out function is in no training or RL record.
-2. `base` stands in for pre-training: it shows all PLs, in documents of one PL each, and most of them
-   have no statement. It does show a function in several PLs, though never side by side, as public code
-   does. The SFT mixtures show the SFT PLs alone; with `general` > 0 that share of their examples is
-   replayed from `base`, as SFT mixtures replay general data, and is the only place where an unseen PL
-   may occur.
-3. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
+   however they are written or worded. Base, SFT, dev and test have functions of their own; RL shares SFT's.
+2. `base` stands in for a general model, which knows every PL and follows instructions but has not seen equal
+   programs: each function in exactly one PL, each operation in every PL, worded as the PL's community does.
+   Reserved wordings occur there in a few documents of the source PL, so that RL has something to reinforce.
+3. The arms differ in one thing each. `source`: the source PL alone. `multi`: each function in one SFT PL, worded as
+   its community does. `crossed`: the same, worded as any SFT community does: one wording meets several PLs.
+   `parallel`: each function in all SFT PLs, with one statement. `in-context`: the same in one answer.
+   In all of them a share of the examples (`replay`) are base documents, the only place where an unseen PL occurs.
+4. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
    it stopped.
 """
 
@@ -230,97 +232,97 @@ class Operation:
     takes: str
     gives: str
     run: Callable[[list, Any], Any]
-    known: tuple[str, ...]  # wordings that base and SFT show
-    new: tuple[str, ...]  # wordings reserved for RL and evaluation
+    source: str  # how people who write in the source PL word it
+    others: str  # how everyone else does
+    reserved: tuple[str, ...]  # wordings for RL and evaluation, which base shows in the source PL alone, and rarely
     params: tuple = (None,)  # the values that «k» may take
     kind: str = ""
     cond: str = ""
     expr: str = ""
-    rare: bool = False
 
 
 OPERATIONS = {op.name: op for op in [
     Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], kind="filter", cond="even",
-              known=("keep the even numbers", "keep only even values", "drop the odd numbers"),
-              new=("discard whatever two does not divide", "retain multiples of two")),
+              source="keep the even numbers", others="keep only even values",
+              reserved=("discard whatever two does not divide", "retain multiples of two")),
     Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], kind="filter", cond="odd",
-              known=("keep the odd numbers", "keep only odd values", "drop the even numbers"),
-              new=("discard whatever two divides", "retain what leaves a remainder by two")),
+              source="keep the odd numbers", others="keep only odd values",
+              reserved=("discard whatever two divides", "retain what leaves a remainder by two")),
     Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], kind="filter", cond="gt", params=(2, 4, 6, 8),
-              known=("keep numbers greater than {k}", "keep values above {k}", "drop numbers up to {k}"),
-              new=("retain what exceeds {k}", "leave only entries past {k}")),
+              source="keep numbers greater than {k}", others="keep values above {k}",
+              reserved=("retain what exceeds {k}", "leave only entries past {k}")),
     Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], kind="filter", cond="lt", params=(4, 6, 8, 10),
-              known=("keep numbers less than {k}", "keep values below {k}", "drop numbers from {k} up"),
-              new=("retain what stays under {k}", "leave only entries short of {k}")),
+              source="keep numbers less than {k}", others="keep values below {k}",
+              reserved=("retain what stays under {k}", "leave only entries short of {k}")),
     Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], kind="map", expr="add", params=(1, 3, 5, 7),
-              known=("add {k} to each", "increase every number by {k}", "raise each value by {k}"),
-              new=("shift everything up by {k}", "put {k} on top of each entry")),
+              source="add {k} to each", others="increase every number by {k}",
+              reserved=("shift everything up by {k}", "put {k} on top of each entry")),
     Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], kind="map", expr="sub", params=(2, 4, 6, 9),
-              known=("subtract {k} from each", "decrease every number by {k}", "lower each value by {k}"),
-              new=("shift everything down by {k}", "take {k} away from each entry")),
+              source="subtract {k} from each", others="decrease every number by {k}",
+              reserved=("shift everything down by {k}", "take {k} away from each entry")),
     Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], kind="map", expr="mul", params=(2, 3, 5, 7),
-              known=("multiply each by {k}", "make every number {k} times as big", "replace each value by {k} times it"),
-              new=("scale everything by {k}", "stretch each entry {k}-fold")),
+              source="multiply each by {k}", others="make every number {k} times as big",
+              reserved=("scale everything by {k}", "stretch each entry {k}-fold")),
     Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], kind="map", expr="square",
-              known=("square each", "multiply every number by itself", "replace each value by its square"),
-              new=("raise everything to the second power", "apply the power two")),
+              source="square each", others="multiply every number by itself",
+              reserved=("raise everything to the second power", "apply the power two")),
     Operation("abs", "ints", "ints", lambda a, k: [abs(x) for x in a], kind="mapif", cond="negative", expr="negated",
-              known=("take absolute values", "make negative numbers positive", "drop the signs"),
-              new=("measure how far each is from zero", "flip whatever is under zero")),
-    Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], kind="mapif", cond="negative", expr="zero", rare=True,
-              known=("replace negative numbers by 0", "set negative values to 0"),
-              new=("let nothing fall under zero", "clip from below at zero")),
-    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9), rare=True,
-              known=("replace numbers above {k} by {k}", "limit every value to {k}"),
-              new=("let nothing rise over {k}", "clip from above at {k}")),
-    Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)), rare=True,
-              known=("compute running sums", "replace each by the sum so far"),
-              new=("accumulate from left to right", "turn the list into prefix totals")),
+              source="take absolute values", others="make negative numbers positive",
+              reserved=("measure how far each is from zero", "flip whatever is under zero")),
+    Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], kind="mapif", cond="negative", expr="zero",
+              source="replace negative numbers by 0", others="set negative values to 0",
+              reserved=("let nothing fall under zero", "clip from below at zero")),
+    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9),
+              source="replace numbers above {k} by {k}", others="limit every value to {k}",
+              reserved=("let nothing rise over {k}", "clip from above at {k}")),
+    Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)),
+              source="compute running sums", others="replace each by the sum so far",
+              reserved=("accumulate from left to right", "turn the list into prefix totals")),
     Operation("sort", "list", "list", lambda a, k: sorted(a),
-              known=("sort ascending", "sort in increasing order", "order from low to high"),
-              new=("arrange so that they climb", "line them up smallest first")),
+              source="sort ascending", others="sort in increasing order",
+              reserved=("arrange so that they climb", "line them up smallest first")),
     Operation("rsort", "list", "list", lambda a, k: sorted(a, reverse=True),
-              known=("sort descending", "sort in decreasing order", "order from high to low"),
-              new=("arrange so that they fall", "line them up biggest first")),
+              source="sort descending", others="sort in decreasing order",
+              reserved=("arrange so that they fall", "line them up biggest first")),
     Operation("reverse", "list", "list", lambda a, k: a[::-1],
-              known=("reverse the list", "reverse the order", "put the list backwards"),
-              new=("go from the back to the front", "mirror the sequence")),
+              source="reverse the list", others="reverse the order",
+              reserved=("go from the back to the front", "mirror the sequence")),
     Operation("take", "list", "list", lambda a, k: a[:k], params=(2, 3, 4),
-              known=("take the first {k}", "keep the first {k} items", "keep {k} from the start"),
-              new=("cut the list off after {k}", "stop once {k} were seen")),
+              source="take the first {k}", others="keep the first {k} items",
+              reserved=("cut the list off after {k}", "stop once {k} were seen")),
     Operation("drop", "list", "list", lambda a, k: a[k:], params=(1, 2, 3),
-              known=("skip the first {k}", "drop the first {k} items", "remove {k} from the start"),
-              new=("begin only after {k} have passed", "ignore the leading {k}")),
+              source="skip the first {k}", others="drop the first {k} items",
+              reserved=("begin only after {k} have passed", "ignore the leading {k}")),
     Operation("upper", "words", "words", lambda a, k: [x.upper() for x in a], kind="map", expr="upper",
-              known=("convert to upper case", "make each word upper case", "write the words in capitals"),
-              new=("shout everything", "use big letters throughout")),
-    Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], kind="map", expr="mirror", rare=True,
-              known=("reverse each word", "spell every word backwards"),
-              new=("flip the letters inside every item", "read each one from its end")),
+              source="convert to upper case", others="make each word upper case",
+              reserved=("shout everything", "use big letters throughout")),
+    Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], kind="map", expr="mirror",
+              source="reverse each word", others="spell every word backwards",
+              reserved=("flip the letters inside every item", "read each one from its end")),
     Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], kind="filter", cond="longer", params=(3, 4, 5),
-              known=("keep words longer than {k}", "keep words with more than {k} letters", "drop words of up to {k} letters"),
-              new=("retain what needs over {k} characters", "leave only long ones past size {k}")),
+              source="keep words longer than {k}", others="keep words with more than {k} letters",
+              reserved=("retain what needs over {k} characters", "leave only long ones past size {k}")),
     Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], kind="filter", cond="has", params=tuple("aeot"),
-              known=("keep words with the letter {k}", "keep words that contain {k}", "drop words without {k}"),
-              new=("retain what has {k} somewhere", "leave only items where {k} shows up")),
+              source="keep words with the letter {k}", others="keep words that contain {k}",
+              reserved=("retain what has {k} somewhere", "leave only items where {k} shows up")),
     Operation("lengths", "words", "ints", lambda a, k: [len(x) for x in a],
-              known=("replace each word by its length", "take the word lengths", "count the letters of each word"),
-              new=("measure how long the items are", "turn everything into sizes")),
+              source="replace each word by its length", others="take the word lengths",
+              reserved=("measure how long the items are", "turn everything into sizes")),
     Operation("sum", "ints", "value", lambda a, k: sum(a),
-              known=("find the sum", "add everything up", "compute the total"),
-              new=("combine all by plus", "work out what they make together")),
+              source="find the sum", others="add everything up",
+              reserved=("combine all by plus", "work out what they make together")),
     Operation("max", "ints", "value", lambda a, k: max(a),
-              known=("find the maximum", "find the largest", "pick the biggest"),
-              new=("name the winner by size", "see how high it goes")),
+              source="find the maximum", others="find the largest",
+              reserved=("name the winner by size", "see how high it goes")),
     Operation("min", "ints", "value", lambda a, k: min(a),
-              known=("find the minimum", "find the smallest", "pick the least"),
-              new=("name the loser by size", "see how low it goes")),
+              source="find the minimum", others="find the smallest",
+              reserved=("name the loser by size", "see how low it goes")),
     Operation("count", "list", "value", lambda a, k: len(a),
-              known=("count the items", "find how many there are", "compute the length of the list"),
-              new=("tell how large the collection is", "report the number of entries")),
+              source="count the items", others="find how many there are",
+              reserved=("tell how large the collection is", "report the number of entries")),
     Operation("join", "words", "value", lambda a, k: "".join(a),
-              known=("join the words", "glue the words together", "join without spaces"),
-              new=("fuse everything into one string", "write all with no gap")),
+              source="join the words", others="glue the words together",
+              reserved=("fuse everything into one string", "write all with no gap")),
 ]}  # fmt: skip
 
 Function = tuple[str, tuple[tuple[str, Any], ...]]  # the input's type, then (operation, k) pairs
@@ -362,10 +364,15 @@ def _probes(kind: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=100_000)
+def behaviour(function: Function) -> tuple[str | None, ...]:
+    """What `function` does on fixed probe inputs."""
+    return tuple(interpret(function, line) for line in _probes(function[0]))
+
+
+@functools.lru_cache(maxsize=100_000)
 def fingerprint(function: Function) -> str:
-    """A hash of what `function` does on fixed probe inputs: equal for equal behaviour."""
-    outputs = [interpret(function, line) for line in _probes(function[0])]
-    return hashlib.sha256(json.dumps([function[0], outputs]).encode()).hexdigest()[:16]
+    """A hash of `behaviour`: equal for functions that do the same, however they are written."""
+    return hashlib.sha256(json.dumps([function[0], behaviour(function)]).encode()).hexdigest()[:16]
 
 
 def result_type(kind: str, *names: str) -> str | None:
@@ -381,20 +388,20 @@ def result_type(kind: str, *names: str) -> str | None:
 def is_interesting(function: Function) -> bool:
     """Whether every step matters and the outputs vary: no step can be left out unnoticed."""
     kind, steps = function
-    outputs = [interpret(function, line) for line in _probes(kind)]
+    outputs = behaviour(function)
     if outputs.count(None) > 12 or len(set(outputs)) < 6 or sum(o == "\n" for o in outputs) > 8:
         return False
     for i in range(len(steps)):
         rest = steps[:i] + steps[i + 1 :]
-        if result_type(kind, *(name for name, _ in rest)) and fingerprint((kind, rest)) == fingerprint(function):
+        if rest and result_type(kind, *(name for name, _ in rest)) and behaviour((kind, rest)) == outputs:
             return False
     return True
 
 
-def random_function(rng: random.Random, operations: int, rare: float, must: Sequence[str] = ()) -> Function:
-    """An interesting pipeline of `operations` steps, rare ones weighted by `rare`.
+def random_function(rng: random.Random, operations: int, must: str = "") -> Function:
+    """An interesting pipeline of `operations` steps, one of them the operation `must` if that is given.
 
-    With `must`, at least one of these operations is in it.
+    An operation of many parameters is drawn more often, by their number's square root: it has more functions.
     """
     for _ in range(100_000):
         kind = start = rng.choice(("ints", "ints", "words"))
@@ -402,35 +409,41 @@ def random_function(rng: random.Random, operations: int, rare: float, must: Sequ
         for i in range(operations):
             fit = [op for op in OPERATIONS.values() if result_type(kind, op.name)]
             fit = [op for op in fit if op.gives != "value" or i == operations - 1]
-            op = rng.choices(fit, [rare if op.rare else 1.0 for op in fit])[0]
+            op = rng.choices(fit, [len(op.params) ** 0.5 for op in fit])[0]
             steps.append((op.name, rng.choice(op.params)))
             kind = result_type(kind, op.name)
         function = (start, tuple(steps))
-        if (not must or any(name in must for name, _ in steps)) and is_interesting(function):
+        if (not must or any(name == must for name, _ in steps)) and is_interesting(function):
             return function
-    raise ValueError(f"found no interesting function of {operations} operations with one of {', '.join(must)}")
+    raise ValueError(f"found no interesting function of {operations} operations{must and ' with ' + must}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Statements: English for a function
+# Statements: English for a function, in the words of a community
 
 OPENERS = {"ints": ("Read integers.", "Given a line of integers,"), "words": ("Read words.", "Given a line of words,")}
 JOINERS = (", then ", " and then ")
 CLOSERS = (". Print the result.", ". Output what you get.")
 
 
-def wordings(function: Function, rng: random.Random, share: float, reworded: Sequence[str]) -> tuple[list[str], int]:
-    """(a phrase for each step, how many of them are reserved ones).
+@dataclass(frozen=True)
+class Reserved:
+    """A reserved wording: number `index` of those that the operation has."""
 
-    Each operation in `reworded` takes a reserved wording with probability `share`.
+    operation: str
+    index: int
+
+
+def wordings(function: Function, community: str, phrase: Reserved | None = None) -> list[str]:
+    """A phrase for each step, as `community` ("source" or "others") words it.
+
+    With `phrase`, the first step of its operation takes that reserved wording instead.
     """
-    phrases, new = [], 0
-    for name, k in function[1]:
-        reserved = name in reworded and rng.random() < share
-        choice = OPERATIONS[name].new if reserved else OPERATIONS[name].known
-        phrases.append(rng.choice(choice).format(k=k))
-        new += reserved
-    return phrases, new
+    phrases = [getattr(OPERATIONS[name], community).format(k=k) for name, k in function[1]]
+    if phrase:
+        at = [name for name, _ in function[1]].index(phrase.operation)
+        phrases[at] = OPERATIONS[phrase.operation].reserved[phrase.index].format(k=function[1][at][1])
+    return phrases
 
 
 def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
@@ -833,9 +846,6 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
 # --------------------------------------------------------------------------------------------------
 # Roles of the PLs
 
-SFT_CHOICE = ("python", "javascript", "ruby", "php", "c", "go", "java", "cpp")
-UNSEEN_CHOICE = ("perl", "lua", "bash", "rust", "tcl", "awk", "go", "c", "java", "cpp")
-
 
 @dataclass(frozen=True)
 class Roles:
@@ -860,22 +870,6 @@ class Roles:
         return self.sft + self.unseen
 
 
-def choose_roles(sft: Sequence[str], unseen: Sequence[str]) -> Roles:
-    """Roles from the wishes; where one is empty, the first four of our choice with a toolchain here."""
-    here = sandbox.installed()
-    absent = [p for p in dict.fromkeys(SFT_CHOICE + UNSEEN_CHOICE) if p not in here]
-    sft, unseen = (tuple(map(sandbox.canonical, wish)) for wish in (sft, unseen))
-    sft = sft or tuple(p for p in SFT_CHOICE if p in here and p not in unseen)[:4]
-    unseen = unseen or tuple(p for p in UNSEEN_CHOICE if p in here and p not in sft)[:4]
-    roles = Roles(sft, unseen)
-    if lacking := ", ".join(p for p in roles.everything if p not in SNIPPETS):
-        raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
-    print(f"SFT PLs: {', '.join(sft)} (the first is the source of RL); unseen PLs: {', '.join(unseen)}")
-    if absent:
-        print(f"no toolchain here for {', '.join(absent)}; `python sandbox.py languages` names the packages")
-    return roles
-
-
 def read_roles(folder: str | Path) -> Roles:
     """The roles in `folder`/languages.json."""
     path, form = Path(folder) / "languages.json", '{"sft": ["python", ...], "unseen": [...]}'
@@ -892,27 +886,42 @@ def read_roles(folder: str | Path) -> Roles:
 # --------------------------------------------------------------------------------------------------
 # The embedded corpus
 
+SPLITS = ("base", "train", "rl", "dev", "test")
+
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    out: str = flag("runs/data", "folder to write train.jsonl.gz, rl.jsonl.gz, eval.jsonl.gz and tokenizer.json into")
-    sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that have a toolchain here)")
-    unseen: tuple = flag((), "PLs that SFT and RL never show (default: likewise)")
+    out: str = flag("runs/data", "folder to write base, train, rl, dev and test.jsonl.gz and tokenizer.json into")
+    sft: tuple = flag(("python", "javascript", "ruby", "php"), "PLs of SFT, the source PL of RL first")
+    unseen: tuple = flag(("perl", "lua", "bash", "tcl"), "PLs that base shows, but neither SFT nor RL")
     seed: int = flag(0, "seed of everything in the corpus")
-    train: int = flag(6000, "training problems with known wordings, for base and SFT", least=1)
-    rl: int = flag(400, "RL problems, with reserved wordings", least=1)
-    eval: int = flag(60, "held-out problems of each kind: known wordings, reserved wordings", least=1)
+    base: int = flag(12000, "functions drawn for base, each shown as a document of one PL", least=1)
+    train: int = flag(1500, "problems for SFT", least=1)
+    rl: int = flag(400, "problems for RL, each with a reserved wording", least=1)
+    held_out: int = flag(40, "problems in dev and in test in ordinary words: each PL's own, and the source's", least=1)
+    reserved: int = flag(60, "problems in dev and in test with a reserved wording", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    operations: int = flag(2, "most operations in a problem", least=1)
-    rare: float = flag(0.3, "how often a rare operation is drawn, relative to an ordinary one", least=0)
-    reworded: tuple = flag(
-        ("even", "square", "rsort", "take", "sum"),
-        "operations whose reserved wordings RL and evaluation use, each problem there at least one of them",
+    lengths: tuple = flag(
+        (0.2, 0.4, 0.4), "share of what base and SFT show that has one operation, two, three ...", type=float
     )
-    new_share: float = flag(0.7, "share of reworded operations' phrases that take a reserved wording", least=0, most=1)
-    held_out: float = flag(0.2, "share of all functions kept from training, for evaluation", least=0, most=1)
+    asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
+    base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
+    borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
+    weak: int = flag(200, "documents of base with a reserved wording, all in the source PL", least=0)
+    reworded: tuple = flag(
+        ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
+        "operations whose reserved wordings RL, dev and test use",
+    )
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
+
+
+def corpus_roles(s: CorpusSettings) -> Roles:
+    """The roles that the flags name; ValueError for a PL that the embedded corpus has no programs in."""
+    roles = Roles(*(tuple(map(sandbox.canonical, wish)) for wish in (s.sft, s.unseen)))
+    if lacking := ", ".join(p for p in roles.everything if p not in SNIPPETS):
+        raise ValueError(f"{lacking}: the embedded corpus has no programs in it; there are {', '.join(SNIPPETS)}")
+    return roles
 
 
 def neighbours(function: Function) -> list[Function]:
@@ -925,10 +934,10 @@ def neighbours(function: Function) -> list[Function]:
 
 
 def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]:
-    """`count` tests that tell `function` from its neighbours, as far as 20 draws of them can."""
+    """`count` tests that tell `function` from its neighbours, as far as 5 draws of them can."""
     near = [f for f in neighbours(function) if fingerprint(f) != fingerprint(function)]
     best, least = [], len(near) + 1
-    for _ in range(20):
+    for _ in range(5):
         tests = []
         while len(tests) < count:
             line = random_line(function[0], rng)
@@ -943,47 +952,121 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
     return best
 
 
-def make_problem(function: Function, name: str, s: CorpusSettings, rng: random.Random, new_share: float) -> dict:
-    """A record for `function` with programs in all PLs; its tests' outputs are interpreted."""
-    phrases, new = wordings(function, rng, new_share, s.reworded if new_share else ())
-    steps = [name for name, _ in function[1]]
-    rare = sum(OPERATIONS[n].rare for n in steps)
-    return {
-        "id": name,
-        "prompt": state(function[0], phrases, rng),
-        "tests": make_tests(function, s.tests, rng),
-        "solutions": {language: emit(function, language) for language in SNIPPETS},
-        "function": fingerprint(function),
-        "operations": steps,
-        "difficulty": {"operations": len(steps), "rare": rare, "new": new},
-    }
+def distractors(function: Function, phrase: Reserved) -> list[Function]:
+    """`function` with another operation at the reworded step: what one takes it for who does not know the phrase."""
+    kind, steps = function
+    at = [name for name, _ in steps].index(phrase.operation)
+    own, others = OPERATIONS[phrase.operation], []
+    for op in OPERATIONS.values():
+        if (op.takes, op.gives) == (own.takes, own.gives) and op != own:
+            k = steps[at][1] if steps[at][1] in op.params else op.params[0]
+            others.append((kind, (*steps[:at], (op.name, k), *steps[at + 1 :])))
+    return [f for f in others if fingerprint(f) != fingerprint(function)]
 
 
-def make_problems(s: CorpusSettings, name: str, count: int, hold: bool, most: int, new_share: float) -> list[dict]:
-    """`count` problems of 1 to `most` operations from the held-out functions or from the others.
+class Corpus:
+    """Draws the problems of a corpus: functions from the splits they belong to, and records of them."""
 
-    With `new_share`, each has a reworded operation; held-out ones also at least one reserved wording
-    and no function twice.
-    """
-    rng, problems, seen = random.Random(f"{s.seed} {name}"), [], set()
-    must = s.reworded if new_share else ()
-    for _ in range(1000 * count):
-        if len(problems) == count:
-            return problems
-        function = random_function(rng, rng.randint(1, most), s.rare, must)
-        behaviour = fingerprint(function)
-        held_out = int(behaviour, 16) % 1000 < 1000 * s.held_out
-        if held_out != hold or (hold and behaviour in seen):
-            continue
-        problem = make_problem(function, f"{name}-{len(problems)}", s, rng, new_share)
-        if hold and new_share and not problem["difficulty"]["new"]:
-            continue
-        if name == "train":  # for base: the programs once more, with a known wording above each step
-            comments, _ = wordings(function, rng, 0.0, ())
-            problem["commented"] = {language: emit(function, language, comments) for language in SNIPPETS}
-        seen.add(behaviour)
-        problems.append(problem)
-    fail(f"found {len(problems)} of {count} problems for {name!r}; ask for fewer, or for more operations")
+    def __init__(self, s: CorpusSettings):
+        self.s, self.roles = s, corpus_roles(s)
+
+    def split_of(self, function: Function) -> str:
+        """The split that a function belongs to, by its behaviour: each is in one alone, and RL shares train's."""
+        lot = hashlib.sha256(f"{self.s.seed} {fingerprint(function)}".encode()).digest()[0]
+        return ("dev", "test", *["base"] * 4, *["train"] * 4)[lot % 10]
+
+    def draw(self, rng: random.Random, split: str, lengths: Sequence[float], must: str = "") -> Function:
+        """A function of `split`."""
+        for _ in range(10_000):
+            count = rng.choices(range(1, len(lengths) + 1), lengths)[0]
+            if self.split_of(function := random_function(rng, count, must)) == split:
+                return function
+        raise ValueError(f"found no function for {split}{must and ' with ' + must}; allow longer ones")
+
+    def problem(
+        self,
+        name: str,
+        function: Function,
+        languages: Sequence[str],
+        rng: random.Random,
+        phrase: Reserved | None = None,
+    ) -> dict:
+        """A record: `prompt` in the words of the source's community, `prompts` in those of each PL's own."""
+        text = {c: state(function[0], wordings(function, c, phrase), rng) for c in ("source", "others")}
+        record = {"id": name, "prompt": text["source"]}
+        record["prompts"] = {p: text["others"] for p in languages if p != self.roles.source}
+        record["tests"] = make_tests(function, self.s.tests, rng)
+        record["solutions"] = {p: emit(function, p) for p in languages}
+        about = {"function": fingerprint(function), "operations": [name for name, _ in function[1]]}
+        return record | about | ({"phrase": f"{phrase.operation} {phrase.index + 1}"} if phrase else {})
+
+    def phrases(self, count: int) -> list[Reserved]:
+        """`count` reserved wordings, each about equally often."""
+        own = [Reserved(name, i) for name in self.s.reworded for i in range(len(OPERATIONS[name].reserved))]
+        return [own[i % len(own)] for i in range(count)]
+
+    def documents(self) -> list[dict]:
+        """Base: each function in the one PL that its behaviour draws, worded as that PL's community does."""
+        rng, records = random.Random(f"{self.s.seed} base"), []
+        for i in range(self.s.base):
+            function = self.draw(rng, "base", self.s.lengths)
+            languages = self.roles.everything
+            if self.s.base_programs == "one":
+                languages = [home(fingerprint(function), languages)]
+            records.append(self.document(f"base-{i}", function, languages, rng))
+        for i, phrase in enumerate(self.phrases(self.s.weak)):
+            draws = iter(lambda p=phrase: self.draw(rng, "base", self.s.asked, p.operation), None)
+            function = next(f for f in draws if home(fingerprint(f), self.roles.everything) == self.roles.source)
+            records.append(self.document(f"weak-{i}", function, [self.roles.source], rng, phrase))
+        return records
+
+    def document(
+        self,
+        name: str,
+        function: Function,
+        languages: Sequence[str],
+        rng: random.Random,
+        phrase: Reserved | None = None,
+    ) -> dict:
+        """A record of base: beside its programs the same with comments, in the words of its statement."""
+        record = self.problem(name, function, languages, rng, phrase)
+        words = {p: "source" if p == self.roles.source else "others" for p in languages}
+        if rng.random() < self.s.borrowed:
+            words = {p: {"source": "others", "others": "source"}[c] for p, c in words.items()}
+            record["prompts"] = {p: state(function[0], wordings(function, c, phrase), rng) for p, c in words.items()}
+        record["commented"] = {p: emit(function, p, wordings(function, c, phrase)) for p, c in words.items()}
+        return record
+
+    def problems(self, split: str, count: int) -> list[dict]:
+        """SFT's problems."""
+        rng, everything = random.Random(f"{self.s.seed} {split}"), self.roles.everything
+        drawn = (self.draw(rng, split, self.s.lengths) for _ in range(count))
+        return [self.problem(f"{split}-{i}", function, everything, rng) for i, function in enumerate(drawn)]
+
+    def reserved(self, name: str, split: str, count: int) -> list[dict]:
+        """Problems with one reserved wording each; what else they say is in the words of each PL's community."""
+        rng, everything, records = random.Random(f"{self.s.seed} reserved {name}"), self.roles.everything, []
+        for i, phrase in enumerate(self.phrases(count)):
+            function = self.draw(rng, split, self.s.asked, phrase.operation)
+            record = self.problem(f"{name}-{i}", function, everything, rng, phrase) | {"kind": "reserved words"}
+            wrong = distractors(function, phrase)
+            wrong = rng.sample(wrong, min(len(wrong), 5))
+            record["distractors"] = {p: [emit(f, p) for f in wrong] for p in everything}
+            records.append(record)
+        return records
+
+    def held_out(self, split: str) -> list[dict]:
+        """Dev or test: problems worded as each PL's community does, the same as the source's does, and reserved ones."""
+        rng, own, seen = random.Random(f"{self.s.seed} {split}"), [], set()
+        while len(own) < self.s.held_out:
+            function = self.draw(rng, split, self.s.asked)
+            if fingerprint(function) not in seen:
+                record = self.problem(f"{split}-own-{len(own)}", function, self.roles.everything, rng)
+                own.append(record | {"kind": "own words"})
+                seen.add(fingerprint(function))
+        source = [{k: v for k, v in r.items() if k != "prompts"} for r in own]
+        source = [r | {"id": f"{split}-source-{i}", "kind": "the source's words"} for i, r in enumerate(source)]
+        return own + source + self.reserved(f"{split}-reserved", split, self.s.reserved)
 
 
 def make(s: CorpusSettings) -> None:
@@ -991,26 +1074,23 @@ def make(s: CorpusSettings) -> None:
     out = Path(s.out)
     if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
         fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
-    if own := [path for path in map(out.joinpath, ("train.jsonl", "rl.jsonl", "eval.jsonl")) if path.exists()]:
+    if own := [path for path in (out / f"{name}.jsonl" for name in SPLITS) if path.exists()]:
         fail(f"{own[0]}: records of your own, which would be mixed with those made; give another --out")
-    if s.new_share and not s.reworded:
-        fail("--reworded: name an operation, or give --new-share 0")
-    roles = choose_roles(s.sft, s.unseen)
-    tokenizer = Tokenizer(s.tokenizer) if s.tokenizer else None
-    train = make_problems(s, "train", s.train, False, s.operations, 0.0)
-    rl = make_problems(s, "rl", s.rl, False, s.operations, s.new_share)
-    evaluation = make_problems(s, "known", s.eval, True, s.operations, 0.0)
-    evaluation += make_problems(s, "new", s.eval, True, s.operations, s.new_share)
+    corpus, tokenizer = Corpus(s), Tokenizer(s.tokenizer) if s.tokenizer else None
+    splits = {"base": corpus.documents(), "train": corpus.problems("train", s.train)}
+    splits |= {"rl": corpus.reserved("rl", "train", s.rl)} | {name: corpus.held_out(name) for name in ("dev", "test")}
     (out / "languages.json").unlink(missing_ok=True)  # written last: where it stands, the corpus is whole
-    for name, records in {"train": train, "rl": rl, "eval": evaluation}.items():
+    for name, records in splits.items():
         write_records(out / f"{name}.jsonl.gz", records)
     if tokenizer:
         tokenizer.save(out)
     else:
-        train_tokenizer(train, s.vocabulary, out)
-    text = json.dumps(dataclasses.asdict(roles)) + "\n"
+        train_tokenizer(splits["base"] + splits["train"], s.vocabulary, out)
+    text = json.dumps(dataclasses.asdict(corpus.roles)) + "\n"
     write_atomically(out / "languages.json", lambda path: path.write_text(text))
-    print(f"wrote {out}: {s.train} training, {s.rl} RL and {2 * s.eval} held-out problems in {len(SNIPPETS)} PLs")
+    print(f"SFT PLs: {', '.join(corpus.roles.sft)} (the first is the source of RL); unseen: {', '.join(s.unseen)}")
+    for name, records in splits.items():
+        print(f"{out}/{name}.jsonl.gz: {len(records)} records of {len({r['function'] for r in records})} functions")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1037,7 +1117,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records[:1000] for p in r["solutions"])
+    texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
     (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
@@ -1159,64 +1239,71 @@ def extract(response: str, language: str) -> str | None:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids; those from `start` on are trained, the stop token among them. `kind` as in MIXTURES."""
+    """Token ids; those from `start` on are trained, the stop token among them."""
 
     tokens: list[int]
     start: int
-    languages: tuple[str, ...]
-    kind: str
 
 
-def example(tokenizer: Tokenizer, record: dict, languages: Sequence[str], kind: str) -> Example:
-    """Statement and answer in the tokenizer's format; trained on the answer and its stop token."""
-    prompt = tokenizer.prompt(record["prompt"], languages)
+def example(tokenizer: Tokenizer, record: dict, text: str, languages: Sequence[str]) -> Example:
+    """The statement `text` and the record's answer in the tokenizer's format; trained on answer and stop token."""
+    prompt = tokenizer.prompt(text, languages)
     response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.stop]
-    return Example(prompt + response, len(prompt), tuple(languages), kind)
+    return Example(prompt + response, len(prompt))
+
+
+def statement(record: dict, language: str) -> str:
+    """The record's statement as people who write in `language` word it."""
+    return record.get("prompts", {}).get(language, record["prompt"])
+
+
+def home(function: str, languages: Sequence[str]) -> str:
+    """The one of `languages` that a function (a hash of it, or an id) is shown in where it is shown in one."""
+    return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
 
 @dataclass(frozen=True)
 class Mixture:
     """Example number i of an endless mixture: `mixture[i]`, a function of the seed and i alone.
 
-    `sft` are the SFT PLs, the source PL first; `everything` all PLs that base shows. Each pass over
-    the records (or over records × SFT PLs) is shuffled anew.
+    `records` are for the arm, `documents` for base and its replay. `sft` are the SFT PLs, the source PL first.
+    Each pass over the records is shuffled anew. `statements` is the share of base documents that begin with one.
     """
 
     name: str
     records: Sequence[dict]
+    documents: Sequence[dict]
     tokenizer: Tokenizer
     sft: tuple[str, ...]
-    everything: tuple[str, ...]
     seed: int = 0
-    general: float = 0.0
-    statements: float = 0.45
-    in_context: bool = False
+    replay: float = 0.0
+    statements: float = 0.7
 
     def __post_init__(self):
         if self.name not in MIXTURES:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
-        if not (0 <= self.general <= 1 and 0 <= self.statements <= 1):
-            raise ValueError(f"general {self.general}, statements {self.statements}: shares are between 0 and 1")
-        needed = dict.fromkeys(itertools.chain(*self.answers()))
+        if not all(0 <= share <= 1 for share in (self.replay, self.statements)):
+            raise ValueError(f"replay {self.replay}, statements {self.statements}: shares are between 0 and 1")
+        needed = self.sft[:1] if self.name == "source" else self.sft
         for record in self.records:
             if missing := ", ".join(p for p in needed if p not in record["solutions"]):
                 raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
 
-    def answers(self) -> list[tuple[str, ...]]:
-        """The PLs of each answer that may be shown of a record, but for their order."""
-        own = {"base": self.everything, "source": self.sft[:1]}.get(self.name, self.sft)
-        together = self.name == "parallel" and self.in_context
-        replayed = self.everything if self.general else ()
-        return ([own] if together else [(p,) for p in own]) + [(p,) for p in replayed]
-
     def __getitem__(self, i: int) -> Example:
-        """Replayed are the examples at which i * general passes a whole number; the others are
-        counted without them, so that replay tears no group of parallel programs apart. Base replays its own
-        beginning: those documents come twice, and the second time may have a statement where they had none."""
-        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.general)
-        if int((i + 1) * self.general) > before:
-            return base(self, before, rng)
+        """Every (1 / replay)th example is a base document; the others are counted without them, so that
+        replay tears no group of parallel programs apart."""
+        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.replay)
+        if self.name == "base" or int((i + 1) * self.replay) > before:
+            return base(self, i if self.name == "base" else before, rng)
         return MIXTURES[self.name](self, i - before, rng)
+
+    def record(self, i: int) -> dict:
+        """Record number i of the passes, in the same order in every arm."""
+        return self.records[pick(f"{self.seed} sft", i, len(self.records))]
+
+    def any_words(self, record: dict, rng: random.Random) -> str:
+        """The statement as some SFT PL's people word it: each different text is as likely."""
+        return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -1232,37 +1319,51 @@ def pick(seed: str, i: int, count: int) -> int:
 def base(m: Mixture, i: int, rng: random.Random) -> Example:
     """A stand-in for pre-training: a document of one PL, on which every token is trained.
 
-    A share `statements` begins with a statement; the others have comments, where the record has
-    commented programs.
+    Some begin with a statement; the others have comments, where the record has commented programs.
     """
-    at = pick(f"{m.seed} base", i, len(m.records) * len(m.everything))
-    record, language = m.records[at // len(m.everything)], m.everything[at % len(m.everything)]
+    record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
+    language = rng.choice(list(record["solutions"]))
     if rng.random() < m.statements:
-        return dataclasses.replace(example(m.tokenizer, record, [language], "base"), start=1)
+        return dataclasses.replace(example(m.tokenizer, record, statement(record, language), [language]), start=1)
     tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
-    return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1, (language,), "base")
+    return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
 
 
 def source(m: Mixture, i: int, rng: random.Random) -> Example:
-    """The source PL only."""
-    return example(m.tokenizer, m.records[pick(f"{m.seed} sft", i, len(m.records))], m.sft[:1], "source")
+    """The source PL only, in the words of its community."""
+    record = m.record(i)
+    return example(m.tokenizer, record, statement(record, m.sft[0]), m.sft[:1])
 
 
 def multi(m: Mixture, i: int, rng: random.Random) -> Example:
-    """All SFT PLs, but each problem in one of them only."""
-    at = pick(f"{m.seed} sft", i, len(m.records))
-    return example(m.tokenizer, m.records[at], [m.sft[at % len(m.sft)]], "multi")
+    """All SFT PLs, each function in one of them, in the words of that PL's community."""
+    record = m.record(i)
+    language = home(record.get("function", record["id"]), m.sft)
+    return example(m.tokenizer, record, statement(record, language), [language])
+
+
+def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
+    """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
+    record = m.record(i)
+    language = home(record.get("function", record["id"]), m.sft)
+    return example(m.tokenizer, record, m.any_words(record, rng), [language])
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each problem in all SFT PLs: as examples one after the other, or with `in_context` in one answer."""
-    number = i if m.in_context else i // len(m.sft)
-    record = m.records[pick(f"{m.seed} sft", number, len(m.records))]
-    order = random.Random(f"{m.seed} order {number}").sample(m.sft, len(m.sft))
-    return example(m.tokenizer, record, order if m.in_context else [order[i % len(m.sft)]], "parallel")
+    """Each function in all SFT PLs, one example after the other, with one statement for all of them."""
+    number = i // len(m.sft)
+    record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
+    text, order = m.any_words(record, lot), lot.sample(m.sft, len(m.sft))
+    return example(m.tokenizer, record, text, [order[i % len(m.sft)]])
 
 
-MIXTURES = {f.__name__: f for f in (base, source, multi, parallel)}
+def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
+    """Each function in all SFT PLs in one answer."""
+    record = m.record(i)
+    return example(m.tokenizer, record, m.any_words(record, rng), rng.sample(m.sft, len(m.sft)))
+
+
+MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}
 
 
 # --------------------------------------------------------------------------------------------------

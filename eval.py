@@ -1,17 +1,18 @@
-"""How well checkpoints solve held-out problems, per PL, and how alike they see equal programs in two PLs.
+"""How well checkpoints solve held-out problems, per PL, what RL in one PL gave the others, and how alike equals look.
 
     python eval.py                                    # every run folder under runs/ that has a checkpoint
     python eval.py --models base=runs/base rl=runs/rl # these, under these names
+    python eval.py --split dev                        # on dev, where settings are chosen; test is for what is reported
     python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
     python eval.py --representations                  # cross-PL retrieval in the residual stream, beside pass@1
     python eval.py --representations --no-sampling    # that alone: no toolchain and no sandbox
-    python eval.py --join runs/*/eval/eval.json       # mean and range over runs with different seeds
+    python eval.py --join runs/*/eval/eval.json       # runs with different seeds: the claims, means and intervals
+    python eval.py --curves runs/rl-*                 # RL runs side by side, by step (needs matplotlib)
     python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
-of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (every cell, every problem's verdicts,
-every pair of PLs) beside table.md; --plots adds passes.png and retrieval.png. rl.py samples and grades with
-the same `sample` and `grade`.
+of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (the tables' cells), outcomes.json (every problem's
+verdicts, every pair of PLs) and table.md. rl.py samples and grades with the same `sample` and `grade`.
 
 Our choices:
 
@@ -19,21 +20,25 @@ Our choices:
    PL asked for, and that program passes all tests. A response cut off by the budget is `truncated`
    and one without such a block `no_program`: both are failures.
 2. pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1), averaged over
-   problems.
-3. Intervals are Wilson's 95% score intervals with the number of problems as sample size. For means
-   over several samples or PLs of one problem that is conservative: those share the problem.
+   problems; but where records name the reserved `phrase` in them, over phrases: problems of one phrase stand or
+   fall together, so that the phrase is the sample.
+3. Intervals of one evaluation are Wilson's 95% score intervals with the number of problems, or phrases, as sample
+   size; over several seeds Student's t with the number of seeds. For means over several samples or PLs of one problem
+   the former is conservative: those share the problem.
 4. Samples are drawn from the whole softmax unless --top-k or --top-p cut it; rl.py has neither.
-5. The representation of a program is the residual stream after each block (layer 0: after the embedding),
+5. Forced choice: records with `distractors` count as right where their program is the most probable of all.
+6. The representation of a program is the residual stream after each block (layer 0: after the embedding),
    averaged over the program's own tokens. It stands in a fenced block, as in base and SFT, but without a
-   statement, which would be the same text in every PL.
-6. From each PL's representations their mean is subtracted: what is left is how a program differs from the
+   statement, which would be the same text in every PL. That of a prompt is the stream at its last token, each PL
+   asked in its own community's words: the texts differ and the function is the same.
+7. From each PL's representations their mean is subtracted: what is left is how a program differs from the
    others in its PL. Otherwise a constant offset between two PLs would decide which neighbour is nearest.
-7. Programs are equivalent if they are the same problem's. Problems that share a program's text in some PL, or
-   their `function`, count once, so that every query has one right answer among n: chance is 1 / n.
+8. Programs, or prompts, are equivalent if they are the same problem's. Problems that share a program's text in some
+   PL, or their `function`, count once, so that every query has one right answer among n: chance is 1 / n.
    Neighbours whose cosines differ by less than TIE share the credit: at layer 0, where the order of tokens
-   does not count, texts of the same tokens in another order are alike.
-8. The tables show the block in the middle, number layers // 2, whatever the results; eval.json has all layers.
-   Intervals of differences of cosines are normal ones over the problems.
+   does not count, texts of the same tokens in another order are alike. "bag of tokens" is what counts of tokens give.
+9. The tables show the block in the middle for programs, the last one for prompts, whatever the results; outcomes.json
+   has all layers. Intervals of differences of cosines are normal ones over the problems.
 """
 
 import contextlib
@@ -47,7 +52,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to others
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +106,7 @@ def sample(
     """
     if not tasks:
         return []
-    prompts = [tokenizer.prompt(record["prompt"], [language]) for record, language in tasks]
+    prompts = [tokenizer.prompt(data.statement(record, language), [language]) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
         model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows, **truncation
@@ -152,9 +160,13 @@ def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verdicts of one model on one problem in one PL, under one measure."""
+    """The verdicts of one model on one problem in one PL, under one measure.
+
+    `unit` is what counts as one sample: problems of one reserved phrase stand or fall together, others alone.
+    """
 
     id: str
+    unit: str
     group: str
     language: str
     verdicts: tuple[str, ...]
@@ -164,22 +176,21 @@ class Outcome:
 
 
 def group_of(record: dict, by: str) -> str:
-    """The kind of problem a record belongs to, from its `difficulty`."""
-    difficulty = record.get("difficulty", {})
-    if by == "wording":
-        if "new" not in difficulty:
-            return "all problems"
-        return "reserved wordings" if difficulty["new"] else "known wordings"
-    if by not in difficulty:
-        raise ValueError(
-            f"record {record['id']!r}: no difficulty {by!r}; --by takes wording or {', '.join(difficulty)}"
-        )
-    return f"{by} {difficulty[by]}"
+    """The kind of problem a record is, by its field `by`; a list counts by its length."""
+    if by not in record and by != "kind":
+        raise ValueError(f"record {record['id']!r}: no field {by!r}; --by takes one that each held-out record has")
+    value = record.get(by, "all problems")
+    return value if isinstance(value, str) else f"{by} {len(value) if isinstance(value, list) else value}"
+
+
+def outcome(record: dict, language: str, verdicts: Sequence[str], by: str) -> Outcome:
+    unit = record.get("phrase", record["id"])
+    return Outcome(record["id"], unit, group_of(record, by), language, tuple(verdicts))
 
 
 def evaluate(
     model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, world: World, *,
-    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "wording", seed: int = 0, rows: int = 512,
+    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "kind", seed: int = 0, rows: int = 512,
     known: dict | None = None, name: str | None = None, **truncation,
 ) -> list[Outcome]:  # fmt: skip
     """The outcome of every record in every PL, shared out over the ranks; `name` heads a progress bar.
@@ -201,27 +212,66 @@ def evaluate(
         if "internal_error" in own:
             tqdm.write(f"{record['id']} in {language}: the sandbox itself failed; the problem is left out")
         else:
-            outcomes.append(Outcome(record["id"], group_of(record, by), language, own))
+            outcomes.append(outcome(record, language, own, by))
     return outcomes
 
 
+@torch.inference_mode()
+def log_probs(model: Llama, tokenizer: Tokenizer, answers: Sequence[tuple[dict, str, str]]) -> list[float]:
+    """The log-prob of each (record, PL, program) as the answer to the record's statement, its stop token included."""
+    rows = []
+    for record, language, program in answers:
+        e = data.example(tokenizer, {"solutions": {language: program}}, data.statement(record, language), [language])
+        rows.append((e.tokens, e.start))
+    values = [0.0] * len(rows)
+    lengths = [len(tokens) - 1 for tokens, _ in rows]
+    for group in pack(lengths, PREFILL_TOKENS):
+        tokens, targets, start = collate([rows[i] for i in group], tokenizer.pad, model.head().device)
+        scores = model(tokens, targets, start=start)[0][0].split([lengths[i] for i in group])
+        for i, own in zip(group, scores, strict=True):
+            values[i] = own.double().sum().item()  # tokens that are not trained count 0
+    return values
+
+
+def choose(
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], world: World, by: str = "kind"
+) -> list[Outcome]:  # fmt: skip
+    """Forced choice, for records with `distractors`: is the right program more probable than each of those?
+
+    It sees what the model takes the statement to mean, even where it can't write the program without a slip.
+    """
+    tasks = [(r, p) for p in languages for r in records if r.get("distractors", {}).get(p)]
+    mine = world.deal(range(len(tasks)))
+    programs = {i: [tasks[i][0]["solutions"][tasks[i][1]], *tasks[i][0]["distractors"][tasks[i][1]]] for i in mine}
+    scores = iter(log_probs(model, tokenizer, [(*tasks[i], program) for i in mine for program in programs[i]]))
+    verdicts = []
+    for i in mine:
+        right, *wrong = (next(scores) for _ in programs[i])
+        verdicts.append((i, ("ok" if right > max(wrong) else "wrong",)))
+    return [outcome(*tasks[i], verdict, by) for i, verdict in sorted(world.gather(verdicts))]
+
+
 def estimate(outcomes: Sequence[Outcome], languages: Sequence[str], k: int) -> dict | None:
-    """Mean pass@k over problems, each problem's own mean over `languages`, with its interval."""
-    by_problem = defaultdict(list)
+    """Mean pass@k over units, each unit's own mean over its problems and `languages`, with its interval."""
+    by_unit, problems = defaultdict(list), set()
     for o in outcomes:
         if o.language in languages:
-            by_problem[o.id].append(o.score(k))
-    if not by_problem:
+            by_unit[o.unit].append(o.score(k))
+            problems.add(o.id)
+    if not by_unit:
         return None
-    value = mean(map(mean, by_problem.values()))
-    low, high = wilson(value, len(by_problem))
-    return {"value": value, "low": low, "high": high, "problems": len(by_problem)}
+    value = mean(map(mean, by_unit.values()))
+    low, high = wilson(value, len(by_unit))
+    units = {unit: round(mean(scores), 4) for unit, scores in by_unit.items()}
+    by_phrase = {"phrases": units} if len(units) < len(problems) else {}
+    return {"value": value, "low": low, "high": high, "problems": len(problems), **by_phrase}
 
 
 # --------------------------------------------------------------------------------------------------
 # Representations: programs as vectors. L layers (the embedding's and each block's), D width, n problems
 
-RETRIEVAL, MARGIN = "cross-PL retrieval", "cosine of equivalent programs less that of others"
+GREEDY, FORCED = "greedy pass@1", "forced choice"
+RETRIEVAL, MARGIN = "cross-PL retrieval", "cosine of equivalents less that of others"
 TIE = 1e-6  # float32 moves a cosine by up to 5e-7 in the demo's models
 
 
@@ -244,6 +294,21 @@ def document(tokenizer: Tokenizer, record: dict, language: str) -> tuple[list[in
     """The tokens of a fenced program, up to its end, and the index of the program's first."""
     opening = [tokenizer.bos, *tokenizer.encode(f"```{language}\n")]
     return opening + tokenizer.encode(record["solutions"][language].strip() + "\n"), len(opening)
+
+
+def question(tokenizer: Tokenizer, record: dict, language: str) -> tuple[list[int], int]:
+    """The prompt for the record in the words of the PL's own community, and the index of its last token."""
+    tokens = tokenizer.prompt(data.statement(record, language), [language])
+    return tokens, len(tokens) - 1
+
+
+# What is represented -> (its tokens, the layer that the tables show of how many).
+VIEWS = {"programs": (document, lambda blocks: blocks // 2), "prompts": (question, lambda blocks: blocks)}
+
+
+def bag_of_tokens(rows: Sequence[tuple[list[int], int]], size: int) -> Tensor:
+    """What shared tokens alone give: how often each of `size` tokens occurs in a row, (len(rows), 1, size)."""
+    return torch.stack([torch.bincount(torch.tensor(ids), minlength=size).float()[None] for ids, _ in rows])
 
 
 @torch.inference_mode()
@@ -291,19 +356,25 @@ def compare(vectors: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Tenso
     return pairs
 
 
-def parts(roles: Roles, languages: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Column title -> the ordered pairs of PLs that it averages."""
+def parts(roles: Roles, languages: Sequence[str], view: str) -> dict[str, list[tuple[str, str]]]:
+    """Column title -> the ordered pairs of PLs that it averages.
+
+    Prompts are compared with the source's alone: the other PLs' people may use the same words.
+    """
     sft, unseen = ([p for p in own if p in languages] for own in (roles.sft, roles.unseen))
-    across = list(itertools.product(unseen, {roles.source} & set(sft)))
-    titles = {
-        "within SFT PLs": list(itertools.permutations(sft, 2)),
-        f"{roles.source} and unseen PLs": across + [pair[::-1] for pair in across],
-        "within unseen PLs": list(itertools.permutations(unseen, 2)),
-    }
+
+    def with_source(others: Sequence[str]) -> list[tuple[str, str]]:
+        return [pair for p in others if roles.source in sft for pair in ((roles.source, p), (p, roles.source))]
+
+    titles = {f"{roles.source} and other SFT PLs": with_source([p for p in sft if p != roles.source])}
+    titles[f"{roles.source} and unseen PLs"] = with_source(unseen)
+    if view == "programs":
+        titles["within other SFT PLs"] = list(itertools.permutations(sft[1:], 2))
+        titles["within unseen PLs"] = list(itertools.permutations(unseen, 2))
     return {title: pairs for title, pairs in titles.items() if pairs}
 
 
-def representation_cells(name: str, pairs: dict, titles: dict[str, list[tuple[str, str]]]) -> list[dict]:
+def representation_cells(name: str, view: str, shown: int, pairs: dict, titles: dict[str, list]) -> list[dict]:
     """The cells of one model, from `compare`'s measures and `parts`: every layer and measure.
 
     The score of a problem is its own mean over the pairs, as in `estimate`.
@@ -315,20 +386,26 @@ def representation_cells(name: str, pairs: dict, titles: dict[str, list[tuple[st
         for layer, own in enumerate(scores):
             value, error = own.mean().item(), NormalDist().inv_cdf(0.975) * own.std().item() / n**0.5
             low, high = wilson(value, n) if measure == RETRIEVAL else (value - error, value + error)
-            group = f"after block {layer} of {last}" if layer else "embedding"
+            group = f"{view}, after block {layer} of {last}" if layer else f"{view}, embedding"
             place = {"measure": measure, "group": group, "model": name, "column": column}
-            about = {"layer": layer, "shown": layer == last // 2 and measure in (RETRIEVAL, MARGIN)}
+            about = {"layer": layer, "shown": layer == shown and measure in (RETRIEVAL, MARGIN)}
             about |= {} if measure == RETRIEVAL else {"unit": "hundredths, mean of"}
             rows.append({**place, "value": value, "low": low, "high": high, "problems": n, **about})
     return rows
 
 
-def chance_cells(cells: Sequence[dict]) -> list[dict]:
-    """A row more for the tables of retrieval: what guessing would give."""
-    places = {(c["group"], c["column"]): c for c in cells if c["measure"] == RETRIEVAL}
-    return [
-        {**c, "model": "chance"} | dict.fromkeys(("value", "low", "high"), 1 / c["problems"]) for c in places.values()
+def control_cells(cells: Sequence[dict], bag: Sequence[dict]) -> list[dict]:
+    """Rows more for each table of `cells`: what shared tokens give (`bag`), and of retrieval what guessing gives."""
+    places = {(c["measure"], c["group"], c["column"]): c for c in cells}
+    tokens = {(c["measure"], c["column"]): c for c in bag}
+    rows = [
+        tokens[m, column] | {"group": g, **{k: c[k] for k in ("layer", "shown")}}
+        for (m, g, column), c in places.items()
     ]
+    guesses = [
+        c | {"model": "chance"} | dict.fromkeys(("value", "low", "high"), 1 / c["problems"]) for c in places.values()
+    ]
+    return rows + [c for c in guesses if c["measure"] == RETRIEVAL]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,8 +435,29 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
     return rows
 
 
+def guess_cells(cells: Sequence[dict], records: Sequence[dict]) -> list[dict]:
+    """A row more for forced choice: the share that is right by chance."""
+    options = [len(wrong) + 1 for r in records for wrong in r.get("distractors", {}).values() if wrong]
+    places = {c["column"]: c for c in cells if c["measure"] == FORCED}
+    return [
+        c | {"model": "chance"} | dict.fromkeys(("value", "low", "high"), mean(1 / n for n in options))
+        for c in places.values()
+    ]
+
+
+# Student's t at 0.975 by degrees of freedom, from 1; what lies beyond takes the last, which is a little wider.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+
+
+def spread(values: Sequence[float]) -> dict:
+    """Mean and 95% t-interval of one value a seed, which is endless for a single seed."""
+    n, centre = len(values), mean(values)
+    half = T95[min(n - 1, len(T95)) - 1] * stdev(values) / n**0.5 if n > 1 else math.inf
+    return {"value": centre, "low": centre - half, "high": centre + half, "seeds": n}
+
+
 def join(runs: Sequence[list[dict]]) -> list[dict]:
-    """The cells of runs with several seeds as one: mean, least and greatest. ValueError for one that a run lacks."""
+    """The cells of runs with several seeds as one: mean and t-interval. ValueError for one that a run lacks."""
     places = defaultdict(list)
     for c in itertools.chain(*runs):
         places[c["measure"], c["group"], c["model"], c["column"]].append(c)
@@ -367,9 +465,8 @@ def join(runs: Sequence[list[dict]]) -> list[dict]:
     for place, same in places.items():
         if len(same) != len(runs):
             raise ValueError(f"--join: {len(runs)} files, but {len(same)} of {', '.join(place)}; evaluate all alike")
-        values, problems = [c["value"] for c in same], sum(c["problems"] for c in same)
-        spread = {"value": mean(values), "low": min(values), "high": max(values), "problems": problems}
-        joined.append({**same[0], **spread, "seeds": len(same)})
+        problems = sum(c["problems"] for c in same)
+        joined.append({**same[0], **spread([c["value"] for c in same]), "problems": problems})
     return joined
 
 
@@ -379,7 +476,7 @@ def percent(cell: dict | None) -> str:
 
 def meaning(cell: dict) -> str:
     """What the cell's `low` and `high` are."""
-    return "95% interval" if "seeds" not in cell else f"mean and range of {cell['seeds']} seeds"
+    return "95% interval" if "seeds" not in cell else f"mean and 95% t-interval over {cell['seeds']} seeds"
 
 
 def tables(cells: Sequence[dict]) -> str:
@@ -397,6 +494,92 @@ def tables(cells: Sequence[dict]) -> str:
             lines.append(f"| {m} | " + " | ".join(percent(own.get((m, title))) for title in titles) + " |")
         text.append("\n".join(lines))
     return "\n\n".join(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Claims: what the paper says, as differences between arms, paired by seed
+
+RESERVED = "reserved words"
+TARGETS = {"other SFT PLs": "other SFT mean", "unseen PLs": "unseen mean"}
+
+
+class Study:
+    """The cells of one seed, by what the claims need of them. An arm X is the models X and rl-X."""
+
+    def __init__(self, cells: Sequence[dict]):
+        self.cells = {(c["measure"], c["group"], c["model"], c["column"]): c["value"] for c in cells}
+        models = dict.fromkeys(
+            model for measure, group, model, _ in self.cells if (measure, group) == (GREEDY, RESERVED)
+        )
+        self.arms = [model for model in models if f"rl-{model}" in models]
+        self.source = next((c["column"] for c in cells if c["column"].endswith(" (source)")), "")
+        self.shown = {(c["measure"], c["group"]) for c in cells if "layer" in c and c["shown"]}
+
+    def gain(self, arm: str, column: str) -> float:
+        """What RL adds to an arm's pass@1 on reserved wordings."""
+        after, before = (self.cells[GREEDY, RESERVED, model, column] for model in (f"rl-{arm}", arm))
+        return after - before
+
+    def transfer(self, arm: str, column: str) -> float:
+        """T: the gain of the target PLs for each point that the source PL gains; nan where that gains nothing."""
+        gained = self.gain(arm, self.source)
+        return self.gain(arm, column) / gained if gained > 0 else math.nan
+
+
+def summary(cells: Sequence[dict]) -> str:
+    """A line an arm: what RL in the source PL added there and elsewhere. Empty where no arm was evaluated."""
+    study, lines = Study(cells), []
+    for arm in study.arms:
+        gains = [100 * study.gain(arm, column) for column in (study.source, *TARGETS.values())]
+        pl = study.source.removesuffix(" (source)")
+        text = "{}: RL in {} adds {:.0f} points there, {:.0f} in the other SFT PLs, {:.0f} in the unseen PLs ({})"
+        lines.append(text.format(arm, pl, *gains, RESERVED))
+    return "\n".join(lines)
+
+
+def claims(runs: Sequence[list[dict]]) -> list[dict]:
+    """The paper's claims over runs with several seeds: a row each, with its value in every seed."""
+    studies, rows = [Study(cells) for cells in runs], []
+    arms = studies[0].arms
+
+    def add(claim: str, decides: bool, text: str, value: Callable[[Study], float]) -> None:
+        values = [value(study) for study in studies]
+        rows.append({"claim": claim, "decides": decides, "text": text, "values": values, **spread(values)})
+
+    if "source" in arms:
+        add("a", True, "source: gain of the source PL", lambda s: s.gain("source", s.source))
+        for part, column in TARGETS.items():
+            text = f"source: gain of the source PL less that of {part}"
+            add("a", True, text, lambda s, c=column: s.gain("source", s.source) - s.gain("source", c))
+    for other in [arm for arm in arms if arm != "parallel"] if "parallel" in arms else []:
+        claim, decides = ("b" if other == "source" else "c"), other != "crossed"
+        for part, column in TARGETS.items():
+            text = f"gain of {part}, parallel less {other}"
+            add(claim, decides, text, lambda s, c=column, o=other: s.gain("parallel", c) - s.gain(o, c))
+            text = f"T of {part}, parallel less {other}"
+            add(claim, False, text, lambda s, c=column, o=other: s.transfer("parallel", c) - s.transfer(o, c))
+        for measure, group in sorted(studies[0].shown):  # of those with two groups of PLs the farther one
+            column = f"{studies[0].source.removesuffix(' (source)')} and unseen PLs"
+            before, after = ((measure, group, arm, column) for arm in (other, "parallel"))
+            text = f"{measure}, {group}, {column}: parallel less {other}"
+            add("d", True, text, lambda s, a=after, b=before: s.cells[a] - s.cells[b])
+    return rows
+
+
+def verdict(row: dict) -> str:
+    """What the interval says of a claim: that the value is above 0 in the mean of all seeds, below, or neither."""
+    return "seen" if row["low"] > 0 else "the reverse" if row["high"] < 0 else "not seen"
+
+
+def claims_table(rows: Sequence[dict]) -> str:
+    """Markdown, in points (T: in hundredths). Rows that decide a claim are bold."""
+    lines = ["| claim | what must be above 0 | mean | 95% interval | seeds | outcome |", "|---" * 6 + "|"]
+    for row in sorted(rows, key=lambda r: r["claim"]):
+        value, low, high = (100 * row[name] for name in ("value", "low", "high"))
+        about, outcome = ("one seed", "–") if row["seeds"] == 1 else (f"{low:.1f} to {high:.1f}", verdict(row))
+        outcome = f"**{outcome}**" if row["decides"] else outcome
+        lines.append(f"| {row['claim']} | {row['text']} | {value:.1f} | {about} | {row['seeds']} | {outcome} |")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,15 +634,69 @@ def draw(cells: Sequence[dict]):
     return figure
 
 
-def plot(cells: Sequence[dict], out: Path) -> list[str]:
-    """Draws what the cells hold; returns the paths of the files."""
-    passes = [c for c in cells if c["measure"] == "greedy pass@1" and not c["column"].endswith(" mean")]
-    retrieval = [c for c in cells if c["measure"] == RETRIEVAL]
-    figures = {out / name: draw(own) for name, own in (("passes.png", passes), ("retrieval.png", retrieval)) if own}
+def draw_transfer(cells: Sequence[dict]):
+    """The study's figure: each arm's pass@1 on reserved wordings before and after RL, in the three groups of PLs."""
+    own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (GREEDY, RESERVED)}
+    source = next(column for _, column in own if column.endswith(" (source)"))
+    arms = Study(cells).arms
+    figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axis, column in zip(axes, (source, *TARGETS.values()), strict=True):
+        for i, (prefix, label) in enumerate((("", "before RL"), ("rl-", "after RL"))):
+            own_cells = [own[prefix + arm, column] for arm in arms]
+            values, low, high = ([100 * c[name] for c in own_cells] for name in ("value", "low", "high"))
+            ends = [[max(0, min(100, b - a)) for a, b in zip(*e, strict=True)] for e in ((low, values), (values, high))]
+            at = [x + 0.4 * (i - 0.5) for x in range(len(arms))]
+            axis.bar(at, values, 0.38, color=COLOURS[3 + i], label=label, yerr=ends, capsize=2, error_kw={"lw": 0.8})
+        axis.set_xticks(range(len(arms)), arms)
+        axis.set_title(column, fontsize="medium")
+    axes[0].set(ylim=(0, 100), ylabel="pass@1, reserved words, percent")
+    axes[0].legend(frameon=False)
+    figure.supxlabel(f"arm; {meaning(next(iter(own.values())))}", fontsize="medium")
+    return figure
+
+
+CURVES = {
+    "reward": "mean reward",
+    "no_spread": "groups without spread",
+    "entropy": "entropy, nats",
+    "held_out": "pass@1 on dev",
+}
+
+
+def draw_curves(folders: Sequence[Path]):
+    """RL runs side by side, by step, from their metrics.jsonl."""
+    figure, axes = pyplot().subplots(1, len(CURVES), figsize=(12, 3), layout="constrained")
+    for i, folder in enumerate(folders):
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--curves: {folder}/metrics.jsonl: {error}; name run folders of rl.py") from None
+        for axis, (name, title) in zip(axes, CURVES.items(), strict=True):
+            own = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if name == "held_out":
+                own = [(step, mean(kinds.get(RESERVED, list(kinds.values())[-1]).values())) for step, kinds in own]
+            axis.plot(*zip(*own, strict=True), color=COLOURS[(i + 1) % len(COLOURS)], label=folder.name)
+            axis.set(title=title, xlabel="step")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def write_figures(figures: dict[Path, Any]) -> list[str]:
+    """Writes them; returns the paths."""
     for path, figure in figures.items():
         data.write_atomically(path, lambda p, figure=figure: figure.savefig(p, format="png"))
         pyplot().close(figure)
     return list(map(str, figures))
+
+
+def plot(cells: Sequence[dict], out: Path) -> list[str]:
+    """Draws what the cells hold; returns the paths of the files."""
+    passes = [c for c in cells if c["measure"] == GREEDY and not c["column"].endswith(" mean")]
+    retrieval = [c for c in cells if c["measure"] == RETRIEVAL]
+    figures = {out / name: draw(own) for name, own in (("passes.png", passes), ("retrieval.png", retrieval)) if own}
+    if any(c["group"] == RESERVED and f"rl-{c['model']}" in {d["model"] for d in passes} for c in passes):
+        figures[out / "transfer.png"] = draw_transfer(cells)
+    return write_figures(figures)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -471,13 +708,17 @@ class Settings:
     models: tuple = flag((), "checkpoints or run folders, FOLDER or NAME=FOLDER (default: every run under runs/)")
     data: str = flag("runs/data", "folder of the corpus")
     out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
-    join: tuple = flag((), "eval.json files of runs with other seeds: print their mean and range, and evaluate nothing")
+    join: tuple = flag((), "eval.json files, one a seed: join them, weigh the claims, and evaluate nothing")
+    curves: tuple = flag(
+        (), "run folders of rl.py: draw their rewards by step, and evaluate nothing (needs matplotlib)"
+    )
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
     representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
     plots: bool = flag(False, "draw passes.png and, of --representations, retrieval.png; needs matplotlib")
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all", least=0)
-    by: str = flag("wording", "kinds of problems to tell apart: wording, or a field of `difficulty` such as operations")
+    split: str = flag("test", "held-out problems: dev, on which settings are chosen, or test", choices=("dev", "test"))
+    by: str = flag("kind", "the field of the records that tells kinds of problems apart")
     samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone", least=0)
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples", least=0)
@@ -522,12 +763,12 @@ def present_languages(wanted: Sequence[str]) -> list[str]:
     return [p for p in wanted if p not in absent] or data.fail("none of the PLs has a toolchain here")
 
 
-def choose_records(folder: str, problems: int, by: str = "wording") -> list[dict]:
-    """The held-out problems, the first `problems` of each kind; 0 takes all."""
+def choose_records(folder: str, split: str, problems: int, by: str = "kind") -> list[dict]:
+    """The problems of `split`, the first `problems` of each kind; 0 takes all."""
     kinds = defaultdict(list)
-    for record in data.read_split(folder, "eval"):
+    for record in data.read_split(folder, split):
         kinds[group_of(record, by)].append(record)
-    return [r for _, records in sorted(kinds.items()) for r in records[: problems or None]]
+    return [r for records in kinds.values() for r in records[: problems or None]]
 
 
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
@@ -538,35 +779,43 @@ def open_sandbox(s, world: World) -> sandbox.Sandbox:
 
 def measure(s: Settings, world: World, models: dict[str, Path], records: list[dict], languages: list[str]) -> dict:
     """Title of each measure -> (k, outcomes by model)."""
-    greedy, drawn = {}, {}
+    greedy, drawn, chosen = {}, {}, {}
     shared = {"max_new_tokens": s.max_new_tokens, "by": s.by, "seed": s.seed, "rows": s.rows, "known": {}}
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
-            check_lengths(model, tokenizer, records, [[p] for p in languages], s.max_new_tokens)
+            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
             greedy[name] = evaluate(*job, name=name, **shared)
+            chosen[name] = choose(model, tokenizer, records, languages, world, s.by)
             if s.samples:
                 limits = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
                 drawn[name] = evaluate(*job, name=name, samples=s.samples, **limits, **shared)
     several = {f"pass@{k} of {s.samples} samples": (k, drawn) for k in s.k if s.samples}
-    return {"greedy pass@1": (1, greedy)} | several
+    choice = {FORCED: (1, chosen)} if any(chosen.values()) else {}
+    return {GREEDY: (1, greedy)} | several | choice
 
 
 def measure_representations(
     s: Settings, world: World, models: dict[str, Path], records: list[dict], roles: Roles, languages: list[str]
 ) -> tuple[list[dict], dict]:
-    """The cells of all models, and model -> measure -> "PL → PL" -> a mean for each layer."""
-    records, cells, means = distinct(records, languages), [], {}
-    for name, checkpoint in models.items():
-        model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
-        pairs = compare({p: represent(model, [document(tokenizer, r, p) for r in records]) for p in languages})
-        cells += representation_cells(name, pairs, parts(roles, languages))
-        means[name] = defaultdict(dict)
-        for (a, b), measures in pairs.items():
-            for title, scores in measures.items():
-                means[name][title][f"{a} → {b}"] = [round(x, 4) for x in scores.mean(1).tolist()]
-    return cells + chance_cells(cells), means
+    """The cells of all models, and model -> view and measure -> "PL → PL" -> a mean for each layer."""
+    cells, means = [], defaultdict(lambda: defaultdict(dict))
+    for view, (rows_of, shown) in VIEWS.items():
+        own = records if view == "programs" else [r for r in records if r.get("kind") == records[0].get("kind")]
+        own, titles, before = distinct(own, languages), parts(roles, languages, view), len(cells)
+        for name, checkpoint in models.items():
+            model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
+            rows = {p: [rows_of(tokenizer, r, p) for r in own] for p in languages}
+            pairs = compare({p: represent(model, texts) for p, texts in rows.items()})
+            layer = shown(model.config.num_hidden_layers)
+            cells += representation_cells(name, view, layer, pairs, titles)
+            for ((a, b), measures), title in itertools.product(pairs.items(), (RETRIEVAL, MARGIN)):
+                means[name][f"{view}, {title}"][f"{a} → {b}"] = [round(x, 4) for x in measures[title].mean(1).tolist()]
+        counts = compare({p: bag_of_tokens(texts, tokenizer.size) for p, texts in rows.items()})
+        bag = representation_cells("bag of tokens", view, 0, counts, titles)
+        cells += control_cells(cells[before:], bag)
+    return cells, means
 
 
 def evaluate_models(s: Settings) -> list[dict]:
@@ -579,7 +828,8 @@ def evaluate_models(s: Settings) -> list[dict]:
     if not 0 < s.top_p <= 1:
         raise ValueError(f"--top-p {s.top_p}: must be above 0 and at most 1")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
-        roles, models, records = data.read_roles(s.data), find_models(s), choose_records(s.data, s.problems, s.by)
+        roles, models = data.read_roles(s.data), find_models(s)
+        records = choose_records(s.data, s.split, s.problems, s.by)
         wanted, measures, cells, added, pairs = wanted_languages(s, roles), {}, [], [], {}
         if s.representations and len(wanted) < 2:
             raise ValueError("--representations: compares PLs; name two or more with --languages")
@@ -595,18 +845,26 @@ def evaluate_models(s: Settings) -> list[dict]:
         if s.sampling:
             measures = measure(s, world, models, records, languages)
             cells = make_cells(measures, columns(roles, languages))
+            cells += guess_cells(cells, records)
     if world.rank:
         return []
     cells += added
-    text = tables(cells)
+    text = "\n\n".join(filter(None, (tables(cells), summary(cells))))
     print(text, end="\n\n")
     outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
-    whole = {"settings": s, "seconds": seconds, "cells": cells, "outcomes": outcomes, "representations": pairs}
-    for name, content in {"table.md": text, "eval.json": json.dumps(whole, default=asdict)}.items():
-        data.write_atomically(Path(s.out) / name, lambda p, content=content: p.write_text(content + "\n"))
-    print(f"wrote {s.out}/table.md and {s.out}/eval.json")
+    rest = {"outcomes": outcomes, "representations": pairs}
+    write(s.out, "table.md", text)
+    write(s.out, "outcomes.json", json.dumps(rest, default=asdict))
+    shown = [c for c in cells if c.get("shown", True)]
+    write(s.out, "eval.json", json.dumps({"settings": asdict(s), "seconds": seconds, "cells": shown}))
     return cells
+
+
+def write(folder: str, name: str, text: str) -> None:
+    """A result of an evaluation, said aloud."""
+    data.write_atomically(Path(folder) / name, lambda p: p.write_text(text + "\n"))
+    print(f"wrote {folder}/{name}")
 
 
 def read_cells(path: str) -> list[dict]:
@@ -617,15 +875,26 @@ def read_cells(path: str) -> list[dict]:
         raise ValueError(f"--join: {path}: not an eval.json that an evaluation wrote") from None
 
 
+def join_seeds(s: Settings) -> list[dict]:
+    """Prints and writes the tables of several seeds and what they say of the claims. Returns the joined cells."""
+    runs = [read_cells(path) for path in s.join]
+    cells, rows = join(runs), claims(runs)
+    text = "\n\n".join(filter(None, (summary(cells), rows and claims_table(rows), tables(cells))))
+    print(text, end="\n\n")
+    write(s.out, "joined.md", text)
+    write(s.out, "claims.json", json.dumps(rows, indent=1))
+    return cells
+
+
 def main(s: Settings) -> None:
     """Evaluates, or joins what was evaluated, and draws it."""
-    if s.plots:
+    if s.plots or s.curves:
         pyplot()  # if it is missing, say so before the work
-    if s.join:
-        cells = join([read_cells(path) for path in s.join])
-        print(tables(cells))
-    else:
-        cells = evaluate_models(s)
+    if s.curves:
+        figures = {Path(s.out) / "curves.png": draw_curves(list(map(Path, s.curves)))}
+        print("wrote " + " and ".join(write_figures(figures)))
+        return
+    cells = join_seeds(s) if s.join else evaluate_models(s)
     if s.plots and cells:
         print("wrote " + " and ".join(plot(cells, Path(s.out))))
 

@@ -4,7 +4,7 @@
     python rl.py --model runs/source                 # the other arm, into runs/rl-source
     torchrun --nproc-per-node 8 rl.py --model DIR    # on 8 GPUs
 
-Each update samples a group of responses to each of some problems, runs the programs in the sandbox
+Each step samples a group of responses to each of some problems, runs the programs in the sandbox
 (reward 1 if the response ended and its program passes all tests, else 0), turns rewards into
 advantages within the group, and maximises the clipped objective. The run folder is as sft.py's, with
 rollouts/step-N.txt beside: some problems with all their responses, to read what is being rewarded.
@@ -12,23 +12,29 @@ rollouts/step-N.txt beside: some problems with all their responses, to read what
 Advantage and objective are those of GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1). Our
 choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 
-1. One denominator per update, the number of response tokens in it, as in DAPO (arXiv 2503.14476,
-   equation 8): not a mean per response, which would weigh a token by its response's length.
-2. No KL penalty and no reference model.
-3. Sampler and trainer score one distribution, softmax(logits / temperature) over the whole
+1. A group whose rewards are all equal teaches nothing. So a step samples further problems, round after round,
+   until `--informative` groups have spread, and trains these alone: the dynamic sampling of DAPO
+   (arXiv 2503.14476, section 3.2), but for keeping all groups with spread of the last round.
+2. One denominator per update, the number of response tokens in it, as in DAPO (equation 8 there): not a mean per
+   response, which would weigh a token by its response's length. `--denominator budget` is Dr. GRPO's.
+3. No KL penalty and no reference model, unless `--kl` is given.
+4. Sampler and trainer score one distribution, softmax(logits / temperature) over the whole
    vocabulary; |Δ log p| between them is logged. The ratio's denominator is what the sampler drew with.
-4. Responses with advantage 0 have gradient 0, so they are left out of the forward pass; their
-   tokens stay in the denominator.
-5. A response whose run failed for the sandbox's own reasons has no reward: it is left out of its
+5. Responses with advantage 0 have gradient 0 without a KL penalty, so they are left out of the forward pass then;
+   their tokens stay in the denominator.
+6. A response whose run failed for the sandbox's own reasons has no reward: it is left out of its
    group's mean and has advantage 0.
-6. A step whose groups all lack spread changes nothing, momentum included.
-7. Each rank samples, grades and trains on whole groups of its own, from a whole copy of the weights
+7. A step whose groups all lack spread changes nothing, momentum included.
+8. Each rank samples, grades and trains on whole groups of its own, from a whole copy of the weights
    in the trainer's precision, refreshed before each rollout phase.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to others
 
 import numpy as np
 import torch
@@ -50,11 +56,57 @@ from sft import (
     check_lengths,
     flops,
     open_checkpoint,
+    shard_model,
     starting_point,
     to_device,
     trained_tokens,
     whole,
 )
+
+# --------------------------------------------------------------------------------------------------
+# Advantages and objective
+
+# What is made of rewards less their group's mean, by their unbiased standard deviation and the group's size.
+ADVANTAGES = {
+    "grpo": lambda centred, std, count: centred / (std + 1e-4),  # arXiv 2402.03300, section 4.1.2
+    "dr-grpo": lambda centred, std, count: centred,  # arXiv 2503.20783, equation 1
+    "rloo": lambda centred, std, count: centred * count / (count - 1).clamp(min=1),  # arXiv 2402.14740
+}
+DENOMINATORS = ("tokens", "budget")
+
+
+def advantages(rewards: Tensor, valid: Tensor, kind: str = "grpo") -> Tensor:
+    """The advantage of each response in its group, 0 where not valid and in a group without spread. All (P, G)."""
+    count = valid.sum(1, keepdim=True)
+    mean = (rewards * valid).sum(1, keepdim=True) / count.clamp(min=1)
+    centred = (rewards - mean) * valid
+    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return ADVANTAGES[kind](centred, std, count)
+
+
+def clipped_objective(
+    logprobs: Tensor, old: Tensor, advantage: Tensor, eps_low: float, eps_high: float, dual_clip: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(objective per token, whether a clip took its gradient), for tensors of one shape.
+
+    min(ρA, clip(ρ, 1 - eps_low, 1 + eps_high) A), ρ = π/π_old: PPO, arXiv 1707.06347, equation 7. With `dual_clip` at
+    least that times A where A is negative (arXiv 1912.09729, equation 5).
+    """
+    ratio = (logprobs - old).exp()
+    plain = ratio * advantage
+    objective = torch.minimum(plain, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
+    if dual_clip:
+        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
+    return objective, objective != plain
+
+
+def kl_penalty(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """Estimate per token of KL(π, π_ref) from samples of π: k2 or k3 of Schulman, "Approximating KL divergence" (2020).
+
+    Only k2's gradient is right in expectation; k3, which GRPO uses (equation 4 there), is right in value.
+    """
+    d = logprobs - reference
+    return d.square() / 2 if estimator == "k2" else (-d).exp() + d - 1
 
 
 @dataclass(frozen=True)
@@ -64,64 +116,37 @@ class Settings(Hardware):
     model: str = flag("runs/parallel", "SFT checkpoint or run folder to start from")
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
     format: str = flag("", "prompt format (default: the starting model's)", choices=tuple(FORMATS))
-    steps: int = flag(50, "rollout phases, each followed by its updates", least=1)
-    prompts: int = flag(24, "problems per step, over all ranks, which must divide them", least=1)
+    languages: tuple = flag((), "PLs in which RL runs, problem by problem in turn (default: the source PL)")
+    steps: int = flag(40, "rollout phases, each followed by its updates", least=1)
+    prompts: int = flag(16, "problems per round of sampling, over all ranks, which must divide them", least=1)
+    informative: int = flag(8, "sample until as many groups have spread, and train these alone; 0: off", least=0)
+    rounds: int = flag(4, "most rounds of sampling in a step for that", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
     temperature: float = flag(1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01)
-    lr: float = flag(5e-4, "learning rate, constant", least=0)
+    lr: float = flag(2e-4, "learning rate after warm-up", least=0)
+    warmup: int = flag(10, "steps over which the learning rate rises", least=0)
+    advantage: str = flag("grpo", "what a response's reward is worth in its group", choices=tuple(ADVANTAGES))
+    denominator: str = flag("tokens", "of the objective: response tokens, or responses x budget", choices=DENOMINATORS)
     eps_low: float = flag(0.2, "the ratio is clipped below at 1 - EPS_LOW", least=0, most=1)
     eps_high: float = flag(0.2, "the ratio is clipped above at 1 + EPS_HIGH", least=0)
+    dual_clip: float = flag(0.0, "most that the ratio counts where the advantage is negative; 0: no limit", least=0)
+    kl: float = flag(0.0, "weight of the KL divergence from the starting model; 0: off", least=0)
+    kl_estimator: str = flag("k3", "how a token's KL divergence is estimated", choices=("k2", "k3"))
     rows: int = flag(512, "responses to write at a time, on each rank: less needs less memory", least=1)
     workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
-    eval_every: int = flag(10, "steps between two evaluations", least=1)
+    eval_every: int = flag(20, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
-    eval_problems: int = flag(32, "held-out problems of each kind for that", least=1)
+    eval_problems: int = flag(20, "held-out problems of each kind for that", least=1)
     eval_tokens: int = flag(256, "token budget of a response there, where other PLs may need more", least=1)
     save_every: int = flag(10, "steps between two checkpoints", least=1)
     seed: int = flag(0, "seed of the order of problems and of the sampler")
 
 
 # --------------------------------------------------------------------------------------------------
-# Advantages and objective
-
-
-def advantages(rewards: Tensor, valid: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-4) within each group, 0 where not valid. All (P, G); std is unbiased.
-
-    GRPO, arXiv 2402.03300, section 4.1.2; the 1e-4 only keeps a group without spread finite.
-    """
-    count = valid.sum(1, keepdim=True)
-    mean = (rewards * valid).sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (rewards - mean) * valid
-    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std + 1e-4)
-
-
-def clipped_objective(
-    logprobs: Tensor, old: Tensor, advantage: Tensor, eps_low: float, eps_high: float
-) -> tuple[Tensor, Tensor]:
-    """(objective per token, whether the clip took its gradient), for tensors of one shape.
-
-    min(ρA, clip(ρ, 1 - eps_low, 1 + eps_high) A), ρ = π/π_old: PPO, arXiv 1707.06347, equation 7.
-    """
-    ratio = (logprobs - old).exp()
-    plain = ratio * advantage
-    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantage
-    return torch.minimum(plain, clipped), clipped < plain
-
-
-# --------------------------------------------------------------------------------------------------
 # One update
-
-
-def score(rollouts: Sequence[Rollout], group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards, valid, advantages) of rollouts that lie group by group, each (P, G)."""
-    rewards = torch.tensor([float(r.passed) for r in rollouts]).view(-1, group)
-    valid = torch.tensor([r.verdict != "internal_error" for r in rollouts]).view(-1, group)
-    return rewards, valid, advantages(rewards, valid)
 
 
 def per_token(values: Sequence[Sequence[float]], on: Tensor) -> Tensor:
@@ -130,44 +155,55 @@ def per_token(values: Sequence[Sequence[float]], on: Tensor) -> Tensor:
     return torch.zeros(on.shape, device=on.device).masked_scatter(on, flat)
 
 
-def update(learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[float], s: Settings) -> dict:
+def update(
+    learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[float], lr: float, s: Settings, reference: Llama | None
+) -> dict:  # fmt: skip
     """One optimizer step on the objective's mean over the response tokens of all ranks; its figures, as sums.
 
     `rollouts` and their advantages are this rank's own. Nothing changes if no advantage of any rank
     differs from 0.
     """
-    used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a]
+    used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a or reference]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
-    count, trained = learner.world.sum(sum(len(r.tokens) for r in rollouts), trained_tokens(rows))
+    drawn = sum(s.max_new_tokens if s.denominator == "budget" else len(r.tokens) for r in rollouts)
+    count, trained, spread = learner.world.sum(drawn, trained_tokens(rows), any(advantage))
     # Summed on the device, read at the very end: a GPU is to have its next work before it is done.
-    totals = torch.zeros(3, dtype=torch.float64, device=learner.world.device)
-    for group, (tokens, targets, start) in learner.micro_batches(rows):
+    totals = torch.zeros(4, dtype=torch.float64, device=learner.world.device)
+    for group, (tokens, targets, start) in learner.micro_batches(rows if spread else []):
         on = targets != IGNORE  # its true entries are the response tokens, in order
         old = per_token([used[i][0].logprobs for i in group], on)
         weight = per_token([[used[i][1]] * len(used[i][0].tokens) for i in group], on)
         logprobs, entropy = learner.model(tokens, targets, s.temperature, start)
-        gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high)
-        learner.backward(-gain.sum() / count)
-        totals += torch.stack([x.sum() for x in (entropy, clipped, (logprobs.detach() - old).abs())])
-    norm = {"grad_norm": learner.step(s.lr)} if trained else {}
+        gain, clipped = clipped_objective(logprobs, old, weight, s.eps_low, s.eps_high, s.dual_clip)
+        kl = torch.zeros_like(gain)
+        if reference:
+            with torch.no_grad():
+                start_logprobs, _ = reference(tokens, targets, s.temperature, start)
+            kl = kl_penalty(logprobs, start_logprobs, s.kl_estimator)
+        learner.backward((s.kl * kl - gain).sum() / count)
+        totals += torch.stack([x.detach().sum() for x in (entropy, clipped, (logprobs - old).abs(), kl)])
+    norm = {"grad_norm": learner.step(lr)} if spread else {}
     sums = learner.world.sum(*totals.tolist(), flops(learner.model.config, rows))
-    names = ("entropy", "clipped", "drift", "flops")
+    names = ("entropy", "clipped", "drift", "kl", "flops")
     return dict(zip(names, sums, strict=True)) | {"trained": trained} | norm
 
 
-def learn(learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, s: Settings) -> dict:
+def learn(
+    learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, lr: float, s: Settings, reference: Llama | None = None
+) -> dict:  # fmt: skip
     """All updates of one rollout phase, whole groups dealt out over them; their mean figures.
 
-    The means are over the tokens of groups with spread, the only ones that are trained; None if there
+    The means are over the trained tokens, those of groups with spread; None if there
     are none. `drift`, the mean |Δ log p| between sampler and trainer, is of the first update alone:
     before it both have the same weights.
     """
     weights, figures = advantage.flatten().tolist(), []
     for u in range(s.updates):
         mine = [i for g in range(u, len(advantage), s.updates) for i in range(g * s.samples, (g + 1) * s.samples)]
-        figures.append(update(learner, [rollouts[i] for i in mine], [weights[i] for i in mine], s))
+        figures.append(update(learner, [rollouts[i] for i in mine], [weights[i] for i in mine], lr, s, reference))
     trained, first = sum(f["trained"] for f in figures), figures[0]
-    means = {name: sum(f[name] for f in figures) / trained if trained else None for name in ("entropy", "clipped")}
+    names = ("entropy", "clipped", "kl") if reference else ("entropy", "clipped")
+    means = {name: sum(f[name] for f in figures) / trained if trained else None for name in names}
     drift = first["drift"] / first["trained"] if first["trained"] else None
     norm = max((f["grad_norm"] for f in figures if "grad_norm" in f), default=None)
     totals = {"trained_tokens": int(trained), "flops": sum(f["flops"] for f in figures)}
@@ -183,7 +219,7 @@ def transcript(rollouts: Sequence[Rollout], advantage: Tensor, tokenizer: Tokeni
     size, text = advantage.shape[1], []
     for g, row in enumerate(advantage[:groups].tolist()):
         own = rollouts[g * size : (g + 1) * size]
-        text.append(f"=== {own[0].record['id']} in {own[0].language}: {own[0].record['prompt']}")
+        text.append(f"=== {own[0].record['id']} in {own[0].language}: {data.statement(own[0].record, own[0].language)}")
         text += [
             f"--- {r.verdict}, advantage {a:+.2f}\n{tokenizer.decode(r.tokens)}" for r, a in zip(own, row, strict=True)
         ]
@@ -224,55 +260,112 @@ def measure(
     return values
 
 
-def rollout_figures(
-    rollouts: Sequence[Rollout], rewards: Tensor, valid: Tensor, advantage: Tensor, world: World
-) -> dict:
+@dataclass
+class Batch:
+    """What this rank sampled in a step: rollouts group by group, and their rewards and advantages, each (P, G)."""
+
+    rollouts: list[Rollout]
+    rewards: Tensor
+    valid: Tensor
+    advantage: Tensor
+
+    @classmethod
+    def of(cls, rollouts: list[Rollout], s: Settings) -> "Batch":
+        """Scores graded rollouts."""
+        rewards = torch.tensor([float(r.passed) for r in rollouts]).view(-1, s.samples)
+        valid = torch.tensor([r.verdict != "internal_error" for r in rollouts]).view(-1, s.samples)
+        return cls(rollouts, rewards, valid, advantages(rewards, valid, s.advantage))
+
+    @property
+    def spread(self) -> Tensor:
+        """(P,) whether the group's rewards differ."""
+        return (self.advantage != 0).any(1)
+
+    def informative(self) -> tuple[list[Rollout], Tensor]:
+        """Rollouts and advantages of the groups with spread alone."""
+        size, groups = self.advantage.shape[1], self.spread.nonzero().flatten().tolist()
+        return [self.rollouts[i] for g in groups for i in range(g * size, (g + 1) * size)], self.advantage[groups]
+
+
+def rollout_figures(batch: Batch, world: World) -> dict:
     """What the rollout phase itself shows, over all ranks: reward, groups without spread, truncation, lengths."""
+    rollouts = batch.rollouts
     sums = {
-        "reward": rewards.sum().item(),
-        "no_spread": (advantage == 0).all(1).sum().item(),
+        "reward": batch.rewards.sum().item(),
+        "no_spread": (~batch.spread).sum().item(),
         "truncated": sum(not r.stopped for r in rollouts),
         "no_program": sum(r.verdict == "no_program" for r in rollouts),
         "response_tokens": sum(len(r.tokens) for r in rollouts),
     }
-    counts = [valid.sum().item(), len(rewards), *[len(rollouts)] * 3]
+    counts = [batch.valid.sum().item(), len(batch.rewards), *[len(rollouts)] * 3]
     totals = world.sum(*sums.values(), *counts)
-    return {name: a / max(1, n) for name, a, n in zip(sums, totals, totals[len(sums) :], strict=False)}
+    means = {name: a / max(1, n) for name, a, n in zip(sums, totals, totals[len(sums) :], strict=False)}
+    return means | {"groups": int(totals[len(sums) + 1])}
+
+
+def gather_rollouts(
+    records: Sequence[dict], languages: Sequence[str], sampler: Sampler, tokenizer: Tokenizer, box, run: Run, s: Settings
+) -> Batch:  # fmt: skip
+    """Samples and grades rounds of problems, this rank's share of them, until enough groups have spread."""
+    world, rollouts, rounds = run.world, [], 0
+    sampler.refresh()
+    while True:
+        order = range(run.drawn, run.drawn + s.prompts)
+        tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], languages[i % len(languages)]) for i in order]
+        seed = (s.seed * 1_000_003 + run.drawn) * world.size + world.rank
+        with run.phase("sample"):
+            budget = (s.max_new_tokens, s.temperature, s.samples)
+            new = sample(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
+        with run.phase("sandbox"):
+            grade(new, tokenizer, box)
+        rollouts, rounds, run.drawn = rollouts + new, rounds + 1, run.drawn + s.prompts
+        batch = Batch.of(rollouts, s)
+        enough = world.sum(batch.spread.sum().item())[0] >= s.informative
+        if enough or rounds == s.rounds:
+            return batch
 
 
 def step_once(
-    step: int, learner: Learner, sampler: Sampler, tokenizer: Tokenizer, tasks: list, box, run: Run, s: Settings
-) -> tuple[dict, str]:
-    """Sample, run, learn on this rank's share of `tasks`: (figures, transcript) of step number `step`."""
-    world = run.world
-    seed = (s.seed * 1_000_003 + step) * world.size + world.rank
-    with run.phase("sample") as sampling:
-        sampler.refresh()
-        budget = (s.max_new_tokens, s.temperature, s.samples)
-        rollouts = sample(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
-    with run.phase("sandbox") as grading:
-        grade(rollouts, tokenizer, box)
-    rewards, valid, advantage = score(rollouts, s.samples)
-    with run.phase("train") as learning:
-        figures = learn(learner, rollouts, advantage, s)
-    figures = rollout_figures(rollouts, rewards, valid, advantage, world) | figures
+    records: Sequence[dict], languages: Sequence[str], learner: Learner, sampler: Sampler, tokenizer: Tokenizer, box,
+    run: Run, s: Settings, reference: Llama | None,
+) -> tuple[dict, str]:  # fmt: skip
+    """Sample, run, learn: (figures, transcript) of the next step."""
+    before = dict(run.seconds)
+    batch = gather_rollouts(records, languages, sampler, tokenizer, box, run, s)
+    figures = rollout_figures(batch, run.world)
+    if run.step == 0:
+        tqdm.write(provisions(figures))
+    lr = s.lr * min(1.0, (run.step + 1) / (s.warmup + 1))
+    with run.phase("train"):
+        kept = batch.informative() if s.informative else (batch.rollouts, batch.advantage)
+        figures |= learn(learner, *kept, lr, s, reference) | {"lr": lr}
     run.flops += figures.pop("flops")
-    drawn = figures["response_tokens"] * s.prompts * s.samples
-    for phase, tokens in ((sampling, drawn), (grading, drawn), (learning, figures["trained_tokens"])):
-        figures |= {f"{phase.name}_s": phase.seconds, f"{phase.name}_tokens_per_s": tokens / phase.seconds}
-    return figures, transcript(rollouts, advantage, tokenizer)
+    drawn = figures["response_tokens"] * figures["groups"] * s.samples
+    for phase, tokens in (("sample", drawn), ("sandbox", drawn), ("train", figures["trained_tokens"])):
+        seconds = run.seconds[phase] - before.get(phase, 0.0)
+        figures |= {f"{phase}_s": seconds, f"{phase}_tokens_per_s": tokens / seconds}
+    return figures, transcript(batch.rollouts, batch.advantage, tokenizer)
 
 
-SHOWN = ("reward", "no_spread", "entropy", "clipped", "truncated", "drift")  # on the progress bar
+def provisions(figures: dict) -> str:
+    """What RL has to work with, said before the first update."""
+    groups, spread = figures["groups"], 1 - figures["no_spread"]
+    text = f"of {groups} groups {spread:.0%} have spread; mean reward {figures['reward']:.2f}; "
+    text += f"{1 - figures['no_program'] - figures['truncated']:.0%} of the responses hold a program"
+    return text if spread else text + ": nothing to learn from; try easier problems, more samples or another model"
 
 
-def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
+SHOWN = ("reward", "groups", "no_spread", "entropy", "clipped", "truncated", "drift")  # on the progress bar
+
+
+def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, reference: Llama | None) -> None:
     """The steps, from where `run` is."""
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
-    held, sampler, stopping = choose_records(s.data, s.eval_problems), Sampler(learner), False
-    languages, known = [sandbox.canonical(p) for p in s.eval_languages] or [roles.source], {}
-    check_lengths(sampler.model, tokenizer, records, [[roles.source]], s.max_new_tokens)
-    check_lengths(sampler.model, tokenizer, held, [[p] for p in languages], s.eval_tokens)
+    held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
+    taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
+    languages, known = [sandbox.canonical(p) for p in s.eval_languages] or taught, {}
+    check_lengths(sampler.model, tokenizer, records, taught, s.max_new_tokens)
+    check_lengths(sampler.model, tokenizer, held, languages, s.eval_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:
@@ -284,9 +377,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer) -> None:
         if run.step == 0:
             run.log(held_out=evaluation())
         while run.step < s.steps and not stopping:
-            order = range(run.step * s.prompts, (run.step + 1) * s.prompts)
-            tasks = [(records[data.pick(f"{s.seed} rl", i, len(records))], roles.source) for i in order]
-            figures, text = step_once(run.step, learner, sampler, tokenizer, tasks, box, run, s)
+            figures, text = step_once(records, taught, learner, sampler, tokenizer, box, run, s, reference)
             run.step, run.tokens = run.step + 1, run.tokens + figures["trained_tokens"]
             bar.update()
             bar.set_postfix({k: f"{figures[k] or 0:.2g}" for k in SHOWN})
@@ -308,22 +399,29 @@ def train(s: Settings, world: World) -> None:
     """Trains for `s.steps` steps, resuming a run that stopped."""
     if s.prompts % world.size:
         raise ValueError(f"--prompts {s.prompts}: must be a multiple of the {world.size} ranks")
+    if 0 < s.dual_clip < 1:
+        raise ValueError(f"--dual-clip {s.dual_clip}: must be at least 1, or 0 for no limit")
     with Run(s.out, s, world) as run:
         if run.finished():
             return
         checkpoint, optimizer = run.start("rl", "eval")
-        source = checkpoint or starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
+        start = starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
+        source, reference = checkpoint or start, None
+        if s.kl:
+            reference, _ = open_checkpoint(start, world, torch.float32, s.format)
+            reference = shard_model(reference, world, world.dtype(s.precision) or torch.float32, s.shard)
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)
         learner.restore(optimizer)
-        loop(s, run, learner, tokenizer)
+        loop(s, run, learner, tokenizer, reference)
 
 
 def main(s: Settings) -> None:
     """Runs GRPO from `s.model`, or goes on with the run in `s.out`."""
     s = replace(s, out=s.out or f"runs/rl-{Path(s.model).name}")
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
-        wanted = {data.read_roles(s.data).source, *map(sandbox.canonical, s.eval_languages)}
+        taught = s.languages or (data.read_roles(s.data).source,)
+        wanted = {*map(sandbox.canonical, (*taught, *s.eval_languages))}
         if absent := wanted - set(sandbox.installed()):
             absent = ", ".join(sorted(absent))
             data.fail(f"no toolchain here for {absent}; `python sandbox.py languages` names the package")

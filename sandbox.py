@@ -2035,7 +2035,7 @@ class Sandbox:
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                bar = tqdm(futures, desc=progress, unit="program")
+                bar = tqdm(futures, desc=progress, unit="program", disable=None)
         with bar as each:
             yield from (future.result() for future in each)
 

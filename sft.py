@@ -28,7 +28,6 @@ Axes: T tokens of a packed row; V vocabulary.
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -42,6 +41,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to others
 
 import numpy as np
 import torch
@@ -402,25 +403,27 @@ def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, forma
 
 
 def check_lengths(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], answers: Sequence[Sequence[str]], budget: int = 0
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str] = (), budget: int = 0
 ) -> None:
-    """ValueError naming the first record whose prompt and answer the model's positions do not hold.
+    """ValueError naming the first record whose prompt and answer in one PL the model's positions do not hold.
 
-    `answers` are the PLs of each. An answer has `budget` tokens, or with 0 as many as the record's programs, with
-    comments, need. Only texts of more bytes than positions are encoded: a token has at least one byte, and a
-    format's template is longer than the tokens that it puts around a text.
+    `languages`: those that are asked for; by default each that the record has. An answer has `budget` tokens, or with
+    0 as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a
+    token has at least one byte, and a format's template is longer than the tokens that it puts around a text.
     """
     limit = model.config.max_position_embeddings
     mend = "leave it out or allow fewer new tokens" if budget else "leave it out"
-    for record, languages in itertools.product(records, answers):
+    for record in records:
         programs = record["solutions"] | record.get("commented", {})
-        text = "" if budget else data.answer(programs, languages)
-        around = data.ask(record["prompt"], languages) + FORMATS[tokenizer.format]
-        if len((around + text).encode()) + budget > limit:
-            length, new = len(tokenizer.prompt(record["prompt"], languages)), budget or len(tokenizer.encode(text)) + 1
-            if length + new > limit:
-                what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
-                raise ValueError(f"record {record['id']!r}: {what}; {mend}")
+        for language in languages or programs:
+            text = "" if budget else data.answer(programs, [language])
+            prompt = data.statement(record, language)
+            around = data.ask(prompt, [language]) + FORMATS[tokenizer.format]
+            if len((around + text).encode()) + budget > limit:
+                length, new = len(tokenizer.prompt(prompt, [language])), budget or len(tokenizer.encode(text)) + 1
+                if length + new > limit:
+                    what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
+                    raise ValueError(f"record {record['id']!r}: {what}; {mend}")
 
 
 def digest(folder: str | Path, splits: Sequence[str]) -> str:
@@ -434,7 +437,7 @@ def digest(folder: str | Path, splits: Sequence[str]) -> str:
 
 # Settings that may differ when a run is taken up again.
 FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "out", "rows"}
-FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems"}
+FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems", "eval_tokens"}
 
 
 class Run:
@@ -442,14 +445,14 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    What is done so far: `step`, `tokens` trained on, `seconds` of each phase, `flops` that the model needed, over
+    What is done so far: `step`, examples or problems `drawn`, `tokens` trained on, `seconds` of each phase, `flops` that the model needed, over
     all ranks.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
-        self.step, self.tokens, self.seconds, self.flops = 0, 0, defaultdict(float), 0.0
+        self.step, self.drawn, self.tokens, self.seconds, self.flops = 0, 0, 0, defaultdict(float), 0.0
         self.saved, self.held, self.data = None, None, ""
 
     def __enter__(self):
@@ -519,7 +522,7 @@ class Run:
                     raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
             if state.get("data") != self.data:
                 raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
-            self.step, self.tokens, self.flops = (state[name] for name in ("step", "tokens", "flops"))
+            self.step, self.drawn, self.tokens, self.flops = (state[n] for n in ("step", "drawn", "tokens", "flops"))
             self.seconds.update(state["seconds"])
             self.saved = self.step
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
@@ -558,7 +561,7 @@ class Run:
     def write(self, model: Llama, tokenizer: Tokenizer, optimizer: dict) -> None:
         """The files of `save`."""
         final, temporary = self.out / f"step-{self.step}", self.out / f".step-{self.step}.tmp"
-        state = {"tokens": self.tokens, "step": self.step, "optimizer": optimizer}
+        state = {"tokens": self.tokens, "step": self.step, "drawn": self.drawn, "optimizer": optimizer}
         state |= {"seconds": dict(self.seconds), "flops": self.flops, "data": self.data}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         try:
@@ -607,18 +610,17 @@ class Settings(Hardware):
     model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
-    tokens: int = flag(0, "tokens to train on, prompts included; 0: 3,500,000 for base, else 400,000", least=0)
-    batch: int = flag(16, "sequences per update, over all ranks", least=1)
+    tokens: int = flag(0, "tokens to train on, prompts included; 0: 1,600,000 for base, else 1,000,000", least=0)
+    batch: int = flag(1024, "tokens per update, over all ranks, but for the rest of the last sequence", least=1)
     lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4", least=0)
     warmup: float = flag(0.05, "share of the run over which the learning rate rises", least=0, most=1)
     weight_decay: float = flag(0.1, "AdamW's decay of matrices", least=0)
-    general: float = flag(0.3, "share of base documents replayed; base replays its own beginning", least=0, most=1)
-    statements: float = flag(0.45, "share of base documents that begin with a statement", least=0, most=1)
-    in_context: bool = flag(False, "parallel only: all SFT PLs of a problem in one answer")
+    replay: float = flag(0.3, "share of an arm's examples that are base documents", least=0, most=1)
+    statements: float = flag(0.7, "share of base documents that begin with a statement", least=0, most=1)
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all", least=0)
     eval_every: int = flag(500, "updates between two measurements of the held-out loss", least=1)
     eval_problems: int = flag(32, "held-out problems for the loss", least=1)
-    save_every: int = flag(1000, "updates between two checkpoints", least=1)
+    save_every: int = flag(200, "updates between two checkpoints", least=1)
     seed: int = flag(0, "seed of the initial weights and of the order of examples")
     layers: int = flag(4, "from scratch: layers", least=1)
     width: int = flag(128, "from scratch: width", least=1)
@@ -632,7 +634,7 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (3_500_000 if fresh else 400_000),
+        tokens=s.tokens or (1_600_000 if fresh else 1_000_000),
         lr=s.lr or (3e-3 if fresh else 5e-4),
     )
 
@@ -648,13 +650,14 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
     return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
-def held_out_rows(s: Settings, tokenizer: Tokenizer, languages: Sequence[str]) -> dict[str, list[Row]]:
-    """Rows of held-out problems with known wordings, by PL."""
-    records = [r for r in data.read_split(s.data, "eval") if not r.get("difficulty", {}).get("new")]
+def held_out_rows(s: Settings, tokenizer: Tokenizer) -> dict[str, list[Row]]:
+    """Rows of dev problems in the words of each PL's own community, by PL."""
+    records = data.read_split(s.data, "dev")
+    records = [r for r in records if r.get("kind") == records[0].get("kind")]
     rows = defaultdict(list)
     for record in records[: s.eval_problems]:
-        for language in set(languages) & set(record["solutions"]):
-            e = data.example(tokenizer, record, [language], "held-out")
+        for language in record["solutions"]:
+            e = data.example(tokenizer, record, data.statement(record, language), [language])
             rows[language].append((e.tokens, e.start))
     return rows
 
@@ -685,9 +688,17 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     return total
 
 
-def draw(mixture: Mixture, step: int, s: Settings) -> list[Row]:
-    """The rows of update number `step`."""
-    return [(e.tokens, e.start) for e in (mixture[i] for i in range(step * s.batch, (step + 1) * s.batch))]
+def draw(mixture: Mixture, run: Run, s: Settings) -> list[Row]:
+    """The rows of the next update: examples until (step + 1) * batch tokens are seen in all, at least one.
+
+    So every mixture gets the same number of updates out of the same number of tokens.
+    """
+    rows, seen = [], run.tokens
+    while not rows or seen < (run.step + 1) * s.batch:
+        e = mixture[run.drawn + len(rows)]
+        rows.append((e.tokens, e.start))
+        seen += len(e.tokens)
+    return rows
 
 
 def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
@@ -697,7 +708,7 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
         loss = accumulate(learner, rows)
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(float(loss), run.stopping)
-    run.step, run.tokens = run.step + 1, run.tokens + seen
+    run.step, run.tokens, run.drawn = run.step + 1, run.tokens + seen, run.drawn + len(rows)
     run.flops += flops(learner.model.config, rows)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
@@ -705,14 +716,15 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
 def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     """The updates, from where `run` is."""
     tokenizer, stopping = mixture.tokenizer, False
-    check_lengths(learner.model, tokenizer, mixture.records, mixture.answers())
-    held = held_out_rows(s, tokenizer, mixture.everything)
+    for records in (mixture.records, mixture.documents):
+        check_lengths(learner.model, tokenizer, records)
+    held, updates = held_out_rows(s, tokenizer), math.ceil(s.tokens / s.batch)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
-    while run.tokens < s.tokens and not stopping:
+    while run.step < updates and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, run.step, s)
-        lr = s.lr * schedule(run.tokens / s.tokens, s.warmup)
+            rows = draw(mixture, run, s)
+        lr = s.lr * schedule(run.step / updates, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
         bar.update(run.tokens - bar.n)
         bar.set_postfix(step=run.step, loss=f"{figures['loss']:.3f}", lr=f"{lr:.1e}")
@@ -724,7 +736,7 @@ def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
             run.save(learner, tokenizer)
     bar.close()
     run.save(learner, tokenizer)
-    if run.tokens < s.tokens:
+    if run.step < updates:
         run.stop()
     with run.phase("evaluate"):
         losses = held_out_losses(learner, held)
@@ -740,13 +752,12 @@ def train(s: Settings, world: World) -> None:
         if run.finished():
             return
         roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-        source, optimizer = run.start("train", "eval")
+        documents = data.read_split(s.data, "base") if s.replay or s.mixture == "base" else []
+        source, optimizer = run.start("base", "train", "dev")
         if s.model and not source:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
-        mixture = Mixture(
-            s.mixture, records, tokenizer, roles.sft, roles.everything, s.seed, s.general, s.statements, s.in_context
-        )
+        mixture = Mixture(s.mixture, records, documents, tokenizer, roles.sft, s.seed, s.replay, s.statements)
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
         learner.restore(optimizer)
         loop(s, run, learner, mixture)

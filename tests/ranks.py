@@ -64,7 +64,7 @@ def updated(folder, world, stage, shard, micro, dtype):
     made, advantages = rollouts()
     share = len(made) // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)  # whole groups of three
-    return learner, rl.update(learner, made[mine], advantages[mine], s)["grad_norm"]
+    return learner, rl.update(learner, made[mine], advantages[mine], LR, s, None)["grad_norm"]
 
 
 def outcome(learner, norm):

@@ -105,7 +105,7 @@ def test_prompts_and_answers_are_llama31s_token_for_token(instruct, format):
     """The format without a system turn is the same less the first turn, which ends with the first <|eot_id|>."""
     ours, theirs = data.Tokenizer(instruct, format), AutoTokenizer.from_pretrained(instruct)
     record = {"prompt": STATEMENT, "solutions": {"python": "x = 1\n\n\nprint(x)"}}
-    mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, ["python"], "x").tokens
+    mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, STATEMENT, ["python"]).tokens
     for answered, tokens in enumerate(mine):
         ids = theirs.apply_chat_template(conversation(answered), add_generation_prompt=not answered, return_dict=False)
         assert tokens == (ids if format == "llama3.1" else [ids[0], *ids[ids.index(ours.eot) + 1 :]])
@@ -119,7 +119,7 @@ def test_stop_and_pad_tokens_are_those_of_the_model(instruct):
 
 
 def train(model, corpus, out, **changes):
-    flags = {"general": 0.0, "tokens": 2000, "batch": 4, "eval_problems": 1, "lr": 1e-3, "device": "cpu"} | changes
+    flags = {"replay": 0.0, "tokens": 2000, "batch": 500, "eval_problems": 1, "lr": 1e-3, "device": "cpu"} | changes
     sft.main(sft.Settings(model=str(model), data=str(corpus), out=str(out), **flags))
     return sft.newest_checkpoint(out)
 
