@@ -393,10 +393,22 @@ GRADING = [
 
 MESSAGES = [
     Case("out of memory in words", "raise ValueError('slot out of memory range')", "runtime_error"),
-    Case("out of memory in the text of an error", "struct A { A(std::bad_alloc); int main() { std::bad_alloc x }", "compile_error", "cpp"),
+    Case("out of memory in the text of an error", "#error std::bad_alloc", "compile_error", "cpp"),
 ]  # fmt: skip
 
 PASSES = [
+    Case("node leaves with much on its way out", "console.log('y'.repeat(900000)); process.exit(0)", "ok", "javascript",
+         tests=[{"stdin": "", "stdout": "y" * 900_000}], limits=PATIENT),
+    Case("memory of a process that vfork made is its parent's", """
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main() {
+    char *a = malloc(300 << 20); memset(a, 1, 300 << 20);
+    if (vfork() == 0) { usleep(500000); _exit(0); }
+    puts(a[9] ? "yes" : "no");
+}""", "ok", "c", limits=PATIENT),
     python("exit()"),
     python("quit(0)"),
     python("import sys\nsys.exit()"),
@@ -418,7 +430,6 @@ PASSES = [
     python("import os, shutil\nos.mkdir('a', 0o700); open('a/b', 'w').close()\nshutil.copytree('a', 'c'); shutil.copy2('a/b', 'd')\n"
            "os.chmod('d', 0o640); os.utime('d', (5, 6)); assert (os.stat('d').st_mode & 0o777, os.stat('d').st_mtime) == (0o640, 6)"),
     python("import os, threading\nos.mkfifo('f'); threading.Thread(target=lambda: open('f', 'w').write('x')).start(); assert open('f').read() == 'x'"),
-    python("import subprocess\nkept = bytearray(b'x') * (300 << 20)\nfor _ in range(150): subprocess.run(['/bin/true'])"),
     python("import os\nassert os.cpu_count() == len(os.sched_getaffinity(0)) <= 8"),
     *(Case(f"{language}: {program.splitlines()[-1][:50]}", program, "ok", language, limits=PATIENT, lacking=lacking) for language, program, lacking in (
         ("bash", "echo yes > /dev/stdout", ""),
@@ -432,7 +443,6 @@ PASSES = [
         ("python", "with open('/dev/stdout', 'w') as file: file.write('yes')", ""),
         ("javascript", "require('fs').writeFileSync('/dev/stdout', 'yes')", ""),
         ("javascript", "require('fs').writeFileSync('a', 'yes'); require('fs').copyFileSync('a', 'b'); console.log('yes')", ""),
-        ("javascript", "process.stderr.write('y'.repeat(900000)); console.log('yes' + ' '.repeat(900000)); process.exit(0)", ""),
         ("typescript", "import * as fs from 'fs'\nconst os = require('os')\nif (fs.existsSync('/') && os.EOL as string) console.log('yes')", ""),
         ("tcl", "close [open a w]; file copy a b; puts yes", ""),
         ("lua", "local f = io.tmpfile(); f:write('yes'); f:seek('set'); print(f:read('a'))", "landlock"),

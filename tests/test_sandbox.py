@@ -198,6 +198,14 @@ def test_of_a_great_machine_programs_see_a_part():
     few = [set(sandbox._few(range(128))) for _ in range(200)]
     assert {len(part) for part in few} == {8} and len(set.union(*few)) == 128
     assert set(sandbox._few([3, 5])) == {3, 5}
+    _worker_or_skip("namespaces").close()
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(all_of_them)})
+    try:
+        with Sandbox(1, level="namespaces") as box:
+            assert box.run("import os\nprint(os.cpu_count())", "python", [{"stdout": "1"}]).passed
+    finally:
+        os.sched_setaffinity(0, all_of_them)
 
 
 def test_aliases():
