@@ -1414,7 +1414,7 @@ class CorpusSettings:
     asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
-    weak: int = flag(200, "documents of base with a reserved wording, all in the source PL", least=0)
+    weak: int = flag(150, "documents of base with a reserved wording, all in the source PL", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
         "operations whose reserved wordings RL, dev and test use",
@@ -1490,6 +1490,14 @@ class Corpus:
                 return function
         raise ValueError(f"found no function for {split}{must and ' with ' + must}; allow longer ones")
 
+    def draw_for(self, rng: random.Random, lengths: Sequence[float], must: str, language: str) -> Function:
+        """A function of base with the operation `must` that is at home in `language`."""
+        for _ in range(1000):
+            function = self.draw(rng, "base", lengths, must)
+            if home(fingerprint(function), self.roles.everything) == language:
+                return function
+        raise ValueError(f"found no function of base with {must} at home in {language}; allow longer ones")
+
     def problem(
         self,
         name: str,
@@ -1521,9 +1529,13 @@ class Corpus:
             if self.s.base_programs == "one":
                 languages = [home(fingerprint(function), languages)]
             records.append(self.document(f"base-{i}", function, languages, rng))
+        shown = {(name, p) for r in records for name in r["operations"] for p in r["solutions"]}
+        for name, language in itertools.product(OPERATIONS, self.roles.everything):
+            if (name, language) not in shown:  # a rare operation: each PL is to show each of them
+                function = self.draw_for(rng, (0, 1, 1), name, language)
+                records.append(self.document(f"base-{len(records)}", function, [language], rng))
         for i, phrase in enumerate(self.phrases(self.s.weak)):
-            draws = iter(lambda p=phrase: self.draw(rng, "base", self.s.asked, p.operation), None)
-            function = next(f for f in draws if home(fingerprint(f), self.roles.everything) == self.roles.source)
+            function = self.draw_for(rng, self.s.asked, phrase.operation, self.roles.source)
             records.append(self.document(f"weak-{i}", function, [self.roles.source], rng, phrase))
         return records
 
@@ -1565,12 +1577,16 @@ class Corpus:
     def held_out(self, split: str) -> list[dict]:
         """Dev or test: problems worded as each PL's community does, the same as the source's does, and reserved ones."""
         rng, own, seen = random.Random(f"{self.s.seed} {split}"), [], set()
-        while len(own) < self.s.held_out:
+        for _ in range(1000 * self.s.held_out):
+            if len(own) == self.s.held_out:
+                break
             function = self.draw(rng, split, self.s.asked)
             if fingerprint(function) not in seen:
                 record = self.problem(f"{split}-own-{len(own)}", function, self.roles.everything, rng)
                 own.append(record | {"kind": "own words"})
                 seen.add(fingerprint(function))
+        else:
+            raise ValueError(f"--held-out {self.s.held_out}: {split} has but {len(own)} functions; ask for fewer")
         source = [{k: v for k, v in r.items() if k != "prompts"} for r in own]
         source = [r | {"id": f"{split}-source-{i}", "kind": "the source's words"} for i, r in enumerate(source)]
         return own + source + self.reserved(f"{split}-reserved", split, self.s.reserved)
@@ -1625,7 +1641,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (ask(r["prompt"], [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
+    texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
     (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
@@ -1846,7 +1862,7 @@ class Mixture:
             raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
         if not all(0 <= share <= 1 for share in (self.replay, self.statements)):
             raise ValueError(f"replay {self.replay}, statements {self.statements}: shares are between 0 and 1")
-        needed = self.sft[:1] if self.name == "source" else self.sft
+        needed = dict.fromkeys(itertools.chain(*self.answers()))
         for record in self.records:
             if missing := ", ".join(p for p in needed if p not in record["solutions"]):
                 raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
@@ -1859,6 +1875,11 @@ class Mixture:
         if name != "base" and int((i + 1) * self.replay) > before:
             name, number = "base", before
         return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
+
+    def answers(self) -> list[tuple[str, ...]]:
+        """The PLs of each answer that the arm may show of a record."""
+        alone = [(p,) for p in self.sft]
+        return {"source": alone[:1], "in-context": [self.sft]}.get(self.name, alone)
 
     def record(self, i: int) -> dict:
         """Record number i of the passes, in the same order in every arm."""
@@ -2156,7 +2177,7 @@ def show(s: ShowSettings, name: str) -> None:
                 width = shutil.get_terminal_size((160, 50)).columns
                 print(beside(record["solutions"], width))
                 return
-    fail(f"{s.data}: no record {name!r}; the embedded corpus has train-N, rl-N, known-N and new-N")
+    fail(f"{s.data}: no record {name!r}; the embedded corpus has base-N, train-N, rl-N, dev-own-N and dev-reserved-N")
 
 
 def main(argv: Sequence[str]) -> None:

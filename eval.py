@@ -555,14 +555,16 @@ def claims(runs: Sequence[list[dict]]) -> list[dict]:
         values = [value(study) for study in studies]
         rows.append({"claim": claim, "decides": decides, "text": text, "values": values, **spread(values)})
 
+    there = {column for measure, group, _, column in studies[0].cells if (measure, group) == (GREEDY, RESERVED)}
+    targets = {part: column for part, column in TARGETS.items() if column in there}
     if "source" in arms:
         add("a", True, "source: gain of the source PL", lambda s: s.gain("source", s.source))
-        for part, column in TARGETS.items():
+        for part, column in targets.items():
             text = f"source: gain of the source PL less that of {part}"
             add("a", True, text, lambda s, c=column: s.gain("source", s.source) - s.gain("source", c))
     for other in [arm for arm in arms if arm != "parallel"] if "parallel" in arms else []:
         claim, decides = ("b" if other == "source" else "c"), other != "crossed"
-        for part, column in TARGETS.items():
+        for part, column in targets.items():
             text = f"gain of {part}, parallel less {other}"
             add(claim, decides, text, lambda s, c=column, o=other: s.gain("parallel", c) - s.gain(o, c))
             text = f"T of {part}, parallel less {other}"
@@ -571,6 +573,8 @@ def claims(runs: Sequence[list[dict]]) -> list[dict]:
             column = f"{studies[0].source.removesuffix(' (source)')} and unseen PLs"
             before, after = ((measure, group, arm, column) for arm in (other, "parallel"))
             text = f"{measure}, {group}, {column}: parallel less {other}"
+            if after not in studies[0].cells:
+                continue
             add("d", True, text, lambda s, a=after, b=before: s.cells[a] - s.cells[b])
     return rows
 
@@ -648,8 +652,9 @@ def draw_transfer(cells: Sequence[dict]):
     own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (GREEDY, RESERVED)}
     source = next(column for _, column in own if column.endswith(" (source)"))
     arms = Study(cells).arms
-    figure, axes = pyplot().subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
-    for axis, column in zip(axes, (source, *TARGETS.values()), strict=True):
+    there = [column for column in (source, *TARGETS.values()) if (arms[0], column) in own]
+    figure, axes = pyplot().subplots(1, len(there), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained")
+    for axis, column in zip(axes[0], there, strict=True):
         for i, (prefix, label) in enumerate((("", "before RL"), ("rl-", "after RL"))):
             own_cells = [own[prefix + arm, column] for arm in arms]
             values, low, high = ([100 * c[name] for c in own_cells] for name in ("value", "low", "high"))
@@ -658,8 +663,8 @@ def draw_transfer(cells: Sequence[dict]):
             axis.bar(at, values, 0.38, color=COLOURS[3 + i], label=label, yerr=ends, capsize=2, error_kw={"lw": 0.8})
         axis.set_xticks(range(len(arms)), arms)
         axis.set_title(column, fontsize="medium")
-    axes[0].set(ylim=(0, 100), ylabel="pass@1, reserved words, percent")
-    axes[0].legend(frameon=False)
+    axes[0, 0].set(ylim=(0, 100), ylabel="pass@1, reserved words, percent")
+    axes[0, 0].legend(frameon=False)
     figure.supxlabel(f"arm; {meaning(next(iter(own.values())))}", fontsize="medium")
     return figure
 
@@ -898,7 +903,8 @@ def join_seeds(s: Settings) -> list[dict]:
     text = "\n\n".join(filter(None, (summary(cells), rows and claims_table(rows), tables(cells))))
     print(text, end="\n\n")
     write(s.out, "joined.md", text)
-    write(s.out, "claims.json", json.dumps(rows, indent=1))
+    finite = [{k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)} for row in rows]
+    write(s.out, "claims.json", json.dumps(finite, indent=1))
     return cells
 
 

@@ -408,8 +408,8 @@ def check_lengths(
 ) -> None:
     """ValueError naming the first record whose prompt and answer the model's positions do not hold.
 
-    `answers`: the PLs of each answer that is asked for; by default each PL that the record has alone. An answer has `budget` tokens, or with
-    0 as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a
+    `answers`: the PLs of each answer that is asked for; by default each PL that the record has alone. An answer has
+    `budget` tokens, or with 0 as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a
     token has at least one byte, and a format's template is longer than the tokens that it puts around a text.
     """
     limit = model.config.max_position_embeddings
@@ -418,7 +418,7 @@ def check_lengths(
         programs = record["solutions"] | record.get("commented", {})
         for languages in answers or [[p] for p in programs]:
             text = "" if budget else data.answer(programs, languages)
-            prompt = data.statement(record, languages[0])
+            prompt = max([record["prompt"], *record.get("prompts", {}).values()], key=len)  # any of them may be asked
             around = data.ask(prompt, languages) + FORMATS[tokenizer.format]
             if len((around + text).encode()) + budget > limit:
                 length, new = len(tokenizer.prompt(prompt, languages)), budget or len(tokenizer.encode(text)) + 1
@@ -446,8 +446,8 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    What is done so far: `step`, examples or problems `drawn`, `tokens` trained on, `seconds` of each phase, `flops` that the model needed, over
-    all ranks.
+    What is done so far: `step`, examples or problems `drawn`, `tokens` trained on, `seconds` of each phase, `flops`
+    that the model needed, over all ranks.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
@@ -718,7 +718,7 @@ def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     """The updates, from where `run` is."""
     tokenizer, stopping = mixture.tokenizer, False
     check_lengths(learner.model, tokenizer, mixture.documents)
-    check_lengths(learner.model, tokenizer, mixture.records, [mixture.sft] if mixture.name == "in-context" else ())
+    check_lengths(learner.model, tokenizer, mixture.records, mixture.answers())
     held, updates = held_out_rows(s, tokenizer), math.ceil(s.tokens / s.batch)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
