@@ -88,8 +88,9 @@ demo: interpreters .venv/installed-plots
 	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" RL="--steps 25" EVAL=--plots
 	@cat runs/demo/eval/table.md
 	@echo "the figure: runs/demo/eval/transfer.png"
-	@echo "That was one seed. The study, over $$(ls results/study/seed-*.json | wc -l) seeds:"
-	@sed '/^$$/,$$d' results/study/joined.md
+	@if [ -f results/study/joined.md ]; then \
+	echo "That was one seed. The study, over $$(ls results/study/seed-*.json | wc -l) seeds:"; \
+	sed '/^$$/,$$d' results/study/joined.md; else echo "That was one seed; the study has not run yet (make study)."; fi
 
 # --- the study: two seeds at a time, each with a thread of its own
 

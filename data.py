@@ -1532,8 +1532,9 @@ class Corpus:
         shown = {(name, p) for r in records for name in r["operations"] for p in r["solutions"]}
         for name, language in itertools.product(OPERATIONS, self.roles.everything):
             if (name, language) not in shown:  # a rare operation: each PL is to show each of them
-                function = self.draw_for(rng, (0, 1, 1), name, language)
-                records.append(self.document(f"base-{len(records)}", function, [language], rng))
+                lot = random.Random(f"{self.s.seed} rare {name} {language}")
+                function = self.draw_for(lot, (0, 1, 1, 1), name, language)
+                records.append(self.document(f"rare-{name}-{language}", function, [language], lot))
         for i, phrase in enumerate(self.phrases(self.s.weak)):
             function = self.draw_for(rng, self.s.asked, phrase.operation, self.roles.source)
             records.append(self.document(f"weak-{i}", function, [self.roles.source], rng, phrase))

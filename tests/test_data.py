@@ -151,6 +151,8 @@ def functions(records, aligned):
     seen, known = defaultdict(lambda: defaultdict(list)), {}
     for split, own in records.items():
         for record in own:
+            if record["id"].startswith("rare"):  # in one PL alone, which need not be python
+                continue
             program = (aligned[record["id"]] if split == "base" else record)["solutions"]["python"]
             known[program] = known[program] if program in known else printed(program)
             seen[split][known[program]].append(record["id"])
@@ -166,7 +168,7 @@ def test_held_out_functions_occur_in_no_other_split_and_base_shares_none_with_sf
 
 def test_base_shows_a_function_in_one_pl_or_in_all(records, aligned, functions):
     ours = {r["id"]: r for r in records["base"]}
-    assert ours.keys() == aligned.keys() and len(functions["base"]) < len(ours)  # some are shown more than once
+    assert {i for i in ours if not i.startswith("rare")} == aligned.keys() and len(functions["base"]) < len(ours)  # some are shown more than once
     everything = SMALL.sft + SMALL.unseen
     for ids in functions["base"].values():
         assert len({p for i in ids for p in ours[i]["solutions"]}) == 1
