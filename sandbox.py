@@ -141,7 +141,7 @@ _JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedCl
 _JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": _JAVA + " -Xss256m -Xmx{mb}m"}
 # Node puts what a pipe does not take at once off until later, which process.exit() does not wait for.
 _NODE = {
-    "env": {"NODE_OPTIONS": "-r {cache}/blocking.js"},
+    "env": {"NODE_OPTIONS": "-r {cache}/blocking.js", "NODE_PATH": "/usr/share/nodejs"},
     "warm": "echo 'for (const s of [process.stdout, process.stderr]) s._handle?.setBlocking?.(true)' > $OUT/blocking.js",
     "overhead": 128,
 }
@@ -1789,7 +1789,7 @@ def _helper(fd: int) -> None:
 
 LEVELS = ("namespaces", "landlock", "none")
 _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
-_ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8", "USER": "user", "NODE_PATH": "/usr/share/nodejs"}
+_ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8", "USER": "user"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
 _AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy

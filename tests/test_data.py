@@ -168,7 +168,9 @@ def test_held_out_functions_occur_in_no_other_split_and_base_shares_none_with_sf
 
 def test_base_shows_a_function_in_one_pl_or_in_all(records, aligned, functions):
     ours = {r["id"]: r for r in records["base"]}
-    assert {i for i in ours if not i.startswith("rare")} == aligned.keys() and len(functions["base"]) < len(ours)  # some are shown more than once
+    assert {i for i in ours if not i.startswith("rare")} == aligned.keys() and len(functions["base"]) < len(
+        ours
+    )  # some are shown more than once
     everything = SMALL.sft + SMALL.unseen
     for ids in functions["base"].values():
         assert len({p for i in ids for p in ours[i]["solutions"]}) == 1
