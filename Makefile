@@ -11,6 +11,7 @@ PY := .venv/bin/python
 
 .PHONY: demo study references run gates test tests-with-sandboxes tests-beside interpreters toolchains clean
 .DELETE_ON_ERROR:
+.SECONDARY: # nothing that took long is removed as a step on the way
 
 # --- set-up
 
@@ -94,13 +95,30 @@ demo: interpreters .venv/installed-plots
 
 SEEDS ?= 1 2 3 4 5 6
 STUDY ?= results/study
-STUDY_ARMS := source multi crossed parallel
+STUDY_ARMS ?= source multi crossed parallel
 
 study: interpreters .venv/installed-tests
 	$(MAKE) --no-print-directory --jobs=2 $(SEEDS:%=$(STUDY)/seed-%.json)
 	$(PY) eval.py --join $(SEEDS:%=$(STUDY)/seed-%.json) --out $(STUDY) --plots
 
-# The same on dev problems and dev seeds, to choose settings by; says which gates hold.
+# Reference rows, two seeds each: a base that shows each function in all PLs; one that borrows a tenth of its words from
+# the other community; another source PL; and RL in a target PL itself, which is what transfer could reach.
+references:
+	$(MAKE) study SEEDS="1 2" STUDY=results/aligned STUDY_ARMS="source parallel" CORPUS="--base-programs all"
+	$(MAKE) study SEEDS="1 2" STUDY=results/borrowed STUDY_ARMS="source parallel" CORPUS="--borrowed 0.1"
+	$(MAKE) study SEEDS="1 2" STUDY=results/ruby STUDY_ARMS="source parallel" CORPUS="--sft ruby python javascript php"
+	$(MAKE) --no-print-directory --jobs=2 results/oracle/seed-1.json results/oracle/seed-2.json
+	$(PY) eval.py --join results/oracle/seed-1.json results/oracle/seed-2.json --out results/oracle
+
+results/oracle/seed-%.json: export OMP_NUM_THREADS = 1
+results/oracle/seed-%.json: results/study/seed-%.json # whose runs must still be there
+	$(PY) rl.py --languages ruby --seed $* --data runs/study-$*/data --model runs/study-$*/source --out runs/study-$*/rl-oracle
+	$(PY) eval.py --data runs/study-$*/data --models oracle=runs/study-$*/source rl-oracle=runs/study-$*/rl-oracle \
+		--out runs/study-$*/eval-oracle >/dev/null
+	@mkdir -p $(@D)
+	cp runs/study-$*/eval-oracle/eval.json $@
+
+# The same as the study on dev problems and dev seeds, to choose settings by; says which gates hold.
 gates: interpreters .venv/installed
 	$(MAKE) --no-print-directory study SEEDS="101 102 103" STUDY=results/gates SPLIT=dev
 	$(PY) tests/gates.py runs/gates-101 runs/gates-102 runs/gates-103

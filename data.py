@@ -13,9 +13,10 @@
      "solutions": {"python": "...", "cpp": "..."}}
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
-function, written once in each. `prompts` {PL: statement} may word it otherwise for some PLs. A test's `stdout` may be
-a list of accepted ones. How answers are run and compared, a record may say as sandbox.Demands does: `compare`,
-`tolerance`, `time_limit`, `memory_limit`, and `harness` for problems that ask for a function. Extra fields are kept;
+function, written once in each. `prompts` {PL: statement} may word it otherwise for some PLs. A test may have `args`, a list
+of texts for the command line, and its `stdout` may be a list of accepted ones. How answers are run and compared, a record may
+say as sandbox.Demands does: `compare`, `tolerance`, `time_limit`, `memory_limit`, and `harness` for problems that ask for a
+function. Extra fields are kept;
 the embedded corpus adds `operations`, `function` (a hash of behaviour), `commented` (base's programs with comments),
 and for held-out problems `kind`, `phrase` (the reserved wording in it) and `distractors` (wrong programs a PL).
 
@@ -172,12 +173,16 @@ def parse_record(line: str, where: str) -> dict:
         ok = isinstance(test, dict) and text(test.get("stdin"))
         accepted = test.get("stdout", "" if harness else None) if ok else None
         several = accepted if isinstance(accepted, list) else [accepted]
-        need(
-            several and all(map(text, several)),
-            f"tests[{i}]",
-            'give an object {"stdin": text, "stdout": text or list of texts}',
-        )
-    need(isinstance(record.get("difficulty", {}), dict), "difficulty", "give an object of figures, or leave it out")
+        mend = 'give an object {"stdin": text, "stdout": text or list of texts}'
+        need(several and all(map(text, several)), f"tests[{i}]", mend)
+        args = test.get("args", [])
+        ok = isinstance(args, list) and all(text(arg) and "\0" not in arg for arg in args)
+        need(ok, f"tests[{i}].args", "give a list of texts without NUL, or leave it out")
+    need(text(record.get("function", "")), "function", "give a text, or leave it out")
+    need(text(record.get("phrase", "")), "phrase", "give a text, or leave it out")
+    wrong = record.get("distractors", {})
+    ok = isinstance(wrong, dict) and all(isinstance(own, list) and all(map(text, own)) for own in wrong.values())
+    need(ok, "distractors", "give an object from PL to a list of programs, or leave it out")
     for name in ("solutions", "commented", "prompts"):
         programs = record.get(name, None if name == "solutions" else {})
         need(isinstance(programs, dict), name, "give an object from PL to program, or {}")
@@ -1572,8 +1577,9 @@ class Corpus:
 def make(s: CorpusSettings) -> None:
     """Writes the corpus and its tokenizer into `s.out`."""
     out = Path(s.out)
-    if unknown := ", ".join(sorted(set(s.reworded) - set(OPERATIONS))):
-        fail(f"--reworded: no operation {unknown}; there are {', '.join(OPERATIONS)}")
+    unknown = ", ".join(sorted(set(s.reworded) - set(OPERATIONS)))
+    if unknown or not s.reworded:
+        fail(f"--reworded: {'no operation ' + unknown if unknown else 'name one'}; there are {', '.join(OPERATIONS)}")
     if own := [path for path in (out / f"{name}.jsonl" for name in SPLITS) if path.exists()]:
         fail(f"{own[0]}: records of your own, which would be mixed with those made; give another --out")
     corpus, tokenizer = Corpus(s), Tokenizer(s.tokenizer) if s.tokenizer else None
@@ -1641,9 +1647,16 @@ FORMATS = {
 }
 
 
+# Every byte that UTF-8 has and a composed letter, between white space: read and written back so, any text is.
+PROBE = map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)])
+PROBE = f" \n{''.join(PROBE)}e\u0301\n "
+
+
 class Tokenizer:
     """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
+    ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
+    left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
     `format` "" takes the one that the folder was saved with, else chat. Attributes: `bos`, `eos` (end
     of a document), `eot` (end of a turn), `stop` (ends an answer: eot in a chat, eos in plain text),
     `pad` (differs from each of them and is never trained), `stops` (eot, eos and, where there is one, eom:
@@ -1659,19 +1672,47 @@ class Tokenizer:
             self.text = (path := self.path).read_text(encoding="utf-8")
             self.core = tokenizers.Tokenizer.from_str(self.text)
             self.config = {**json.loads((path := config).read_text(encoding="utf-8"))} if config.exists() else {}
+            added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
+            for i, token in self.config.get("added_tokens_decoder", {}).items():
+                if added.get(i, {}) | token != added.get(i):
+                    raise ValueError(f"added_tokens_decoder: {token} is not what {self.path.name} has as {i}")
         except Exception as error:  # of no narrower class from tokenizers
             raise ValueError(f"{path}: {error}") from None
-        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
+        if self.core.truncation or self.core.padding:
+            self.core.no_truncation()
+            self.core.no_padding()
+            self.text = self.core.to_str(pretty=True)
         names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
         self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
         self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-        self.format = format or self.config.get("prompt_format", "chat")
+        self.format = format or str(self.config.get("prompt_format", "chat"))
         if self.format not in FORMATS:
             raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
         self.stop = self.eos if self.format == "plain" else self.eot
         eom = self.core.token_to_id("<|eom_id|>")
         self.stops = (self.eot, self.eos, *([] if eom is None else [eom]))
         self.size = self.core.get_vocab_size()
+        self._check()
+
+    def _check(self) -> None:
+        """ValueError unless ids below `size` are tokens, texts come back whole, and special tokens are not read in them."""
+        ids = [self.bos, self.start, self.end, self.eot, self.pad, *self.stops]
+        bos, start, end, eot, *_ = specials = [self.core.id_to_token(i) for i in ids]
+        added = self.core.get_added_tokens_decoder().values()
+        text = " ".join([PROBE, *(token.content for token in added if not token.special), ""])
+        self.core.encode_special_tokens = False  # as transformers reads what a template wrote
+        whole = self.core.encode(f"{bos}{start}user{end}\n\n{text}{eot}", add_special_tokens=False).ids
+        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
+        faults = {
+            "has ids without a token": sorted(self.core.get_vocab().values()) != list(range(self.size)),
+            "changes texts (by a normalizer, an unknown token, lstrip or rstrip of an added token, for want of a decoder)":
+                any(self.decode(self.encode(t)) != t for t in (text, text.strip())),
+            "does not mark special tokens as special": {*ids} & {*self.encode("".join(specials))},
+            "reads a text by what is around it (lstrip, rstrip or single_word of a special token) or by chance (dropout)":
+                whole != [self.bos, *self._turn("user", text), self.eot],
+        }  # fmt: skip
+        if found := [fault for fault, there in faults.items() if there]:
+            raise ValueError(f"{self.path}: {found[0]}; use the model's own tokenizer")
 
     def _special(self, *names: str) -> int:
         for name in names:
@@ -1700,10 +1741,11 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
 
-        The latter keeps what the model's own says, but for special tokens, template and class.
+        The latter keeps of the model's own what has no say in how a text is read.
         """
         tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
-        config = {"model_input_names": ["input_ids", "attention_mask"]} | self.config
+        config = {"model_input_names": ["input_ids", "attention_mask"]}
+        config |= {name: self.config[name] for name in (*config, "model_max_length") if name in self.config}
         config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"prompt_format": self.format, "chat_template": FORMATS[self.format]}
@@ -1717,20 +1759,38 @@ def ask(statement: str, languages: Sequence[str]) -> str:
 
 
 def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
-    """The response's text: one fenced block a PL."""
-    return "\n".join(f"```{language}\n{solutions[language].strip()}\n```" for language in languages)
+    """The response's text: one fenced block a PL, of which `extract` gives the program back, its last line ended.
+
+    A fence is ```, or longer than those that begin a line of the program, as in CommonMark.
+    """
+    blocks = []
+    for language in languages:
+        program = solutions[language].removesuffix("\n")
+        fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
+        blocks.append(f"{fence}{language}\n{program}\n{fence}")
+    return "\n".join(blocks)
 
 
 def extract(response: str, language: str) -> str | None:
     """The program in the last closed fenced block of `language`, else None.
 
-    Its opening line is ``` and the PL's name or an alias, in any case, and no more; its closing line ```
-    alone. A block without a name, of another PL, or that is not closed does not count, nor does text
-    outside of blocks. A line may also end in CRLF.
+    Its opening line is ``` or a longer fence and the PL's name or an alias, in any case, and no more; its
+    closing line a fence at least as long, alone. A block without a name, of another PL, or that is not closed
+    does not count, nor does text outside of blocks. If the opening line ends in CRLF, so may the others.
     """
     names = {language, *sandbox.LANGUAGES[language].aliases}
-    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", response.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
-    return next((body for name, body in reversed(blocks) if name.strip().lower() in names), None)
+    program, block = None, None  # block: the lines of the one that is open
+    for line in response.split("\n"):
+        ticks = len(line) - len(line.lstrip("`"))
+        rest = line[ticks:].strip()
+        if block is None:
+            if ticks >= 3 and "`" not in rest:
+                fence, name, ending, block = ticks, rest.lower(), "\r" * line.endswith("\r"), []
+        elif ticks < fence or rest:
+            block.append(line.removesuffix(ending) + "\n")
+        else:
+            program, block = "".join(block) if name in names else program, None
+    return program
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1791,11 +1851,12 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Example:
         """Every (1 / replay)th example is a base document; the others are counted without them, so that
-        replay tears no group of parallel programs apart."""
-        rng, before = random.Random(f"{self.seed} {self.name} {i}"), int(i * self.replay)
-        if self.name == "base" or int((i + 1) * self.replay) > before:
-            return base(self, i if self.name == "base" else before, rng)
-        return MIXTURES[self.name](self, i - before, rng)
+        replay tears no group of parallel programs apart. Each arm replays the same documents."""
+        before = 0 if self.name == "base" else int(i * self.replay)
+        name, number = self.name, i - before
+        if name != "base" and int((i + 1) * self.replay) > before:
+            name, number = "base", before
+        return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
 
     def record(self, i: int) -> dict:
         """Record number i of the passes, in the same order in every arm."""
@@ -2084,7 +2145,12 @@ def show(s: ShowSettings, name: str) -> None:
     for path in record_files(s.data):
         for record in read_records(path):
             if record["id"] == name:
-                print(record["prompt"], *record["tests"], json.dumps(record.get("difficulty", {})), "", sep="\n")
+                print(
+                    *dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()]),
+                    *record["tests"],
+                    "",
+                    sep="\n",
+                )
                 width = shutil.get_terminal_size((160, 50)).columns
                 print(beside(record["solutions"], width))
                 return

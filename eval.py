@@ -56,7 +56,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import NormalDist, mean
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to others
@@ -454,9 +454,11 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def spread(values: Sequence[float]) -> dict:
-    """Mean and 95% t-interval of one value a seed, which is endless for a single seed."""
-    n, centre = len(values), mean(values)
-    half = T95[min(n - 1, len(T95)) - 1] * stdev(values) / n**0.5 if n > 1 else math.inf
+    """Mean and 95% t-interval of one value a seed: endless for a single seed, nan where a value is."""
+    n, centre = len(values), sum(values) / len(values)
+    half = math.inf
+    if n > 1:
+        half = T95[min(n - 1, len(T95)) - 1] * (sum((v - centre) ** 2 for v in values) / (n - 1) / n) ** 0.5
     return {"value": centre, "low": centre - half, "high": centre + half, "seeds": n}
 
 
@@ -475,7 +477,10 @@ def join(runs: Sequence[list[dict]]) -> list[dict]:
 
 
 def percent(cell: dict | None) -> str:
-    return "–" if cell is None else "{:.0f} ({:.0f}–{:.0f})".format(*(100 * cell[n] for n in ("value", "low", "high")))
+    if cell is None:
+        return "–"
+    value, low, high = (100 * cell[name] for name in ("value", "low", "high"))
+    return f"{value:.0f} ({low:.0f}–{high:.0f})" if math.isfinite(low) else f"{value:.0f}"
 
 
 def meaning(cell: dict) -> str:
@@ -533,11 +538,11 @@ class Study:
 def summary(cells: Sequence[dict]) -> str:
     """A line an arm: what RL in the source PL added there and elsewhere. Empty where no arm was evaluated."""
     study, lines = Study(cells), []
+    places = {"points there": study.source} | {f"in the {part}": column for part, column in TARGETS.items()}
     for arm in study.arms:
-        gains = [100 * study.gain(arm, column) for column in (study.source, *TARGETS.values())]
-        pl = study.source.removesuffix(" (source)")
-        text = "{}: RL in {} adds {:.0f} points there, {:.0f} in the other SFT PLs, {:.0f} in the unseen PLs ({})"
-        lines.append(text.format(arm, pl, *gains, RESERVED))
+        there = {p: c for p, c in places.items() if (GREEDY, RESERVED, arm, c) in study.cells}
+        gains = ", ".join(f"{100 * study.gain(arm, column):.0f} {place}" for place, column in there.items())
+        lines.append(f"{arm}: RL in {study.source.removesuffix(' (source)')} adds {gains} ({RESERVED})")
     return "\n".join(lines)
 
 
@@ -696,7 +701,7 @@ def write_figures(figures: dict[Path, Any]) -> list[str]:
 def plot(cells: Sequence[dict], out: Path) -> list[str]:
     """Draws what the cells hold; returns the paths of the files."""
     passes = [c for c in cells if c["measure"] == GREEDY and not c["column"].endswith(" mean")]
-    retrieval = [c for c in cells if c["measure"] == RETRIEVAL]
+    retrieval = [c for c in cells if c["measure"] == RETRIEVAL and c["group"].startswith("programs")]
     figures = {out / name: draw(own) for name, own in (("passes.png", passes), ("retrieval.png", retrieval)) if own}
     if any(c["group"] == RESERVED and f"rl-{c['model']}" in {d["model"] for d in passes} for c in passes):
         figures[out / "transfer.png"] = draw_transfer(cells)
@@ -795,7 +800,7 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
-            check_lengths(model, tokenizer, records, languages, s.max_new_tokens)
+            check_lengths(model, tokenizer, records, [[p] for p in languages], s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
             greedy[name] = evaluate(*job, name=name, **shared)
             chosen[name] = choose(model, tokenizer, records, languages, world, s.by)

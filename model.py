@@ -19,8 +19,8 @@ Choices:
    end change nothing before it, and what stands there is not to be read.
 2. Log-probs are computed only where `targets` counts, a chunk of positions at a time, and again in
    the backward pass: no tensor of B x T x V numbers ever exists.
-3. The sampler draws from softmax(logits / temperature) over the whole vocabulary: the trainer scores the
-   distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
+3. The sampler draws from softmax(logits / temperature) over all ids that the tokenizer has: the trainer scores
+   the distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
 4. The device alone decides how: a GPU runs the Triton kernels, a CPU torch's own operations, and each
    kernel has a plain function beside it. A decoding step never waits for the device, and a GPU replays
    a recording of it (CUDA graph).
@@ -73,13 +73,23 @@ LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_po
 SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 # What a config.json means by leaving a field out: LlamaConfig's defaults, which are not ours.
 ABSENT = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": None}
 # The names of a model's safetensors, its shards, their index, and of what is not written to its end.
 WEIGHTS = re.compile(r"\.?model((-[0-9a-f]+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 # The one value of each of these fields that this file computes; it may also be absent or null.
 SUPPORTED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
 SUPPORTED |= {"quantization_config": None}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
+COUNTS = {*SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings", "tokenizer_size"}
+KINDS = [  # fields, what their values must be, and how to tell
+    (COUNTS, "a whole number from 1 up", lambda x: type(x) is int and x > 0),
+    ({"rms_norm_eps", "rope_theta"} | LLAMA3_ROPE, "a number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf),
+    ({"tie_word_embeddings"}, "true or false", lambda x: type(x) is bool),
+    ({"bos_token_id", "pad_token_id"}, "a whole number", lambda x: type(x) is int),
+    ({"eos_token_id"}, "a whole number or a list of them", lambda x: {*map(type, x if type(x) is list else [x])} <= {int}),
+    ({"torch_dtype"}, f"one of {', '.join(DTYPES.values())}", lambda x: x in [*DTYPES.values()]),
+]  # fmt: skip
 
 
 @dataclass
@@ -104,7 +114,8 @@ class Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    torch_dtype: str = "float32"  # of the weights in the folder; `save` sets it
+    torch_dtype: str | None = "float32"  # of the weights in the folder, None: their own; `save` sets it
+    tokenizer_size: int | None = None  # ids from there on, of a padded vocabulary, are never drawn; None: vocab_size
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -151,17 +162,23 @@ def read_fields(raw: dict) -> dict:
             )
     if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
-    for name in (*SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if not isinstance(raw.get(name, 1), int) or raw.get(name, 1) < 1:
-            raise ValueError(f"{name} is {raw[name]!r}: must be a whole number from 1 up")
-    fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw}
-    fields["torch_dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return ABSENT | fields | read_rope(raw)
+    if "dtype" in raw:
+        raw["torch_dtype"] = raw["dtype"]  # as version 5 calls it
+    fields = {name: raw[name] for name in Config.__dataclass_fields__ if name in raw} | read_rope(raw)
+    values = fields | (fields["rope_scaling"] or {})
+    for names, kind, right in KINDS:
+        for name in sorted(names & values.keys()):
+            if not right(values[name]):
+                raise ValueError(f"{name} is {values[name]!r}: must be {kind}")
+    return ABSENT | fields
 
 
 def read_rope(raw: dict) -> dict:
     """rope_theta and rope_scaling, from version 5's `rope_parameters` or version 4's two fields."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}: must be an object or null")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     rope = {"rope_type": rope.pop("type", "default")} | rope  # the oldest files say `type`
     return {"rope_theta": theta, "rope_scaling": rope if rope != {"rope_type": "default"} else None}
@@ -955,8 +972,10 @@ class Llama(nn.Module):
         return self
 
     def head(self) -> Tensor:
-        """The output matrix, (V, D)."""
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        """The output matrix, (V, D), without the rows of a padded vocabulary that are no token's."""
+        weight = (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        size = self.config.tokenizer_size or len(weight)
+        return weight if size == len(weight) else weight[:size]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1313,33 +1332,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(path: Path, shapes: dict, device, dtype) -> tuple[dict, dict[str, str]]:
-    """The tensors of one memory-mapped file that fit `shapes`, and what is wrong with the others."""
+    """The tensors of one memory-mapped file that fit `shapes`, and what is wrong with the others.
+
+    dtype None: that of the first.
+    """
     state, wrong = {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # older files hold the rotary frequencies, which follow from config.json
-            found, wanted = tuple(file.get_slice(name).get_shape()), shapes.get(name)
-            if found == wanted:
-                # A copy of its own: a view would keep the file mapped, at its odd alignment.
-                state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-            else:
+            part, wanted = file.get_slice(name), shapes.get(name)
+            found, kind = tuple(part.get_shape()), part.get_dtype()
+            if found != wanted:
                 other = f"config.json says {wanted}" if wanted else "which the model does not have"
                 wrong[name] = f"{found} in {path.name}, {other}"
+            elif kind not in DTYPES:
+                wrong[name] = f"{kind} in {path.name}, but only {', '.join(DTYPES)} are implemented"
+            else:
+                dtype = dtype or getattr(torch, DTYPES[kind])
+                # A copy of its own: a view would keep the file mapped, at its odd alignment.
+                state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
     return state, wrong
 
 
 def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face folder: config.json, and safetensors in one file or in shards.
 
-    Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: as stored).
-    FileNotFoundError for a missing file; ValueError that names every missing, unexpected or
-    misshapen tensor, or the file that is cut short.
+    Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: config.json's, else
+    that of the first tensor, as in transformers). FileNotFoundError for a missing file; ValueError that
+    names every missing, unexpected or misshapen tensor, or the file that is cut short.
     """
     folder = Path(folder)
     with torch.device("meta"):
         model = Llama(Config.load(folder))
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    dtype = dtype or getattr(torch, model.config.torch_dtype or "", None)
     twin = {HEAD: shapes[EMBED]} if model.config.tie_word_embeddings else {}
     state, wrong = {}, {}
     for path in weight_files(folder):
@@ -1347,6 +1374,7 @@ def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = No
             found, unfit = read_weights(path, shapes | twin, device, dtype)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+        dtype = dtype or next((weight.dtype for weight in found.values()), None)
         state, wrong = state | found, wrong | unfit
     wrong |= {name: "missing" for name in shapes if name not in state | wrong}
     if twin and EMBED in state and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBED]):

@@ -163,13 +163,14 @@ def update(
     `rollouts` and their advantages are this rank's own. Nothing changes if no advantage of any rank
     differs from 0.
     """
-    used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a or reference]
+    [spread] = learner.world.sum(any(advantage))
+    used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a or (reference and spread)]
     rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     drawn = sum(s.max_new_tokens if s.denominator == "budget" else len(r.tokens) for r in rollouts)
-    count, trained, spread = learner.world.sum(drawn, trained_tokens(rows), any(advantage))
+    count, trained = learner.world.sum(drawn, trained_tokens(rows))
     # Summed on the device, read at the very end: a GPU is to have its next work before it is done.
     totals = torch.zeros(4, dtype=torch.float64, device=learner.world.device)
-    for group, (tokens, targets, start) in learner.micro_batches(rows if spread else []):
+    for group, (tokens, targets, start) in learner.micro_batches(rows):
         on = targets != IGNORE  # its true entries are the response tokens, in order
         old = per_token([used[i][0].logprobs for i in group], on)
         weight = per_token([[used[i][1]] * len(used[i][0].tokens) for i in group], on)
@@ -364,8 +365,8 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
     taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or taught, {}
-    check_lengths(sampler.model, tokenizer, records, taught, s.max_new_tokens)
-    check_lengths(sampler.model, tokenizer, held, languages, s.eval_tokens)
+    check_lengths(sampler.model, tokenizer, records, [[p] for p in taught], s.max_new_tokens)
+    check_lengths(sampler.model, tokenizer, held, [[p] for p in languages], s.eval_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:
@@ -404,7 +405,7 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        checkpoint, optimizer = run.start("rl", "eval")
+        checkpoint, optimizer = run.start("rl", "dev")
         start = starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
         source, reference = checkpoint or start, None
         if s.kl:

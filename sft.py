@@ -392,22 +392,23 @@ def starting_point(folder: str | Path, advice: str) -> Path:
 def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, format: str) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer in `folder`; ValueError if they do not belong together.
 
-    The model's config gets the tokenizer's stop tokens: that of a base model names no end of a turn, and
-    other engines would not stop where the checkpoints that are saved from it do.
+    The model's config gets the tokenizer's size, beyond which no id is drawn or scored, and its stop tokens: that of
+    a base model names no end of a turn, and other engines would not stop where the checkpoints saved from it do.
     """
     tokenizer, model = Tokenizer(folder, format), load(folder, world.device, dtype)
     if tokenizer.size > (rows := model.config.vocab_size):
         raise ValueError(f"{tokenizer.path}: has {tokenizer.size} tokens, the model {rows}; take the model's own")
+    model.config.tokenizer_size = tokenizer.size
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos, sorted(tokenizer.stops)
     return model, tokenizer
 
 
 def check_lengths(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str] = (), budget: int = 0
+    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], answers: Sequence[Sequence[str]] = (), budget: int = 0
 ) -> None:
-    """ValueError naming the first record whose prompt and answer in one PL the model's positions do not hold.
+    """ValueError naming the first record whose prompt and answer the model's positions do not hold.
 
-    `languages`: those that are asked for; by default each that the record has. An answer has `budget` tokens, or with
+    `answers`: the PLs of each answer that is asked for; by default each PL that the record has alone. An answer has `budget` tokens, or with
     0 as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a
     token has at least one byte, and a format's template is longer than the tokens that it puts around a text.
     """
@@ -415,12 +416,12 @@ def check_lengths(
     mend = "leave it out or allow fewer new tokens" if budget else "leave it out"
     for record in records:
         programs = record["solutions"] | record.get("commented", {})
-        for language in languages or programs:
-            text = "" if budget else data.answer(programs, [language])
-            prompt = data.statement(record, language)
-            around = data.ask(prompt, [language]) + FORMATS[tokenizer.format]
+        for languages in answers or [[p] for p in programs]:
+            text = "" if budget else data.answer(programs, languages)
+            prompt = data.statement(record, languages[0])
+            around = data.ask(prompt, languages) + FORMATS[tokenizer.format]
             if len((around + text).encode()) + budget > limit:
-                length, new = len(tokenizer.prompt(prompt, [language])), budget or len(tokenizer.encode(text)) + 1
+                length, new = len(tokenizer.prompt(prompt, languages)), budget or len(tokenizer.encode(text)) + 1
                 if length + new > limit:
                     what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
                     raise ValueError(f"record {record['id']!r}: {what}; {mend}")
@@ -716,8 +717,8 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
 def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     """The updates, from where `run` is."""
     tokenizer, stopping = mixture.tokenizer, False
-    for records in (mixture.records, mixture.documents):
-        check_lengths(learner.model, tokenizer, records)
+    check_lengths(learner.model, tokenizer, mixture.documents)
+    check_lengths(learner.model, tokenizer, mixture.records, [mixture.sft] if mixture.name == "in-context" else ())
     held, updates = held_out_rows(s, tokenizer), math.ceil(s.tokens / s.batch)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)

@@ -553,24 +553,25 @@ def trl_steps(folder: Path, records: list[dict], language: str, box: sandbox.San
 def bench_rl(options: argparse.Namespace) -> None:
     """The peers can't take turns step by step here: ours runs before TRL and after it, and both count."""
     s = rl.Settings(
-        data=options.data, model=options.model, out=tempfile.mkdtemp(), prompts=PROMPTS, samples=SAMPLES, lr=1e-5
-    )
-    folder, roles = sft.newest_checkpoint(s.model), data.read_roles(s.data)
+        data=options.data, model=options.model, out=tempfile.mkdtemp(), prompts=PROMPTS, samples=SAMPLES, lr=1e-5,
+        informative=0,
+    )  # fmt: skip
+    folder, languages = sft.newest_checkpoint(s.model), [data.read_roles(s.data).source]
     records, ours = data.read_split(s.data, "rl")[: 40 * PROMPTS], []
     with sft.World(DEVICE) as world, evaluation.open_sandbox(s, world) as box, sft.Run(s.out, s, world) as run:
         tokenizer = data.Tokenizer(folder)
         learner = sft.Learner(model.load(folder, DEVICE, torch.float32), world, s, 0.0, tokenizer.pad)
         sampler = rl.Sampler(learner)
 
-        def step(number: int) -> None:
-            tasks = [(r, roles.source) for r in records[number * PROMPTS : (number + 1) * PROMPTS]]
-            ours.append(seconds(lambda: rl.step_once(number, learner, sampler, tokenizer, tasks, box, run, s)))
+        def steps(count: int) -> None:
+            for _ in range(count):
+                job = (records, languages, learner, sampler, tokenizer, box, run, s, None)
+                ours.append(seconds(lambda job=job: rl.step_once(*job)))
+                run.step += 1
 
-        for number in range(options.repeats + 1):
-            step(number)
-        theirs = trl_steps(folder, records, roles.source, box, options.repeats)
-        for number in range(options.repeats + 1, 2 * options.repeats + 1):
-            step(number)
+        steps(options.repeats + 1)
+        theirs = trl_steps(folder, records, *languages, box, options.repeats)
+        steps(options.repeats)
     head(
         f"A GRPO step, {PROMPTS} problems x {SAMPLES} responses of at most {s.max_new_tokens} tokens, the sandbox's time included"
     )

@@ -7,13 +7,15 @@ import data
 from model import Config, Llama, save
 
 SFT, UNSEEN = ("python", "javascript", "ruby"), ("perl", "lua")
+SIZES = {"sft": SFT, "unseen": UNSEEN, "base": 500, "train": 300, "rl": 80, "held_out": 30, "weak": 20}
+SIZES["reserved"] = 40
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder of an embedded corpus of 300 training, 100 RL and 2 × 20 held-out problems."""
+    """Folder of an embedded corpus of 500 documents, 300 training, 80 RL and 2 × (30 + 30 + 40) held-out problems."""
     out = tmp_path_factory.mktemp("corpus")
-    data.make(data.CorpusSettings(out=str(out), sft=SFT, unseen=UNSEEN, train=300, rl=100, eval=20))
+    data.make(data.CorpusSettings(out=str(out), **SIZES))
     return out
 
 

@@ -5,8 +5,8 @@
 Nothing is allocated: parameters are counted on the meta device, and so is what a forward pass keeps
 for the backward pass. tests/test_memory.py holds the parts, and the sum, against real allocations of a
 small model.
-What is left out: the CUDA context, fragmentation and buffers of the libraries, for which RESERVE is
-set aside. GB are 10^9 bytes, as in the names of the GPUs.
+What is left out: the reference model of rl.py --kl; and the CUDA context, fragmentation and buffers of the
+libraries, for which RESERVE is set aside. GB are 10^9 bytes, as in the names of the GPUs.
 """
 
 import itertools

@@ -30,9 +30,9 @@ CASES = {  # of two ranks, and of four that are two replicas of two shards: stag
 
 
 def by_length(rollouts, tokenizer, box, known=None, progress=None):
-    """A reward that a random model can get: an even number of different tokens."""
+    """A reward that a random model can get: an even number of different tokens, those of the prompt included."""
     for r in rollouts:
-        r.verdict = "ok" if len(set(r.tokens)) % 2 == 0 else "wrong_answer"
+        r.verdict = "ok" if len({*r.prompt, *r.tokens}) % 2 == 0 else "wrong_answer"
 
 
 def rows():
@@ -64,7 +64,7 @@ def updated(folder, world, stage, shard, micro, dtype):
     made, advantages = rollouts()
     share = len(made) // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)  # whole groups of three
-    return learner, rl.update(learner, made[mine], advantages[mine], s)["grad_norm"]
+    return learner, rl.update(learner, made[mine], advantages[mine], LR, s, None)["grad_norm"]
 
 
 def outcome(learner, norm):

@@ -1,4 +1,4 @@
-"""Hostile programs and what must become of them, run by test_sandbox_hostile.py.
+"""Hostile and honest programs and what must become of them, run by test_sandbox_hostile.py.
 
     python tests/sandbox_cases.py --level namespaces [--no-cgroups]     all cases, as JSON lines
 
@@ -6,8 +6,10 @@ This file needs nothing but the standard library, so that it can be run as anoth
 """
 
 import argparse
+import contextlib
 import json
 import os
+import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sandbox
 
 ONE = [{"stdin": "", "stdout": "yes"}]
+PATIENT = sandbox.Limits(wall=20, cpu=20, memory=512)
 LIMITS = sandbox.Limits(wall=0.6, cpu=0.6, memory=128, output=2 << 20, files=16, compile_wall=5, compile_memory=512)
 
 
@@ -32,6 +35,10 @@ class Case:
     language: str = "python"
     tests: list = field(default_factory=lambda: ONE)
     limits: sandbox.Limits = LIMITS
+    lacking: str = ""  # where that is not promised, as the docstring of sandbox.py says: "landlock", "landlock user"
+
+    def promised(self, level: str) -> bool:
+        return not self.lacking.startswith(level) or (self.lacking.endswith("user") and os.geteuid() == 0)
 
 
 def refused(*lines: str, error: str = "OSError") -> str:
@@ -43,7 +50,11 @@ def refused(*lines: str, error: str = "OSError") -> str:
 def system_call(name: str, *arguments: int) -> str:
     numbers = {**sandbox._REFUSED, "clone": sandbox._CLONE}[name]
     words = ", ".join(map(str, (numbers[sandbox._ARCH or 0], *arguments)))
-    return f"assert ctypes.CDLL(None, use_errno=True).syscall({words}) < 0; raise OSError"
+    return f"assert ctypes.CDLL(None, use_errno=True).syscall({words}) < 0 and ctypes.get_errno() == 1; raise OSError"
+
+
+def python(program: str, **how) -> Case:
+    return Case(program.splitlines()[-1][:60], program, tests=[{"stdin": "", "stdout": ""}], limits=PATIENT, **how)
 
 
 PROCESSES = [
@@ -85,6 +96,18 @@ import os, time
 for _ in range(5):
     if os.fork() == 0: time.sleep(600)
 print("yes")"""),
+    Case("a cycle of descriptors", """
+import socket
+a, b = socket.socketpair()
+for each in (a, b): socket.send_fds(each, [b"x"], [1, a.fileno(), b.fileno()])
+print("yes")"""),
+    Case("the first thread ends, the second sleeps", """
+#include <pthread.h>
+#include <unistd.h>
+void *wait(void *p) { sleep(600); return p; }
+int main() { pthread_t t; pthread_create(&t, 0, wait, 0); pthread_exit(0); }""", "time_limit", "c"),
+    Case("signals of a limit that was not reached", "import os, signal\nsignal.signal(25, signal.SIG_DFL)\nos.kill(os.getpid(), 25)", "runtime_error"),
+    Case("signals of the time limit", "import os\nos.kill(os.getpid(), 24)", "runtime_error"),
     Case("raises the limits of others", refused(
         "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
         "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (1, 1))")),
@@ -98,7 +121,7 @@ print("yes" if os.getpriority(os.PRIO_PROCESS, 0) == before[0] else "slower")"""
 
 MEMORY = [
     Case("touch loop", "kept = []\nwhile True: kept.append(bytearray(b'x') * (4 << 20))", "memory_limit"),
-    Case("one great block", "bytearray(b'x') * (64 << 30)", "memory_limit"),
+    Case("one great block", "bytearray(b'x') * (64 << 30)", "runtime_error"),
     Case("fork and allocate", """
 import os, time
 for _ in range(10):
@@ -114,8 +137,32 @@ time.sleep(5)""", "memory_limit"),
 import mmap
 kept = mmap.mmap(-1, 1 << 30)
 for at in range(0, 1 << 30, 4096): kept[at] = 1""", "memory_limit"),
-    Case("memfd and shared segments", refused(
-        "os.memfd_create('x')", system_call("shmget", 0, 1 << 20, 0o1600), system_call("msgget", 0, 0o1600))),
+    Case("shared map given back", """
+import mmap
+kept = mmap.mmap(-1, 1 << 30)
+while True:
+    for start in range(0, 1 << 30, 16 << 20):
+        for at in range(start, start + (16 << 20), 4096): kept[at] = 1
+        kept.madvise(mmap.MADV_DONTNEED, start, 16 << 20)""", "memory_limit", limits=sandbox.Limits(wall=5, memory=128)),
+    Case("memory of a second thread", """
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+void *take(void *p) { p = malloc(400 << 20); memset(p, 1, 400 << 20); sleep(9); return p; }
+int main() { pthread_t t; pthread_create(&t, 0, take, 0); pthread_exit(0); }""", "memory_limit", "c", limits=sandbox.Limits(wall=5, memory=128)),
+    Case("tables of pages", """
+#include <sys/mman.h>
+#include <unistd.h>
+int main() {
+    char *m = mmap(0, 1L << 39, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    volatile char got;
+    for (long at = 0; at < 1L << 39; at += 2 << 20) got = m[at];
+    sleep(9);
+}""", "memory_limit", "c", limits=sandbox.Limits(wall=5, memory=128)),
+    Case("memfd, shared segments, queues", refused(
+        "os.memfd_create('x')", *(system_call(name, 0, 1 << 20, 0o1600, 0, 0) for name in (
+            "shmget", "shmctl", "msgget", "msgsnd", "msgrcv", "msgctl", "semget", "semop", "semctl", "mq_unlink", "io_setup")))),
     Case("fills the scratch directory", """
 import os
 try:
@@ -198,6 +245,42 @@ for line in open("/proc/self/maps"):
         "os.symlink('/etc/passwd', os.path.dirname(__file__) + '/main')")),
     Case("makes its own program unusable", '#include <stdio.h>\n#include <sys/stat.h>\n'
          'int main(int count, char **words) { puts("yes"); chmod(words[0], 0); }', "ok runtime_error", "c", tests=ONE * 2),
+    Case("files without a name", """
+import os
+try:
+    kept = []
+    for index in range(20):
+        kept.append(open(str(index), "wb"))
+        os.unlink(str(index))
+        kept[-1].write(bytes(10 << 20))
+    import time
+    time.sleep(60)
+except OSError: print("yes")""", "ok output_limit", limits=sandbox.Limits(wall=3, memory=256, files=16)),
+    Case("a folder that cannot be listed", """
+import os, time
+os.mkdir("closed", 0o300)
+try:
+    for index in range(50):
+        with open(f"closed/{index}", "wb") as file: file.write(bytes(10 << 20))
+    time.sleep(60)
+except OSError: print("yes")""", "ok output_limit", limits=sandbox.Limits(wall=3, memory=256, files=16)),
+    Case("attributes between tests", """
+import os, struct
+for place in (".", os.path.dirname(__file__), __file__):
+    state = os.stat(place)
+    if os.listxattr(place) or state.st_mtime == 5 or state.st_mode & 0o777 not in (0o755, 0o644): print(place, state)
+    entries = struct.pack("<I" + "HHI" * 3, 2, 1, 7, 0xFFFFFFFF, 4, 0, 0xFFFFFFFF, 32, 0, 0xFFFFFFFF)
+    for change in (lambda: os.setxattr(place, "user.leak", b"1"), lambda: os.setxattr(place, "system.posix_acl_default", entries),
+                   lambda: os.utime(place, (5, 5)), lambda: os.chmod(place, 0o711)):
+        try: change()
+        except OSError: pass
+print("yes")""", tests=ONE * 3),
+    Case("leases, owners and flags", refused(
+        "import fcntl; fcntl.fcntl(os.open('a', os.O_CREAT), fcntl.F_SETLEASE, fcntl.F_WRLCK)",
+        "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getpid())",
+        "import fcntl; fcntl.ioctl(os.pipe()[0], 0x8901, os.getpid().to_bytes(4, 'little'))",
+        "import fcntl; fcntl.ioctl(os.open('b', os.O_CREAT), 0x40086602, (64).to_bytes(8, 'little'))",
+        "open('/proc/pressure/memory', 'r+').write('some 150000 2000000')")),
     Case("100,000 files", """
 try:
     for index in range(100_000): open(f"{index}", "w").close()
@@ -230,8 +313,11 @@ print("yes")""", "ok output_limit", tests=ONE * 2),
 NETWORK = [
     Case("network", refused(
         "socket.create_connection(('127.0.0.1', 22))", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
-        "socket.socket(socket.AF_INET6)", "socket.getaddrinfo('example.org', 80)", "socket.socket(socket.AF_UNIX)",
+        "socket.socket(socket.AF_INET6)", "socket.getaddrinfo('example.org', 80)",
         "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)", "socket.socketpair(socket.AF_INET)")),
+    Case("local sockets of the host", refused(
+        "socket.socket(socket.AF_UNIX).connect('SECRET.s')", "socket.socket(socket.AF_UNIX).connect('\\0SECRET')",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', 'SECRET.d')")),
     Case("socket pairs work", "import socket\na, b = socket.socketpair()\na.send(b'yes')\nprint(b.recv(9).decode())"),
 ]  # fmt: skip
 
@@ -259,7 +345,7 @@ try:
 except subprocess.TimeoutExpired: print("yes")"""),
     Case("becomes root", refused("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", error="OSError")),
     Case("inherited descriptors", "import os\nprint('yes' if len(os.listdir('/proc/self/fd')) == 4 else os.listdir('/proc/self/fd'))"),
-    Case("environment", "import os\nprint('yes' if set(os.environ) <= {'PATH', 'HOME', 'TMPDIR', 'LANG', 'LC_CTYPE'} else os.environ)"),
+    Case("environment", "import os\nprint('yes' if set(os.environ) <= {'PATH', 'HOME', 'TMPDIR', 'LANG', 'USER', 'LC_CTYPE'} else os.environ)"),
     Case("a foreign calling convention", """
 #include <stdio.h>
 int main() {
@@ -305,16 +391,116 @@ GRADING = [
     Case("lines run together", "print('a b')", "wrong_answer", tests=[{"stdin": "", "stdout": "a\nb"}]),
 ]  # fmt: skip
 
-CASES = [*PROCESSES, *MEMORY, *TIME, *OUTPUT, *STDIN, *FILES, *NETWORK, *KERNEL, *COMPILING, *GRADING]
+MESSAGES = [
+    Case("out of memory in words", "raise ValueError('slot out of memory range')", "runtime_error"),
+    Case("out of memory in the text of an error", "#error std::bad_alloc", "compile_error", "cpp"),
+]  # fmt: skip
+
+PASSES = [
+    Case("node leaves with much on its way out", "console.log('y'.repeat(900000)); process.exit(0)", "ok", "javascript",
+         tests=[{"stdin": "", "stdout": "y" * 900_000}], limits=PATIENT),
+    Case("memory of a process that vfork made is its parent's", """
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main() {
+    char *a = malloc(300 << 20); memset(a, 1, 300 << 20);
+    if (vfork() == 0) { usleep(500000); _exit(0); }
+    puts(a[9] ? "yes" : "no");
+}""", "ok", "c", limits=PATIENT),
+    python("exit()"),
+    python("quit(0)"),
+    python("import sys\nsys.exit()"),
+    python("import numbers, json, decimal, fractions, re, math, heapq, bisect, itertools, collections"),
+    python("import asyncio, threading, multiprocessing, sqlite3, subprocess, tempfile, random, typing"),
+    python("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+           "@dataclass\nclass A:\n    x: int = 1\nassert A() == A(1) and __name__ == '__main__'"),
+    python("import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))"),
+    python("import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1)\nf(50_000)"),
+    python("import subprocess\nassert subprocess.check_output(['echo', 'x']) == b'x\\n'"),
+    python("def unused(): pass\ntry: sys\nexcept NameError: pass\nelse: raise SystemExit(1)"),
+    python("import multiprocessing as m\nwith m.Pool(2) as p: assert p.map(abs, [-1]) == [1]", lacking="landlock user"),
+    python("from concurrent.futures import *\nwith ProcessPoolExecutor(2) as p: assert list(p.map(abs, [-1])) == [1]", lacking="landlock user"),
+    python("from multiprocessing.shared_memory import *\ns = SharedMemory(create=True, size=9); s.close(); s.unlink()", lacking="landlock user"),
+    python("import multiprocessing as m\nif __name__ == '__main__':\n with m.get_context('forkserver').Pool(2) as p: p.map(abs, [1])", lacking="landlock"),
+    python("import resource as r\nr.setrlimit(r.RLIMIT_STACK, (r.RLIM_INFINITY, r.RLIM_INFINITY))"),
+    python("import subprocess\nwith subprocess.Popen(['sleep', '600']) as p: p.terminate()"),
+    python("import getpass\ngetpass.getuser()"),
+    python("import os, shutil\nos.mkdir('a', 0o700); open('a/b', 'w').close()\nshutil.copytree('a', 'c'); shutil.copy2('a/b', 'd')\n"
+           "os.chmod('d', 0o640); os.utime('d', (5, 6)); assert (os.stat('d').st_mode & 0o777, os.stat('d').st_mtime) == (0o640, 6)"),
+    python("import os, threading\nos.mkfifo('f'); threading.Thread(target=lambda: open('f', 'w').write('x')).start(); assert open('f').read() == 'x'"),
+    python("import os\nassert os.cpu_count() == len(os.sched_getaffinity(0)) <= 8"),
+    *(Case(f"{language}: {program.splitlines()[-1][:50]}", program, "ok", language, limits=PATIENT, lacking=lacking) for language, program, lacking in (
+        ("bash", "echo yes > /dev/stdout", ""),
+        ("bash", "echo yes | tee /dev/stderr", ""),
+        ("bash", "touch x && cp -p x y && mv y z && tar cf t.tar x z && rm x z && tar xf t.tar && test -e z && echo yes", ""),
+        ("bash", "echo 'echo yes' > t.sh && chmod +x t.sh && ./t.sh", ""),
+        ("bash", "mkfifo p && (echo yes > p &) && cat p", ""),
+        ("bash", "cat /proc/self/status | grep -q State && ls /proc/self/fd > list && echo yes", ""),
+        ("bash", "echo 'int main() { return 0; }' > a.c && gcc a.c && ./a.out && echo yes", ""),
+        ("bash", "ulimit -s unlimited && echo yes", ""),
+        ("python", "with open('/dev/stdout', 'w') as file: file.write('yes')", ""),
+        ("javascript", "require('fs').writeFileSync('/dev/stdout', 'yes')", ""),
+        ("javascript", "require('fs').writeFileSync('a', 'yes'); require('fs').copyFileSync('a', 'b'); console.log('yes')", ""),
+        ("typescript", "import * as fs from 'fs'\nconst os = require('os')\nif (fs.existsSync('/') && os.EOL as string) console.log('yes')", ""),
+        ("tcl", "close [open a w]; file copy a b; puts yes", ""),
+        ("lua", "local f = io.tmpfile(); f:write('yes'); f:seek('set'); print(f:read('a'))", "landlock"),
+        ("awk", 'BEGIN { if (sprintf("%d", 2^40) == "1099511627776" && gensub(/(.)x/, "\\\\1", 1, "ax") == "a") print "yes" }', ""),
+        ("php", "<?php if (ctype_digit('1') && iconv('UTF-8', 'ISO-8859-1', 'a') && posix_getpid()) echo 'yes';", ""),
+        ("ruby", "require 'prime'; require 'matrix'; puts 'yes' if 7.prime? && Matrix[[1]].det == 1", ""),
+        ("java", "class Menu { void main() { System.out.println(\"yes\"); } }\nclass App { public static void main(String[] a) { new Menu().main(); } }", ""),
+        ("java", 'class Text { String s = """\n  {{ " \\""" public class No { static void main(String[] a) \n  """; char c = \'"\', d = \'\\\'\'; }\n'
+                 'public class App { public static void main(String... a) { System.out.println("yes"); } }', ""),
+        ("java", "import java.nio.file.*; class M { public static void main(String[] a) throws Exception { Files.createTempFile(\"a\", \"b\"); System.out.println(\"yes\"); } }", ""),
+        ("kotlin", 'package demo\nfun main() { println("yes") }', ""),
+        ("scala", 'object Solver { val a = "object X {" }\nobject Main { def main(a: Array[String]): Unit = println("yes") }', ""),
+        ("rust", '#[test] fn x() { assert!(true) }\n#[allow(dead_code)] fn main() { println!("{}", r#"yes"#); }', ""),
+        ("go", 'package main; import ("fmt"; "testing"); func main() { fmt.Println("yes") }; func TestX(t *testing.T) { t.Fatal() }', ""),
+    )),
+]  # fmt: skip
+
+HOSTILE = [*PROCESSES, *MEMORY, *TIME, *OUTPUT, *STDIN, *FILES, *NETWORK, *KERNEL, *COMPILING, *GRADING]
+CASES = [*HOSTILE, *MESSAGES, *PASSES]
+
+
+@contextlib.contextmanager
+def host(directory: Path):
+    """A file, and local sockets named after it, that any user may use."""
+    secret = directory / "secret.txt"
+    secret.write_text("a secret of the host\n")
+    directory.chmod(0o755)
+    secret.chmod(0o666)
+    with contextlib.ExitStack() as stack:
+        for kind, name in (
+            (socket.SOCK_STREAM, f"{secret}.s"),
+            (socket.SOCK_STREAM, f"\0{secret}"),
+            (socket.SOCK_DGRAM, f"{secret}.d"),
+        ):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+            listener.bind(name)
+            if kind == socket.SOCK_STREAM:
+                listener.listen()
+            if name[0] == "/":
+                os.chmod(name, 0o777)
+        yield secret
 
 
 def run_case(box: sandbox.Sandbox, case: Case, secret: Path) -> sandbox.Result:
     """Raises AssertionError if the host's file was touched."""
-    before = secret.read_text()
+    state = lambda: (secret.read_text(), secret.stat().st_mtime, secret.stat().st_mode, os.listxattr(secret))  # noqa: E731
+    before = state()
     program = case.program.replace("SECRET", str(secret))
     result = box.run(program, case.language, case.tests, limits=case.limits)
-    assert secret.read_text() == before, "the host's file was changed"
+    assert state() == before, "the host's file was changed"
     return result
+
+
+def run_threads(level: str | None, cgroups: bool) -> sandbox.Result:
+    """The worst of four programs with many threads at a time: they have no fewer for each other's sake."""
+    program = "import threading, time\nfor _ in range(50): threading.Thread(target=time.sleep, args=(1,)).start()\nprint('yes')"
+    with sandbox.Sandbox(4, PATIENT, level, cgroups) as box:
+        return max(box.map([(program, "python", ONE)] * 4), key=lambda result: not result.passed)
 
 
 def main() -> None:
@@ -323,20 +509,22 @@ def main() -> None:
     parser.add_argument("--no-cgroups", action="store_true", help="do without control groups")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        secret = Path(directory, "secret.txt")
-        secret.write_text("a secret of the host\n")
-        os.chmod(directory, 0o755)
-        cases = [case for case in CASES if options.only in case.name]
-        box = sandbox.Sandbox(2, level=options.level, cgroups=not options.no_cgroups)
-        with box, ThreadPoolExecutor(2) as threads:
-            results = threads.map(lambda case: run_case(box, case, secret), cases)
-            for case, result in zip(cases, results, strict=True):
-                right = result.verdict in (*case.verdicts.split(), "no_toolchain")
-                line = {"case": case.name, "right": right, "verdict": result.verdict, "level": result.level}
-                if not right:
-                    line["detail"] = repr(result)[:2000]
-                print(json.dumps(line), flush=True)
+    cases = [case for case in CASES if options.only in case.name]
+    with contextlib.ExitStack() as stack:
+        secret = stack.enter_context(host(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        box = stack.enter_context(sandbox.Sandbox(2, level=options.level, cgroups=not options.no_cgroups))
+        cases = [case for case in cases if case.promised(box.level)]
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        results = threads.map(lambda case: run_case(box, case, secret), cases)
+        for case, result in zip(cases, results, strict=True):
+            report(case.name, case.verdicts, result)
+    report("many threads in each worker", "ok", run_threads(options.level, not options.no_cgroups))
+
+
+def report(name: str, verdicts: str, result: sandbox.Result) -> None:
+    right = result.verdict in (*verdicts.split(), "no_toolchain")
+    line = {"case": name, "right": right, "verdict": result.verdict, "level": result.level}
+    print(json.dumps(line if right else {**line, "detail": repr(result)[:2000]}), flush=True)
 
 
 if __name__ == "__main__":

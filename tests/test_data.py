@@ -1,16 +1,20 @@
-"""The corpus: every program agrees with the interpreter, nothing held out leaks, roles are kept."""
+"""The corpus: every program agrees with the interpreter, nothing held out leaks, and what sets the arms apart."""
 
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import random
 import re
+import sys
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
+from conftest import SIZES
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
@@ -19,12 +23,12 @@ import rl
 import sandbox
 import sft
 
-SPLITS = ("train", "rl", "eval")
+SMALL = data.CorpusSettings(**SIZES)
 
 
 @pytest.fixture(scope="session")
 def records(corpus):
-    return {name: data.read_records(corpus / f"{name}.jsonl.gz") for name in SPLITS}
+    return {name: data.read_records(corpus / f"{name}.jsonl.gz") for name in data.SPLITS}
 
 
 def run_python(program: str, line: str) -> str:
@@ -43,13 +47,13 @@ def run_python(program: str, line: str) -> str:
 def problems():
     """As few of four or five operations as hold each operation twice; SANDBOX_FULL=1: 200, and five times."""
     least, enough = (200, 5) if os.environ.get("SANDBOX_FULL") else (0, 2)
-    rng, settings, used, made = random.Random(7), data.CorpusSettings(tests=2), Counter(), []
-    while (short := {name for name in data.OPERATIONS if used[name] < enough}) or len(made) < least:
-        functions = [data.random_function(rng, rng.randint(4, 5), 1.0, short) for _ in range(5)]
-        function = max(functions, key=lambda f: len({name for name, _ in f[1]} & short))
-        made.append(data.make_problem(function, "p", settings, rng, 0.0))
+    rng, corpus, used, made = random.Random(7), data.Corpus(replace(SMALL, tests=2)), Counter(), []
+    while (short := [name for name in data.OPERATIONS if used[name] < enough]) or len(made) < least:
+        functions = [data.random_function(rng, rng.randint(4, 5), short[0] if short else "") for _ in range(5)]
+        function = max(functions, key=lambda f: len({name for name, _ in f[1]} & set(short)))
+        made.append(corpus.problem("p", function, tuple(data.SNIPPETS), rng))
         if len(made) % 2:  # every other with comments
-            comments, _ = data.wordings(function, random.Random(0), 0.0, ())
+            comments = data.wordings(function, "others")
             made[-1]["solutions"] = {language: data.emit(function, language, comments) for language in data.SNIPPETS}
         used.update(made[-1]["operations"])
     return made
@@ -78,20 +82,29 @@ def test_interpreter_on_values_worked_out_by_hand():
         assert data.interpret(("ints", (("square", None), ("square", None), *last)), "250\n") is None
 
 
+def test_a_function_that_must_hold_an_operation_does():
+    rng = random.Random(0)
+    for name in data.OPERATIONS:
+        assert name in [step for step, _ in data.random_function(rng, 2, name)[1]]
+
+
 def test_most_programs_are_short(records, tokenizer):
     lengths = [len(tokenizer.encode(p)) for r in records["train"] for p in r["solutions"].values()]
     assert sum(n < 120 for n in lengths) / len(lengths) > 0.75
 
 
-def test_same_seed_same_bytes(corpus, tmp_path):
-    s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=300, rl=100, eval=20)
-    data.make(s)
-    for name in ("train.jsonl.gz", "rl.jsonl.gz", "eval.jsonl.gz", "tokenizer.json"):
-        assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes(), name
+def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
+    small = replace(SMALL, base=20, train=10, rl=10, held_out=5, reserved=5)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        data.make(replace(small, out=str(tmp_path / name), seed=seed))
+    for path in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
+        same = (tmp_path / "c" / path.name).read_bytes() == path.read_bytes()
+        assert same == (path.name in ("languages.json", "tokenizer_config.json")), path.name
 
 
 def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    s = data.CorpusSettings(out=str(tmp_path), sft=("python",), unseen=("lua",), train=3, rl=3, eval=3)
+    s = replace(SMALL, out=str(tmp_path), base=3, train=3, rl=3, held_out=3, reserved=3, weak=3)
     data.make(s)
     data.Tokenizer(tmp_path, "plain").save(tmp_path)  # as `make --tokenizer` does
     data.make(s)
@@ -108,48 +121,209 @@ def test_a_corpus_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Splits
+# Splits: functions are judged by what python programs print on fresh inputs, not by the corpus's own hashes
+
+LINES = {kind: [data.random_line(kind, random.Random(f"fresh {i}")) for i in range(200)] for kind in ("ints", "words")}
 
 
-def test_held_out_functions_occur_in_no_training_record(records):
-    """Judged by what the python programs print on fresh inputs, not by the corpus's own hashes."""
-    rng, seen = random.Random("fresh"), defaultdict(set)
-    lines = {kind: [data.random_line(kind, rng) for _ in range(60)] for kind in ("ints", "words")}
-
-    def behaviour(record):
-        kind = "ints" if "int" in record["solutions"]["python"].splitlines()[0] else "words"
-        printed = []
-        for line in lines[kind]:
-            with contextlib.suppress(ValueError):  # the maximum of nothing
-                printed.append(run_python(record["solutions"]["python"], line))
-        return kind, tuple(printed)
-
-    for name in SPLITS:
-        for record in records[name]:
-            seen[name].add(behaviour(record))
-    assert len(seen["eval"]) >= 0.75 * len(records["eval"])  # known and reserved may share functions
-    assert not seen["eval"] & (seen["train"] | seen["rl"])
+def printed(program: str) -> tuple:
+    """The type of the input of a python program of the corpus, and what it prints for each of many fresh lines."""
+    kind, code, values = "ints" if "int" in program.splitlines()[0] else "words", compile(program, "", "exec"), []
+    for line in LINES[kind]:
+        names = {"input": lambda line=line: line, "print": lambda *words: values.append(words)}
+        try:
+            exec(code, names)
+        except ValueError:  # the maximum of nothing
+            values.append(None)
+    return kind, *values
 
 
-def test_reserved_wordings_are_absent_from_training(records):
-    reserved = [re.escape(w).replace(r"\{k\}", r"\w+") for op in data.OPERATIONS.values() for w in op.new]
-    known = {w.lower() for op in data.OPERATIONS.values() for w in op.known}
-    assert not known & {w.lower() for op in data.OPERATIONS.values() for w in op.new}
-    pattern = re.compile("|".join(reserved), re.IGNORECASE)
-    texts = [t for r in records["train"] for t in (r["prompt"], *r["commented"].values())]
-    assert not [t for t in texts if pattern.search(t)]
-    assert all(r["difficulty"]["new"] for r in records["eval"] if r["id"].startswith("new"))
-    for record in records["rl"] + records["eval"]:
-        assert bool(pattern.search(record["prompt"])) == bool(record["difficulty"]["new"])
+@pytest.fixture(scope="session")
+def aligned(records):
+    """Base with each function in all PLs, and otherwise the same: id -> record."""
+    documents = data.Corpus(replace(SMALL, base_programs="all")).documents()
+    return {r["id"]: r for r in documents}
 
 
-def test_share_of_reserved_wordings_in_rl(corpus):
-    s = data.CorpusSettings(new_share=0.7)
-    problems = data.make_problems(s, "rl", 400, False, 2, 0.7)
-    reworded = sum(op in s.reworded for p in problems for op in p["operations"])
-    new = sum(p["difficulty"]["new"] for p in problems)
-    assert abs(new / reworded - 0.7) < 0.06  # three standard errors of about 0.02
-    assert all(set(p["operations"]) & set(s.reworded) for p in problems)
+@pytest.fixture(scope="session")
+def functions(records, aligned):
+    """Split -> function, as what its python program prints -> ids of its records."""
+    seen, known = defaultdict(lambda: defaultdict(list)), {}
+    for split, own in records.items():
+        for record in own:
+            program = (aligned[record["id"]] if split == "base" else record)["solutions"]["python"]
+            known[program] = known[program] if program in known else printed(program)
+            seen[split][known[program]].append(record["id"])
+    return seen
+
+
+def test_held_out_functions_occur_in_no_other_split_and_base_shares_none_with_sft(functions):
+    splits = {name: set(own) for name, own in functions.items()}
+    assert all(len(own) >= 30 for own in splits.values())
+    for a, b in itertools.combinations(data.SPLITS, 2):
+        assert bool(splits[a] & splits[b]) == ((a, b) == ("train", "rl")), (a, b)
+
+
+def test_base_shows_a_function_in_one_pl_or_in_all(records, aligned, functions):
+    ours = {r["id"]: r for r in records["base"]}
+    assert ours.keys() == aligned.keys() and len(functions["base"]) < len(ours)  # some are shown more than once
+    everything = SMALL.sft + SMALL.unseen
+    for ids in functions["base"].values():
+        assert len({p for i in ids for p in ours[i]["solutions"]}) == 1
+        for i in ids:
+            assert set(aligned[i]["solutions"]) == (set(everything) if i.startswith("base") else {"python"})
+            assert ours[i]["solutions"].items() <= aligned[i]["solutions"].items()
+
+
+def test_base_shows_each_operation_in_each_pl():
+    """With as few PLs as make it quick; of more documents than these, as many more PLs."""
+    documents = data.Corpus(data.CorpusSettings(sft=("python",), unseen=("lua",), base=1500, weak=0)).documents()
+    shown = {(p, name) for r in documents for p in r["solutions"] for name in r["operations"]}
+    assert shown == set(itertools.product(("python", "lua"), data.OPERATIONS))
+
+
+def test_distractors_are_other_functions_in_every_pl(records):
+    """And those alone: of problems with a reserved wording."""
+    for record in records["rl"] + records["dev"] + records["test"]:
+        wrong = record.get("distractors", {})
+        assert bool(wrong) == ("phrase" in record)
+        assert {p: len(programs) for p, programs in wrong.items()} == dict.fromkeys(wrong, len(wrong.get("python", "")))
+        right = printed(record["solutions"]["python"])
+        assert all(printed(program) != right for program in wrong.get("python", ()))
+        if wrong:
+            assert set(wrong) == set(SMALL.sft + SMALL.unseen)
+
+
+def test_tests_tell_a_problem_from_its_neighbours(records):
+    """A line of the program left out must fail a test, in nearly all problems."""
+    fooled = 0
+    for r in records["rl"]:
+        near = r["solutions"]["python"].splitlines()
+        for i in range(1, len(near) - 1):
+            program = "\n".join(near[:i] + near[i + 1 :])
+            if near[i].startswith((" ", "for ")) or (near[0].startswith("w") and near[i].startswith("a =")):
+                continue
+            with contextlib.suppress(NameError, ValueError):
+                fooled += all(run_python(program, t["stdin"]) == t["stdout"] for t in r["tests"])
+    assert fooled <= 0.01 * len(records["rl"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Wordings
+
+
+def patterns():
+    """A pattern for each wording -> whose it is, and its operation and number."""
+    return {
+        re.compile(re.escape(words).replace(r"\{k\}", r"\w+")): (whose, op.name, i)
+        for op in data.OPERATIONS.values()
+        for whose, own in (("source", [op.source]), ("others", [op.others]), ("reserved", op.reserved))
+        for i, words in enumerate(own)
+    }
+
+
+PATTERNS = patterns()
+
+
+def steps_of(text: str) -> list[tuple[str, str, int]]:
+    """(whose wording, operation, number) of each step that a statement, or a single phrase, names."""
+    for opener in itertools.chain(*data.OPENERS.values()):
+        text = text.removeprefix(opener + " ")
+    for closer in data.CLOSERS:
+        text = text.removesuffix(closer)
+    steps = re.split("|".join(data.JOINERS), text[0].lower() + text[1:])
+    found = [[about for pattern, about in PATTERNS.items() if pattern.fullmatch(step)] for step in steps]
+    assert all(len(own) == 1 for own in found), (text, found)  # no wording is another's
+    return [own[0] for own in found]
+
+
+def words_of(text: str) -> set[str]:
+    return {whose for whose, _, _ in steps_of(text)}
+
+
+def comments(record: dict, language: str) -> list[str]:
+    """The comments of a record's program, each a phrase."""
+    mark = (data.COMMON | data.SNIPPETS[language])["comment"] + " "
+    lines = map(str.strip, record["commented"][language].splitlines())
+    return [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+
+
+COMMUNITY = {"python": "source", "javascript": "others", "ruby": "others", "perl": "others", "lua": "others"}
+
+
+def test_every_wording_is_of_one_community_alone():
+    for op in data.OPERATIONS.values():
+        for k in op.params:
+            for whose, own in (("source", [op.source]), ("others", [op.others]), ("reserved", op.reserved)):
+                for i, words in enumerate(own):
+                    assert steps_of(words.format(k=k)) == [(whose, op.name, i)]
+
+
+def test_base_is_worded_as_each_pls_community_words_it(records):
+    weak = [r for r in records["base"] if r["id"].startswith("weak")]
+    for record in records["base"]:
+        reserved = {"reserved"} if record in weak else set()
+        for language in record["solutions"]:
+            own, beside = data.statement(record, language), comments(record, language)
+            assert words_of(own) - {COMMUNITY[language]} == reserved
+            steps = steps_of(own)
+            assert [name for _, name, _ in steps] == record["operations"]
+            assert [steps_of(phrase) for phrase in beside] == [[step] for step in steps]
+    assert len(weak) == SMALL.weak and all(list(r["solutions"]) == ["python"] for r in weak)
+
+
+def test_borrowed_documents_are_in_the_other_communitys_words():
+    for share, mine in ((1.0, 0), (0.5, 0.5)):
+        documents = data.Corpus(replace(SMALL, base=200, weak=0, borrowed=share)).documents()
+        own = 0
+        for record in documents:
+            for language in record["solutions"]:
+                words = words_of(data.statement(record, language))
+                own += words == {COMMUNITY[language]}
+                assert len(words) == 1 and set.union(*map(words_of, comments(record, language))) == words
+        assert abs(own / len(documents) - mine) < 0.11  # three standard errors of 0.035
+
+
+def test_sft_is_worded_without_reserved_wordings_and_others_as_everyone_else(records):
+    for record in records["train"]:
+        assert words_of(record["prompt"]) == {"source"} and "commented" not in record
+        assert set(record["prompts"]) == set(COMMUNITY) - {"python"}
+        assert all(words_of(text) == {"others"} for text in record["prompts"].values())
+        assert {tuple(name for _, name, _ in steps_of(data.statement(record, p))) for p in COMMUNITY} == {
+            tuple(record["operations"])
+        }
+
+
+def test_problems_of_rl_and_the_reserved_kind_have_one_reserved_phrase_each_and_all_about_equally_often(records):
+    everyone = {f"{name} {i + 1}" for name in SMALL.reworded for i in range(len(data.OPERATIONS[name].reserved))}
+    for split in ("rl", "dev", "test"):
+        own = [r for r in records[split] if r["kind"] == "reserved words"]
+        counts = Counter(r["phrase"] for r in own)
+        assert len(own) == (SMALL.rl if split == "rl" else SMALL.reserved)
+        assert set(counts) == everyone and max(counts.values()) - min(counts.values()) <= 1
+        for record, language in itertools.product(own, COMMUNITY):
+            steps = steps_of(data.statement(record, language))
+            assert [f"{name} {i + 1}" for whose, name, i in steps if whose == "reserved"] == [record["phrase"]]
+            assert {whose for whose, _, _ in steps} <= {"reserved", COMMUNITY[language]}
+
+
+def test_the_other_held_out_problems_are_asked_in_own_words_and_in_the_sources(records):
+    for split in ("dev", "test"):
+        by_kind = defaultdict(list)
+        for record in records[split]:
+            by_kind[record["kind"]].append(record)
+        counts = {"own words": SMALL.held_out, "the source's words": SMALL.held_out, "reserved words": SMALL.reserved}
+        assert {kind: len(own) for kind, own in by_kind.items()} == counts
+        for own, source in zip(by_kind["own words"], by_kind["the source's words"], strict=True):
+            assert all(own[name] == source[name] for name in ("tests", "solutions", "function"))
+            for language, community in COMMUNITY.items():
+                assert words_of(data.statement(own, language)) == {community}
+                assert data.statement(source, language) == data.statement(own, "python")
+        assert len({r["function"] for r in by_kind["own words"]}) == SMALL.held_out
+
+
+# --------------------------------------------------------------------------------------------------
+# Roles
 
 
 @pytest.mark.parametrize(
@@ -167,109 +341,198 @@ def test_roles_that_are_none_are_refused(tmp_path, text, message):
         data.read_roles(tmp_path)
 
 
-def test_chosen_roles_do_not_overlap(monkeypatch):
-    monkeypatch.setattr(sandbox, "installed", lambda: list(data.SNIPPETS))
-    assert data.choose_roles((), ("py", "go")) == data.Roles(("javascript", "ruby", "php", "c"), ("python", "go"))
-    assert data.choose_roles(("perl", "lua"), ()).unseen == ("bash", "rust", "tcl", "awk")
-    with pytest.raises(ValueError, match="python: named twice"):
-        data.choose_roles(("py", "c"), ("python",))
+def test_the_flags_name_the_roles_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr(sandbox, "installed", dict)
+    roles = data.corpus_roles(data.CorpusSettings())
+    assert roles.source == "python" and not set(roles.sft) & set(roles.unseen)
+    named = data.corpus_roles(data.CorpusSettings(sft=("rb", "py"), unseen=("golang",)))
+    assert named == data.Roles(("ruby", "python"), ("go",)) and named.source == "ruby"
+    for mistake, message in [
+        ({"unseen": ("python",)}, "python: named twice"),
+        ({"unseen": ("sql",)}, "sql: the embedded corpus has no programs in it; there are python, "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            data.corpus_roles(data.CorpusSettings(**mistake))
+
+
+def test_another_source_pl_has_the_sources_words():
+    made = data.Corpus(replace(SMALL, sft=("ruby", "python"), unseen=("lua",))).problems("train", 5)
+    for record in made:
+        assert set(record["prompts"]) == {"python", "lua"}
+        words = {p: words_of(data.statement(record, p)) for p in record["solutions"]}
+        assert words == {"ruby": {"source"}, "python": {"others"}, "lua": {"others"}}
 
 
 # --------------------------------------------------------------------------------------------------
 # Mixtures
 
-
-def mixture(corpus, records, tokenizer, name, **settings):
-    roles = data.read_roles(corpus)
-    return data.Mixture(name, records["train"], tokenizer, roles.sft, roles.everything, **settings)
+ARMS = ("source", "multi", "crossed", "parallel", "in-context")
 
 
-@pytest.mark.parametrize("name", ["source", "multi", "parallel"])
-def test_sft_shows_no_unseen_language_but_in_replay(corpus, records, tokenizer, name):
-    roles = data.read_roles(corpus)
-    examples = [mixture(corpus, records, tokenizer, name)[i] for i in range(900)]
-    allowed = {roles.source} if name == "source" else set(roles.sft)
-    assert {p for e in examples for p in e.languages} == allowed
-    replayed = [mixture(corpus, records, tokenizer, name, general=0.3)[i] for i in range(900)]
-    assert {p for e in replayed if e.kind != "base" for p in e.languages} == allowed
-    assert abs(sum(e.kind == "base" for e in replayed) / 900 - 0.3) < 0.05
-
-
-def test_a_record_without_a_pl_that_is_shown_is_refused(tokenizer):
-    for changes in ({"name": "parallel"}, {"name": "base"}, {"name": "source", "general": 0.1}):
-        with pytest.raises(data.RecordError, match="record 'a': 'solutions' lacks ruby;"):
-            data.Mixture(
-                records=[GOOD], tokenizer=tokenizer, sft=("python", "ruby"), everything=("python", "ruby"), **changes
-            )
-    source = data.Mixture("source", [GOOD], tokenizer, ("python", "ruby"), ("python", "ruby"))
-    for share in ({"general": 30}, {"general": -1}, {"statements": 2}):
-        with pytest.raises(ValueError, match="shares are between 0 and 1"):
-            replace(source, **share)
+def mixture(records, tokenizer, name, **settings):
+    return data.Mixture(name, records["train"], records["base"], tokenizer, SMALL.sft, **settings)
 
 
 def programs(tokenizer, e):
+    """(PL, program) of each fenced block of an example."""
     return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.start :]), re.DOTALL)
 
 
-def test_multi_shows_each_problem_once_and_parallel_in_all(corpus, records, tokenizer):
-    roles, count = data.read_roles(corpus), len(records["train"])
-    multi = mixture(corpus, records, tokenizer, "multi")
-    shown = defaultdict(set)
-    for i in range(3 * count):
-        shown[data.pick("0 sft", i, count)].add(multi[i].languages)
-    assert {len(v) for v in shown.values()} == {1} and len(shown) == count
-    parallel = mixture(corpus, records, tokenizer, "parallel")
-    seen = Counter(programs(tokenizer, parallel[i])[0] for i in range(count * len(roles.sft)))
-    assert seen == Counter((p, r["solutions"][p].strip()) for r in records["train"] for p in roles.sft)
-    together = mixture(corpus, records, tokenizer, "parallel", in_context=True)[5]
-    assert sorted(p for p, _ in programs(tokenizer, together)) == sorted(roles.sft)
+def asked(tokenizer, e):
+    """The statement of an example."""
+    text = tokenizer.decode(e.tokens)
+    return text[text.index("\n\n") + 2 : text.rindex("\nAnswer in")]
 
 
-def test_parallel_keeps_a_problems_languages_together_through_replay(corpus, records, tokenizer):
-    """Of the first 300 examples, all but the last problem are shown in all SFT PLs."""
-    roles = data.read_roles(corpus)
-    m = mixture(corpus, records, tokenizer, "parallel", general=0.3)
-    shown = defaultdict(set)
-    for e in (m[i] for i in range(300)):
-        if e.kind == "parallel":
-            shown[tokenizer.decode(e.tokens[: e.start]).rsplit("Answer in", 1)[0]].add(e.languages)
-    assert len(shown) > 60 and sum(len(v) != len(roles.sft) for v in shown.values()) <= 1
+@dataclass(frozen=True)
+class Shown:
+    """What one example of an arm shows: its function, PLs and statement; `replayed`: a base document."""
+
+    replayed: bool
+    function: str
+    languages: tuple
+    statement: str
+    tokens: int
 
 
-def test_tests_tell_a_problem_from_its_neighbours(records):
-    """A step left out, two swapped or another number must fail a test, in nearly all problems."""
-    fooled = 0
-    for r in records["rl"]:
-        lines, kind = (
-            [t["stdin"] for t in r["tests"]],
-            "ints" if "int" in r["solutions"]["python"].splitlines()[0] else "words",
-        )
-        near = r["solutions"]["python"].splitlines()
-        for i in range(1, len(near) - 1):  # leave out a line of the program
-            program = "\n".join(near[:i] + near[i + 1 :])
-            if near[i].startswith((" ", "for ")) or (kind == "words" and near[i].startswith("a =")):
-                continue
-            with contextlib.suppress(NameError, ValueError):
-                fooled += all(
-                    run_python(program, line) == t["stdout"] for line, t in zip(lines, r["tests"], strict=True)
-                )
-    assert fooled <= 0.01 * len(records["rl"])
+@pytest.fixture(scope="session")
+def runs(records, tokenizer):
+    """What each arm shows in updates of 600 tokens until parallel has shown each of 40 problems in all PLs."""
+    some = {"train": records["train"][:40], "base": records["base"]}
+    function_of = {}
+    for record in some["train"] + some["base"]:
+        for kind in ("solutions", "commented"):
+            for language, program in record.get(kind, {}).items():
+                assert function_of.setdefault((language, program.strip()), record["function"]) == record["function"]
+    shown = {}
+    for arm in ARMS:
+        m, run = mixture(some, tokenizer, arm, replay=0.3), SimpleNamespace(step=0, tokens=0, drawn=0)
+        shown[arm] = []
+        while run.step < 30:
+            rows = sft.draw(m, run, SimpleNamespace(batch=600))
+            run.step, run.drawn = run.step + 1, run.drawn + len(rows)
+            run.tokens += sum(len(tokens) for tokens, _ in rows)
+            update = []
+            for tokens, start in rows:
+                found = programs(tokenizer, data.Example(tokens, start))
+                [function] = {function_of[block] for block in found}
+                text = "" if start == 1 else asked(tokenizer, data.Example(tokens, start))
+                update.append(Shown(start == 1, function, tuple(p for p, _ in found), text, len(tokens)))
+            shown[arm].append(update)
+    return some, shown
 
 
-def test_base_shows_all_languages_mostly_without_statement(corpus, records, tokenizer):
-    examples = [mixture(corpus, records, tokenizer, "base")[i] for i in range(600)]
-    assert {p for e in examples for p in e.languages} == set(data.read_roles(corpus).everything)
-    stated = sum(tokenizer.start in e.tokens for e in examples) / 600
-    assert 0.38 < stated < 0.5
-    assert all(e.start == 1 and e.tokens[0] == tokenizer.bos for e in examples)
+def own(updates):
+    """The examples of an arm that are not replayed, in order."""
+    return [e for e in itertools.chain(*updates) if not e.replayed]
 
 
-def test_examples_depend_on_seed_and_number_alone(corpus, records, tokenizer):
-    a, b = (mixture(corpus, records, tokenizer, "parallel", general=0.3) for _ in range(2))
-    forward = [a[i] for i in range(40)]
-    assert [b[i] for i in reversed(range(40))] == forward[::-1]
-    other = mixture(corpus, records, tokenizer, "parallel", general=0.3, seed=1)
-    assert [other[i] for i in range(40)] != forward
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_gets_the_same_functions_updates_tokens_and_replay(runs, arm):
+    some, shown = runs
+    assert {e.function for e in own(shown[arm])} == {r["function"] for r in some["train"]}
+    seen = 0
+    for number, update in enumerate(shown[arm], 1):  # as many tokens by each update as in every other arm
+        seen += sum(e.tokens for e in update)
+        assert number * 600 <= seen < number * 600 + max(e.tokens for e in update)
+    examples = list(itertools.chain(*shown[arm]))
+    replayed = [e for e in examples if e.replayed]
+    assert len(replayed) == int(len(examples) * 0.3)  # so at any point, since this holds for runs of any length
+    parallel = [e for e in itertools.chain(*shown["parallel"]) if e.replayed]
+    for a, b in zip(replayed, parallel, strict=False):
+        assert a == b  # to the token
+
+
+def test_the_arms_differ_in_pls_and_wordings_alone(runs):
+    _, shown = runs
+    homes = {arm: defaultdict(set) for arm in ARMS}
+    words = {arm: defaultdict(set) for arm in ARMS}  # by PL
+    for arm in ARMS:
+        for e in own(shown[arm]):
+            homes[arm][e.function].update(e.languages)
+            for language in e.languages:
+                words[arm][language] |= {frozenset(words_of(e.statement))}
+    both = {frozenset({"source"}), frozenset({"others"})}
+    assert set(homes["source"]) and all(pls == {"python"} for pls in homes["source"].values())
+    assert words["source"] == {"python": {frozenset({"source"})}}
+    for arm in ("multi", "crossed"):  # no function in two PLs
+        assert {len(pls) for pls in homes[arm].values()} == {1} and set.union(*homes[arm].values()) == set(SMALL.sft)
+    assert homes["multi"] == homes["crossed"]
+    assert words["multi"] == {p: {frozenset({COMMUNITY[p]})} for p in SMALL.sft}
+    for arm in ("crossed", "parallel", "in-context"):
+        assert words[arm] == dict.fromkeys(SMALL.sft, both), arm
+    for arm in ("parallel", "in-context"):
+        assert all(pls == set(SMALL.sft) for pls in homes[arm].values())
+    assert {tuple(sorted(e.languages)) for e in own(shown["in-context"])} == {tuple(sorted(SMALL.sft))}
+    assert len({e.languages for e in own(shown["in-context"])}) > 1  # their order varies
+    groups = [own(shown["parallel"])[i : i + 3] for i in range(0, len(own(shown["parallel"])) - 2, 3)]
+    for group in groups:  # one function, one statement, each PL once, whatever is replayed in between
+        assert len({(e.function, e.statement) for e in group}) == 1
+        assert sorted(e.languages[0] for e in group) == sorted(SMALL.sft)
+    assert len({tuple(e.languages for e in group) for group in groups}) > 1
+
+
+def test_records_without_communities_are_worded_alike_in_multi_and_crossed(records, tokenizer):
+    foreign = [{k: r[k] for k in ("id", "prompt", "tests", "solutions")} for r in records["train"][:50]]
+    multi, crossed, parallel = (
+        mixture(records | {"train": foreign}, tokenizer, arm, replay=0.2) for arm in ("multi", "crossed", "parallel")
+    )
+    examples = [(multi[i], crossed[i]) for i in range(120)]
+    assert all(a == b for a, b in examples if a.start > 1) and {b.start > 1 for _, b in examples} == {True, False}
+    texts = {asked(tokenizer, e) for i in range(150) if (e := parallel[i]).start > 1}
+    assert texts <= {r["prompt"] for r in foreign} and len(texts) > 30
+
+
+def test_only_replay_shows_unseen_pls(runs):
+    _, shown = runs
+    for arm in ARMS:
+        assert {p for e in own(shown[arm]) for p in e.languages} <= set(SMALL.sft)
+        assert {p for e in itertools.chain(*shown[arm]) if e.replayed for p in e.languages} >= set(SMALL.unseen)
+
+
+def test_a_record_without_a_pl_that_is_shown_is_refused(tokenizer):
+    sft_pls = ("python", "ruby")
+    for name in ("parallel", "multi", "crossed", "in-context"):
+        with pytest.raises(data.RecordError, match="record 'a': 'solutions' lacks ruby;"):
+            data.Mixture(name, [GOOD], [], tokenizer, sft_pls)
+    source = data.Mixture("source", [GOOD], [], tokenizer, sft_pls)
+    for share in ({"replay": 30}, {"replay": -1}, {"statements": 2}):
+        with pytest.raises(ValueError, match="shares are between 0 and 1"):
+            replace(source, **share)
+    with pytest.raises(ValueError, match="no mixture 'both'; there are base, source"):
+        replace(source, name="both")
+
+
+def test_base_shows_every_document_in_a_pass_and_states_a_share_of_them(records, tokenizer):
+    """Of 520 documents; the others have comments. The share's standard error is 0.02."""
+    m, count = mixture(records, tokenizer, "base", statements=0.4), len(records["base"])
+    known = {
+        (language, program.strip()): record["function"]
+        for record in records["base"]
+        for kind in ("solutions", "commented")
+        for language, program in record[kind].items()
+    }
+    shown, stated = Counter(), 0
+    for e in (m[i] for i in range(count)):
+        assert e.start == 1 and e.tokens[0] == tokenizer.bos
+        [(language, program)] = programs(tokenizer, e)
+        shown[language, known[language, program]] += 1
+        lines, mark = map(str.strip, program.splitlines()), (data.COMMON | data.SNIPPETS[language])["comment"] + " "
+        commented = any(line.startswith(mark) for line in lines)
+        assert commented != (tokenizer.start in e.tokens)
+        assert e.tokens[-1] == (tokenizer.eos if commented else tokenizer.eot)
+        stated += not commented
+    assert shown == Counter((p, r["function"]) for r in records["base"] for p in r["solutions"])
+    assert abs(stated / count - 0.4) < 0.065
+
+
+def test_examples_depend_on_seed_and_number_alone(records, tokenizer):
+    for arm in ARMS:
+        a, b = (mixture(records, tokenizer, arm, replay=0.3) for _ in range(2))
+        forward = [a[i] for i in range(30)]
+        assert [b[i] for i in reversed(range(30))] == forward[::-1]
+        other = mixture(records, tokenizer, arm, replay=0.3, seed=1)
+        assert [other[i] for i in range(30)] != forward
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,7 +553,7 @@ def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
     assert tokenizer.prompt(record["prompt"], ["python"]) == ids
     messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
     ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
-    e = data.example(tokenizer, record, ["python"], "source")
+    e = data.example(tokenizer, record, record["prompt"], ["python"])
     assert e.tokens == ids and e.tokens[e.start - 1 :][0] != tokenizer.eot and e.tokens[-1] == tokenizer.eot
 
 
@@ -302,7 +565,8 @@ def test_transformers_writes_the_same_prompt_from_a_saved_folder(corpus, records
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ours.format == format and ours.prompt(record["prompt"], ["python"]) == ids
     messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
-    assert data.example(ours, record, ["python"], "x").tokens == theirs.apply_chat_template(messages, return_dict=False)
+    e = data.example(ours, record, record["prompt"], ["python"])
+    assert e.tokens == theirs.apply_chat_template(messages, return_dict=False)
     assert theirs.eos_token_id == ours.stop and theirs.pad_token_id == ours.pad != ours.stop
     assert {ours.format, data.Tokenizer(tmp_path, "chat").format} == {format, "chat"}
 
@@ -312,7 +576,8 @@ def test_special_tokens(tokenizer, records):
     text = "a <|eot_id|> inside a statement, ünïcödé and \ttabs\n"
     ids = tokenizer.encode(text)
     assert tokenizer.eot not in ids and tokenizer.decode(ids) == text
-    assert all(tokenizer.pad not in data.example(tokenizer, r, ["python"], "x").tokens for r in records["train"])
+    examples = (data.example(tokenizer, r, r["prompt"], ["python"]) for r in records["train"])
+    assert all(tokenizer.pad not in e.tokens for e in examples)
 
 
 def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
@@ -327,6 +592,81 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
     plain = data.tokenizers.Tokenizer(data.tokenizers.models.BPE())
     plain.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"begin_of_text.*use a Llama-3 tokenizer"):
+        data.Tokenizer(tmp_path)
+
+
+CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+PADDED = {"strategy": {"Fixed": 80}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0}
+FIRST = {"id": "<|begin_of_text|>", "ids": [0], "tokens": ["<|begin_of_text|>"]}
+TWO = [{"SpecialToken": {"id": FIRST["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+NEW = {"content": "<new>", "special": False} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+SPACED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+def spoil(folder, corpus, changes):
+    """Copies the corpus's tokenizer with changes by section: its own, `model`, `added` (a token), `special` (all), `config`."""
+    data.Tokenizer(corpus).save(folder)
+    raw, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    raw["added_tokens"] = [token | changes.get("special", {}) for token in raw["added_tokens"]]
+    raw["added_tokens"] += [{"id": len(raw["model"]["vocab"])} | NEW | changes["added"]] if "added" in changes else []
+    raw["model"] |= changes.get("model", {})
+    raw |= {name: value for name, value in changes.items() if name in raw and name != "model"}
+    raw["model"]["vocab"] |= changes.get("vocab", {})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes.get("config", {})))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"truncation": CUT}, {"padding": PADDED | {"pad_token": "<|finetune_right_pad_id|>"}}, {"added": {}},
+        {"added": {"single_word": True}}, {"added": {"normalized": True}}, {"special": {"normalized": True}},
+        {"model": {"ignore_merges": True}}, {"model": {"byte_fallback": True}},
+        {"post_processor": {"type": "TemplateProcessing", "single": TWO, "pair": TWO, "special_tokens": {FIRST["id"]: FIRST}}},
+        {"config": {"truncation": True, "max_length": 8, "truncation_side": "left", "pad_to_multiple_of": 16, "padding": True}},
+        {"config": {"add_prefix_space": True, "add_bos_token": True, "clean_up_tokenization_spaces": True}},
+        {"config": {"added_tokens_decoder": {"0": NEW | {"content": FIRST["id"], "special": True}}}},
+    ],
+)  # fmt: skip
+def test_what_a_tokenizers_file_carries_means_what_it_means_to_transformers(corpus, records, tmp_path, changes):
+    spoil(tmp_path / "a", corpus, changes)
+    ours = data.Tokenizer(tmp_path / "a")
+    ours.save(tmp_path / "b")
+    statement, text = f"{records['rl'][0]['prompt']} <new>x", " \n<new> x<new>y ünïcödé e\u0301 漢\x00\n" + 100 * "a "
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False) and len(theirs) == ours.size
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
+        messages = [{"role": "user", "content": data.ask(statement, ["python"])}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.prompt(statement, ["python"]) == ids
+    saved, config = (json.loads((tmp_path / "b" / f"tokenizer{x}.json").read_text()) for x in ("", "_config"))
+    assert saved["truncation"] is saved["padding"] is None
+    assert not {"truncation", "max_length", "padding"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"added": {"lstrip": True}}, "changes texts"), ({"added": {"rstrip": True}}, "changes texts"),
+        *(({"normalizer": {"type": kind}}, "changes texts") for kind in ("NFC", "NFKC", "NFD", "Lowercase")),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "changes texts"),
+        ({"normalizer": {"type": "Prepend", "prepend": "_"}}, "changes texts"), ({"decoder": None}, "changes texts"),
+        ({"pre_tokenizer": SPACED}, "changes texts"), ({"model": {"end_of_word_suffix": "</w>"}}, "changes texts"),
+        ({"model": {"vocab": {name: i for i, name in enumerate(data.SPECIAL_TOKENS)}, "merges": []}}, "changes texts"),
+        ({"model": {"vocab": {name: i for i, name in enumerate(data.SPECIAL_TOKENS)}, "merges": [], "unk_token": "<|end_of_text|>"}},
+         "changes texts"),
+        *(({"special": {name: True}}, "reads a text by what is around it") for name in ("lstrip", "rstrip", "single_word")),
+        ({"model": {"dropout": 0.5}}, "by chance"), ({"special": {"special": False}}, "does not mark special tokens"),
+        ({"vocab": {"zzzz": 5}}, "has ids without a token"), ({"vocab": {"zzzz": 5000}}, "has ids without a token"),
+        ({"config": {"added_tokens_decoder": {"5000": NEW}}}, "added_tokens_decoder: .*as 5000"),
+        ({"config": {"added_tokens_decoder": {"0": {"content": "<|begin_of_text|>", "rstrip": True}}}}, "added_tokens_decoder: .*as 0"),
+        ({"config": {"added_tokens_decoder": [3]}}, r"tokenizer_config\.json: "), ({"config": {"prompt_format": [3]}}, "prompt format"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_would_be_read_otherwise_is_refused(corpus, tmp_path, changes, message):
+    spoil(tmp_path, corpus, changes)
+    with pytest.raises(ValueError, match=message):
         data.Tokenizer(tmp_path)
 
 
@@ -345,11 +685,55 @@ def test_a_tokenizer_without_llama3s_tokens_is_refused(corpus, tmp_path):
         ("```python\nprint('```')\n```", "print('```')\n"),  # a fence is a line of its own
         ("```python\nx\n```\n```ruby\ny\n```", "x\n"),
         ("```python\nx\n```\n```python\ny\n", "x\n"),  # the last that is closed
+        ("````python\nx\n```\ny\n`````\n", "x\n```\ny\n"),  # its end is at least as long as its beginning
+        ("````\n```python\nx\n```\n````", None),
+        ("```python\nx\r\n```", "x\r\n"),
         ("print(1)", None),
     ],
 )
 def test_extract(response, program):
     assert data.extract(response, "python") == program
+
+
+# Programs that hold what ends a block: Markdown in a text, a heredoc, each in the one way that it runs.
+FENCED = [
+    'print("""\n```\ncode\n```\n""")\n', "cat <<'```'\n1\n```\n", "cat <<E\n```\nE\ncat <<E\n`````bash \nE\n",
+    "```\n", "x = 1\n```python\ny = 2\n```", "\n\n  x\n\n\n", "a\r\nb\r\n", "```\r\nx\r\n", "echo `ls`\n", "```\f\nx\n```\x0b\n",
+]  # fmt: skip
+
+
+def test_a_program_is_read_back_whatever_it_holds(tokenizer):
+    rng = random.Random(0)
+    pieces = ["`", "```", "\n", "\r\n", "\r", " ", "\t", "python", "bash", "x", "\f", "\u2028", "<|eot_id|>"]
+    drawn = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(500)]
+    for program in FENCED + [p for p in drawn if p.strip()]:
+        whole = program if program.endswith("\n") else program + "\n"
+        text = data.answer({"python": "```\n", "bash": program}, ["python", "bash", "python"])
+        assert data.extract(tokenizer.decode(tokenizer.encode(text)), "bash") == whole
+        assert data.extract(text, "python") == "```\n"
+
+
+@pytest.mark.parametrize("text", ["```a\n", "```python\n", "```\n", "`", "x\n", " ", "```python\nx\n```\n"])
+def test_the_work_of_extract_grows_with_the_length(text):
+    """Lines of Python run, each of which reads a line of the response at most once: a search hidden in one shows none."""
+
+    def work(response):
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += 1
+            return trace
+
+        sys.settrace(trace)
+        try:
+            data.extract(response, "python")
+        finally:
+            sys.settrace(None)
+        return count
+
+    once, twice = work(1000 * text), work(2000 * text)
+    assert 2000 * text.count("\n") <= twice <= 2 * once
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,10 +743,11 @@ def test_extract(response, program):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("make --train 1 --rl 1 --eval 1 --out {0}/r.jsonl", "error: .*r.jsonl"),
+        ("make --base 1 --train 1 --rl 1 --held-out 1 --reserved 1 --weak 1 --out {0}/r.jsonl", "error: .*r.jsonl"),
         ("verify --data {0}/r.jsonl/x", "error: .*r.jsonl/x"), ("verify --data {0}/r.jsonl --languages lua", "nothing to run"),
-        ("verify --limit -1", "--limit must be at least 0"), ("make --held-out 1.5", "--held-out must be at most 1"),
-        ("make --new-share nan", "--new-share must be at "), ("make --reworded", "--reworded: name an operation"),
+        ("verify --limit -1", "--limit must be at least 0"), ("make --borrowed 1.5", "--borrowed must be at most 1"),
+        ("make --borrowed nan", "--borrowed must be at "), ("make --reworded even noon", "--reworded: no operation noon; there are"),
+        ("make --reworded --base 1 --train 1", "--reworded: "), ("make --unseen sql", "sql: the embedded corpus has no programs in it"),
         ("show --help", ""), ("make --out {0}/own", "own/rl.jsonl: records of your own"),
     ],
 )  # fmt: skip
@@ -384,7 +769,7 @@ def test_two_forms_of_one_split_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "stage, flag",
     [
-        (sft, "--lr -1"), (sft, "--warmup 2"), (sft, "--general 30"), (sft, "--problems -1"), (rl, "--lr -1"),
+        (sft, "--lr -1"), (sft, "--warmup 2"), (sft, "--replay 30"), (sft, "--problems -1"), (rl, "--lr -1"), (rl, "--rounds 0"), (rl, "--kl -1"),
         (rl, "--eps-low 2"), (rl, "--time-limit 0"), (rl, "--workers -1"), (evaluation, "--temperature -1"),
         (evaluation, "--time-limit nan"), (evaluation, "--samples -1"),
     ],
@@ -411,7 +796,9 @@ GOOD = {
         ({"tests": [{"stdin": ""}]}, r"tests\[0\]"), ({"solutions": {"klingon": "x"}}, "solutions.klingon"),
         ({"prompt": "p\ud800"}, "prompt"), ({"tests": [{"stdin": "\udfff", "stdout": ""}]}, r"tests\[0\]"),
         ({"solutions": None}, "solutions"), ({"commented": None}, "commented"), ({"commented": {"python": 3}}, "commented.python"),
-        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"), ({"difficulty": "hard"}, "difficulty"),
+        ({"solutions": {"python": " "}}, "solutions.python"), ({"id": "first"}, "id"),
+        *(({"tests": [GOOD["tests"][0] | {"args": args}]}, r"tests\[0\].args") for args in (None, "a", [1], ["a\0"], ["\ud800"])),
+        ({"tests": [{"stdin": 3, "stdout": ""}]}, r"tests\[0\]"), ({"function": ["f"]}, "function"), ({"function": None}, "function"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named(tmp_path, change, field):

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -113,7 +115,7 @@ def outcomes():
         ("a", "lua", "truncated"),
         ("b", "lua", "ok"),
     ]
-    return [Outcome(i, "known wordings", p, (v,)) for i, p, v in rows]
+    return [Outcome(i, i, "own words", p, (v,)) for i, p, v in rows]
 
 
 def test_table_has_source_sft_and_unseen_parts():
@@ -135,14 +137,72 @@ def test_table_has_source_sft_and_unseen_parts():
     assert mixed["value"] == 0.5 and (mixed["low"], mixed["high"]) == evaluation.wilson(0.5, 2)  # 2 problems
 
 
-def test_joined_runs_show_mean_and_range_over_seeds():
+def phrase_outcomes():
+    """Three problems of one phrase, of which one is solved, and one of another, solved; in two PLs."""
+    verdicts = {"a": "ok", "b": "wrong_answer", "c": "truncated", "d": "ok"}
+    python = [Outcome(i, "even 1" if i < "d" else "gt 2", "g", "python", (v,)) for i, v in verdicts.items()]
+    return python + [Outcome(o.id, o.unit, "g", "lua", ("ok" if o.id == "b" else "no_program",)) for o in python]
+
+
+@pytest.mark.parametrize(
+    "languages, phrases",
+    [
+        (["python"], {"even 1": 1 / 3, "gt 2": 1.0}), (["lua"], {"even 1": 1 / 3, "gt 2": 0.0}),
+        (["python", "lua"], {"even 1": 1 / 3, "gt 2": 0.5}),
+    ],
+)  # fmt: skip
+def test_the_phrase_is_the_sample(languages, phrases):
+    cell, value = evaluation.estimate(phrase_outcomes(), languages, 1), mean(phrases.values())
+    assert cell["value"] == pytest.approx(value) and cell["problems"] == 4  # not 2 of 4, or the like
+    assert (cell["low"], cell["high"]) == pytest.approx(evaluation.wilson(value, 2))
+    assert cell["phrases"] == pytest.approx(phrases, abs=1e-4)
+    assert "phrases" not in evaluation.estimate(outcomes(), ["python"], 1)  # each problem stands for itself
+    assert evaluation.estimate(phrase_outcomes(), ["ruby"], 1) is None
+
+
+def test_a_record_says_its_kind_and_its_phrase():
+    record = {"id": "r", "operations": ["even", "sum"], "level": 3, "kind": "reserved words", "phrase": "even 1"}
+    assert evaluation.outcome(record, "lua", ["ok"], "kind") == Outcome("r", "even 1", "reserved words", "lua", ("ok",))
+    assert evaluation.outcome({"id": "r"}, "lua", ["ok"], "kind") == Outcome("r", "r", "all problems", "lua", ("ok",))
+    assert evaluation.group_of(record, "operations") == "operations 2"
+    assert evaluation.group_of(record, "level") == "level 3"
+    with pytest.raises(ValueError, match=r"record 'r': no field 'size'; --by takes one that each held-out record has"):
+        evaluation.group_of(record, "size")
+
+
+# Student's t at 0.975, as published: of 1, 2, 3, 5 and 11 degrees of freedom.
+@pytest.mark.parametrize(
+    "values, t",
+    [
+        ((1, 3), 12.706), ((1, 2, 3), 4.303), ((1, 2, 3, 4), 3.182), ((1, 2, 3, 4, 5, 6), 2.571),
+        (range(12), 2.201),
+    ],
+)  # fmt: skip
+def test_a_mean_over_seeds_has_a_t_interval(values, t):
+    got, n = evaluation.spread(values), len(values)
+    half = t * (sum((x - sum(values) / n) ** 2 for x in values) / (n - 1)) ** 0.5 / n**0.5
+    assert (got["value"], got["seeds"]) == (sum(values) / n, n)
+    assert (got["low"], got["high"]) == pytest.approx((sum(values) / n - half, sum(values) / n + half), rel=1e-4)
+
+
+def test_an_interval_of_one_seed_is_endless_and_of_many_no_narrower_than_it_should():
+    alone = evaluation.spread([0.5])
+    assert (alone["low"], alone["value"], alone["high"]) == (-math.inf, 0.5, math.inf)
+    many = evaluation.spread(range(40))
+    assert (many["high"] - many["value"]) * 40**0.5 / stdev(range(40)) >= 2.023  # t of 39 degrees of freedom
+
+
+def test_joined_runs_show_mean_and_t_interval_over_seeds():
     titles, verdicts = {"python (source)": ["python"]}, ["ok", "wrong_answer", "ok", "ok"]
     runs = [
-        evaluation.make_cells({"greedy pass@1": (1, {"m": [Outcome("a", "g", "python", (v,)), *outcomes()]})}, titles)
+        evaluation.make_cells(
+            {"greedy pass@1": (1, {"m": [Outcome("a", "a", "g", "python", (v,)), *outcomes()]})}, titles
+        )
         for v in verdicts
     ]
     text = evaluation.tables(evaluation.join(runs))
-    assert "| m | 75 (0–100) |" in text and "percent of 4 held-out problems, mean and range of 4 seeds" in text
+    assert "| m | 75 (-5–155) |" in text  # 3.182 times a standard deviation of 0.5 over 2
+    assert "percent of 4 held-out problems, mean and 95% t-interval over 4 seeds" in text
     assert text.count("| m | 50 (50–50) |") == 1  # the other kind of problem
     with pytest.raises(
         ValueError, match=r"4 files, but 3 of greedy pass@1, g, m, python \(source\); evaluate all alike"
@@ -152,7 +212,7 @@ def test_joined_runs_show_mean_and_range_over_seeds():
 
 def test_a_table_says_of_how_many_problems_its_cells_are():
     titles = {"python (source)": ["python"], "lua (unseen)": ["lua"]}
-    some = [Outcome(str(i), "g", p, ("ok",)) for p, n in (("python", 20), ("lua", 3)) for i in range(n)]
+    some = [Outcome(str(i), str(i), "g", p, ("ok",)) for p, n in (("python", 20), ("lua", 3)) for i in range(n)]
     assert "(percent of 3–20 held-out problems, 95% interval)" in evaluation.tables(
         evaluation.make_cells({"greedy pass@1": (1, {"m": some})}, titles)
     )
@@ -166,14 +226,6 @@ def test_a_file_to_join_that_is_none_is_named(tmp_path, text):
         evaluation.main(evaluation.Settings(join=(str(path),)))
 
 
-def test_difficulty_groups():
-    record = {"id": "r", "difficulty": {"operations": 2, "new": 1}}
-    assert evaluation.group_of(record, "wording") == "reserved wordings"
-    assert evaluation.group_of(record, "operations") == "operations 2"
-    with pytest.raises(ValueError, match=r"no difficulty 'size'; --by takes wording or operations, new"):
-        evaluation.group_of(record, "size")
-
-
 def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, monkeypatch):
     """With the sampler replaced by the corpus's own programs, every PL must come out at 100%."""
 
@@ -181,7 +233,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
         return [rollout(tok, data.answer(r["solutions"], [p]), language=p, record=r) for r, p in tasks]
 
     monkeypatch.setattr(evaluation, "sample", perfect)
-    records = data.read_records(corpus / "eval.jsonl.gz")[::6]
+    records = data.read_split(corpus, "dev")[::20]
     languages = [p for p in data.read_roles(corpus).everything if p in sandbox.installed()]
     with sandbox.Sandbox() as box:
         rows = evaluation.evaluate(tiny, tokenizer, records, languages, box, World("cpu"), max_new_tokens=1)
@@ -211,13 +263,22 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
     assert drawn == greedy | {"samples": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
     assert not {"samples", "temperature"} & greedy.keys()
     text = (tmp_path / "out/table.md").read_text()
-    assert text.count("| mine |") == 2 * 3 and (tmp_path / "out/eval.json").exists()
-    assert "pass@2 of 2 samples, reserved wordings" in text
+    assert text.count("| mine |") == 3 * 3 + 1  # kinds of problems and measures, and forced choice
+    assert "pass@2 of 2 samples, reserved words" in text and text.count("| chance |") == 1
+    whole = json.loads((tmp_path / "out/eval.json").read_text())
+    assert {len(c["phrases"]) for c in whole["cells"] if "phrases" in c} <= {2}
+    own = {
+        o["id"] for o in json.loads((tmp_path / "out/outcomes.json").read_text())["outcomes"]["greedy pass@1"]["mine"]
+    }
+    assert own == {f"test-{kind}-{i}" for kind in ("own", "source", "reserved") for i in range(2)}
+    asked.clear()
+    evaluation.main(replace(s, split="dev", samples=0, languages=("python",), out=str(tmp_path / "dev")))
+    assert len(asked) == 1 and '"dev-own-1"' in (tmp_path / "dev/outcomes.json").read_text()
     with pytest.raises(SystemExit, match="nothing: holds no checkpoint"):
         evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
-    records = [r | {"solutions": {}} for r in data.read_split(corpus, "eval")]
+    records = [r | {"solutions": {}} for r in data.read_split(corpus, "test")]
     shutil.copytree(corpus, tmp_path / "bare")
-    data.write_records(tmp_path / "bare/eval.jsonl.gz", records)
+    data.write_records(tmp_path / "bare/test.jsonl.gz", records)
     shutil.copytree(tmp_path / "m", tmp_path / "mute")
     (tmp_path / "mute/tokenizer.json").unlink()
     for mistake, message in [
@@ -240,7 +301,7 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
     with pytest.raises(ValueError, match=r"--languages: rust: not in .*languages\.json"):
         evaluation.main(replace(s, languages=("rust",)))
     with pytest.raises(
-        ValueError, match=r"record 'known-0': a prompt of \d+ tokens and 4000 new ones, the model takes"
+        ValueError, match=r"record 'test-own-0': a prompt of \d+ tokens and 4000 new ones, the model takes"
     ):
         evaluation.main(replace(s, max_new_tokens=4000))
 
@@ -266,6 +327,77 @@ def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(to
             )
         )
         == 1
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Forced choice
+
+
+def log_probs_of_transformers(folder, tokenizer, answers):
+    """The same by transformers, one answer at a time."""
+    theirs, values = LlamaForCausalLM.from_pretrained(folder).eval(), []
+    for record, language, program in answers:
+        prompt = tokenizer.prompt(data.statement(record, language), [language])
+        response = [*tokenizer.encode(f"```{language}\n{program.strip()}\n```"), tokenizer.stop]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        values.append(logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum().item())
+    return values
+
+
+def test_forced_choice_goes_by_the_log_probs_that_transformers_computes(
+    corpus, tokenizer, tiny, tiny_folder, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "PREFILL_TOKENS", 300)  # several passes of several answers each
+    records = [r for r in data.read_split(corpus, "dev") if "distractors" in r][:6]
+    for record, language in itertools.product(records[:3], ("python", "lua")):
+        programs = [record["solutions"][language], *record["distractors"][language]]
+        answers = [(record, language, program) for program in programs]
+        ours, theirs = (
+            evaluation.log_probs(tiny, tokenizer, answers), log_probs_of_transformers(tiny_folder, tokenizer, answers)
+        )  # fmt: skip
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        [got] = evaluation.choose(tiny, tokenizer, [record], [language], World("cpu"))
+        right = "ok" if theirs[0] > max(theirs[1:]) else "wrong"
+        assert got == Outcome(record["id"], record["phrase"], "reserved words", language, (right,))
+
+
+def test_of_a_program_and_its_only_distractor_one_is_chosen(corpus, tokenizer, tiny):
+    plain = data.read_split(corpus, "dev")[0]
+    records = [r for r in data.read_split(corpus, "dev") if "distractors" in r][:8]
+    pairs, languages = [], ("python", "ruby")
+    for r in records:
+        wrong = {p: r["distractors"][p][0] for p in languages}
+        pairs.append(r | {"distractors": {p: [wrong[p]] for p in languages}})
+        pairs.append(r | {"solutions": wrong, "distractors": {p: [r["solutions"][p]] for p in languages}})
+    got = evaluation.choose(tiny, tokenizer, [plain, *pairs], languages, World("cpu"))
+    assert [(o.id, o.language) for o in got] == [
+        (r["id"], p) for p in languages for r in pairs
+    ]  # without the plain one
+    assert all({a.verdicts, b.verdicts} == {("ok",), ("wrong",)} for a, b in zip(got[::2], got[1::2], strict=True))
+    same = [r | {"distractors": {p: [r["solutions"][p]] for p in languages}} for r in records]
+    assert {o.verdicts for o in evaluation.choose(tiny, tokenizer, same, languages, World("cpu"))} == {("wrong",)}
+
+
+def test_guessing_among_programs_is_right_by_their_number():
+    records = [
+        {"distractors": {"python": ["a"], "lua": ["b"]}},
+        {"distractors": {"python": ["a", "b", "c"], "lua": []}},
+        {},
+    ]
+    cell = {
+        "measure": evaluation.FORCED,
+        "group": "g",
+        "model": "m",
+        "column": "lua",
+        "value": 0.9,
+        "low": 0.5,
+        "high": 1,
+    }
+    [guess] = evaluation.guess_cells([cell, cell | {"model": "n"}, cell | {"measure": evaluation.GREEDY}], records)
+    assert guess == cell | {"model": "chance"} | dict.fromkeys(
+        ("value", "low", "high"), pytest.approx((0.5 + 0.5 + 0.25) / 3)
     )
 
 
@@ -305,7 +437,8 @@ def test_retrieval_is_perfect_for_equal_and_chance_for_unrelated_representations
     unrelated = evaluation.compare({"a": x, "b": y})["a", "b"]
     assert unrelated[RETRIEVAL].mean().item() == pytest.approx(0.01, abs=0.005)  # 3 standard errors
     assert unrelated[MARGIN].mean().item() == pytest.approx(0, abs=0.02)
-    cells = evaluation.representation_cells("m", {("a", "b"): unrelated}, {"ab": [("a", "b")]})
+    cells = evaluation.representation_cells("m", "programs", 7, {("a", "b"): unrelated}, {"ab": [("a", "b")]})
+    assert {(c["measure"], c["layer"]) for c in cells if c["shown"]} == {(RETRIEVAL, 7), (MARGIN, 7)}
     cell = next(c for c in cells if (c["measure"], c["layer"]) == (MARGIN, 7))
     half = 1.959964 * stdev(unrelated[MARGIN][7].tolist()) / 10  # of a mean over 100 problems
     assert [cell["low"], cell["high"]] == pytest.approx([cell["value"] - half, cell["value"] + half])
@@ -334,16 +467,37 @@ def test_problems_alike_in_some_language_count_once():
 
 
 def test_a_program_stands_where_training_shows_it(corpus, tokenizer):
-    for record in data.read_split(corpus, "eval")[:5]:
+    for record in data.read_split(corpus, "dev")[:5]:
         for language, program in record["solutions"].items():
             tokens, first = evaluation.document(tokenizer, record, language)
             shown = [tokenizer.bos, *tokenizer.encode(data.answer(record["solutions"], [language]))]
             assert shown[: len(tokens)] == tokens and tokenizer.decode(tokens[first:]) == program.strip() + "\n"
 
 
+def test_a_question_is_the_prompt_in_own_words_up_to_its_last_token(corpus, tokenizer):
+    record = data.read_split(corpus, "dev")[0]
+    for language in record["solutions"]:
+        tokens, first = evaluation.question(tokenizer, record, language)
+        text = record["prompt"] if language == "python" else record["prompts"][language]
+        assert tokens == tokenizer.prompt(text, [language]) and first == len(tokens) - 1
+
+
 def documents(corpus, tokenizer):
-    records = data.read_split(corpus, "eval")[:4]
-    return [evaluation.document(tokenizer, r, p) for r in records for p in ("python", "ruby", "lua")]
+    """Programs and prompts."""
+    records = data.read_split(corpus, "dev")[:3]
+    views = (evaluation.document, evaluation.question)
+    return [view(tokenizer, r, p) for r in records for p in ("python", "ruby", "lua") for view in views]
+
+
+def test_a_bag_counts_tokens():
+    bag = evaluation.bag_of_tokens([([2, 0, 2, 3], 1), ([1], 0)], 5)
+    assert bag.tolist() == [[[1, 0, 2, 1, 0]], [[0, 1, 0, 0, 0]]]  # rows, one layer, tokens
+    same = {
+        p: evaluation.bag_of_tokens([([1, i, 2], 1) for i in own], 9) for p, own in (("a", (3, 4, 5)), ("b", (3, 4, 5)))
+    }
+    assert evaluation.compare(same)["a", "b"][RETRIEVAL].tolist() == [[1, 1, 1]]  # shared tokens alone find them
+    apart = same | {"b": evaluation.bag_of_tokens([([1, i, 2], 1) for i in (6, 7, 8)], 9)}
+    assert evaluation.compare(apart)["a", "b"][RETRIEVAL].tolist() == [[1 / 3] * 3]
 
 
 def test_representations_equal_the_hidden_states_of_transformers(corpus, tokenizer, tiny, tmp_path):
@@ -370,18 +524,28 @@ def test_packed_programs_are_represented_as_each_by_itself(corpus, tokenizer, ti
         evaluation.represent(tiny, [([1] * 1025, 3)])
 
 
-def test_pairs_of_languages_have_three_parts():
-    roles = data.Roles(("python", "ruby"), ("lua", "perl"))
-    assert evaluation.parts(roles, ["python", "ruby", "lua"]) == {
-        "within SFT PLs": [("python", "ruby"), ("ruby", "python")],
-        "python and unseen PLs": [("lua", "python"), ("python", "lua")],
+def test_pairs_of_languages_have_parts_and_prompts_only_those_with_the_source():
+    roles = data.Roles(("python", "ruby", "php"), ("lua", "perl"))
+    with_source = {
+        "python and other SFT PLs": [("python", "ruby"), ("ruby", "python")],
+        "python and unseen PLs": [("python", "lua"), ("lua", "python"), ("python", "perl"), ("perl", "python")],
     }
-    assert list(evaluation.parts(roles, ["ruby", "lua", "perl"])) == ["within unseen PLs"]
+    asked = ["python", "ruby", "lua", "perl"]
+    assert evaluation.parts(roles, asked, "prompts") == with_source
+    assert evaluation.parts(roles, asked, "programs") == with_source | {
+        "within unseen PLs": [("lua", "perl"), ("perl", "lua")]
+    }
+    assert list(evaluation.parts(roles, roles.everything, "programs"))[2:] == [
+        "within other SFT PLs",
+        "within unseen PLs",
+    ]
+    for without, view in itertools.product((["ruby", "lua", "perl"],), evaluation.VIEWS):
+        assert list(evaluation.parts(roles, without, view)) == ["within unseen PLs"] * (view == "programs")
 
 
 @pytest.fixture
 def representations(corpus, tiny_folder, tmp_path, monkeypatch):
-    """Settings that were run, on a machine that has no toolchain and no sandbox; and what eval.json says."""
+    """Settings that were run, on a machine that has no toolchain and no sandbox; all cells, and the pairs of PLs."""
 
     def absent(*_):
         raise AssertionError("neither toolchains nor the sandbox are needed")
@@ -392,37 +556,189 @@ def representations(corpus, tiny_folder, tmp_path, monkeypatch):
         models=(f"m={tiny_folder}", f"twin={tiny_folder}"), data=str(corpus), out=str(tmp_path), device="cpu",
         representations=True, sampling=False,
     )  # fmt: skip
-    evaluation.main(s)
-    return s, json.loads((tmp_path / "eval.json").read_text())
+    cells = evaluation.evaluate_models(s)
+    return s, cells, json.loads((tmp_path / "outcomes.json").read_text())["representations"]
 
 
 def test_command_line_measures_representations_without_a_sandbox(representations, tmp_path):
-    (s, whole), text = representations, (tmp_path / "table.md").read_text()
+    s, cells, pairs = representations
+    text, kept = (tmp_path / "table.md").read_text(), json.loads((tmp_path / "eval.json").read_text())["cells"]
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| model", "| m", "| twin", "| chance", "| model", "| m", "| twin"]
-    assert rows[1][1:] == rows[2][1:] and text.count("after block 1 of 2") == 2
-    places = {(c["measure"], c["model"], c["column"], c["layer"]): c for c in whole["cells"]}
-    assert len(places) == len(whole["cells"]) == 4 * 2 * 3 * 3 + 3 * 3  # measures, models, parts, layers; chance
-    pairs = whole["representations"]["m"][RETRIEVAL]
-    assert len(pairs) == 5 * 4  # 3 SFT and 2 unseen PLs
-    for layer in range(3):
-        cell, within = places[RETRIEVAL, "m", "within unseen PLs", layer], ("perl → lua", "lua → perl")
-        assert cell["value"] == pytest.approx(mean(pairs[pair][layer] for pair in within), abs=1e-4)
+    models = ["| m", "| twin", "| bag of tokens"]
+    table = ["| model", *models, "| chance", "| model", *models]
+    assert [row[0] for row in rows] == table * 2 and rows[1][1:] == rows[2][1:]  # programs, then prompts
+    assert [text.count(what) for what in ("programs, after block 1 of 2", "prompts, after block 2 of 2")] == [2, 2]
+    assert kept == [c for c in cells if c["shown"]]
+    places = {(c["measure"], c["group"], c["model"], c["column"]): c for c in cells}
+    # For 4 and 2 parts: 4 measures of 2 models and the bag, and chance of one; 3 layers each.
+    assert len(places) == len(cells) == (4 + 2) * (4 * 3 + 1) * 3
+    for view, count in ("programs", 5 * 4), ("prompts", 5 * 4):  # 3 SFT and 2 unseen PLs
+        assert len(pairs["m"][f"{view}, {RETRIEVAL}"]) == count
+    for layer, group in enumerate(
+        ("programs, embedding", "programs, after block 1 of 2", "programs, after block 2 of 2")
+    ):
+        cell, within = places[RETRIEVAL, group, "m", "within unseen PLs"], ("perl → lua", "lua → perl")
+        found = (pairs["m"][f"programs, {RETRIEVAL}"][pair][layer] for pair in within)
+        assert cell["value"] == pytest.approx(mean(found), abs=1e-4) and cell["layer"] == layer
         assert cell["low"] < cell["value"] < cell["high"]
-        assert places[RETRIEVAL, "chance", "within unseen PLs", layer]["value"] == 1 / cell["problems"]
-    assert places[RETRIEVAL, "m", "within SFT PLs", 0]["value"] > 0.1  # PLs share tokens, if the model knows nothing
+        assert places[RETRIEVAL, group, "chance", "within unseen PLs"]["value"] == 1 / cell["problems"]
+        bag = places[RETRIEVAL, group, "bag of tokens", "within unseen PLs"]
+        assert bag["layer"] == layer and bag["value"] > 3 / cell["problems"]  # PLs share tokens
+    assert (
+        len({places[RETRIEVAL, "programs, embedding", m, "within unseen PLs"]["problems"] for m in ("m", "chance")})
+        == 1
+    )
     with pytest.raises(ValueError, match="--no-sampling: leaves nothing to measure without --representations"):
         evaluation.main(replace(s, representations=False))
 
 
-def test_joined_representations_show_mean_and_range(representations):
-    cells = representations[1]["cells"]
+def test_prompts_are_those_of_one_kind_of_problem(representations, corpus):
+    """Of own words, in which each PL is asked; programs are those of all problems, each function once."""
+    _, cells, _ = representations
+    records = data.read_split(corpus, "test")
+    own = len({r["function"] for r in records if r["kind"] == "own words"})
+    everyone = len({r["function"] for r in records})
+    counts = {c["group"].split(",")[0]: c["problems"] for c in cells}
+    assert counts["prompts"] == own and own < counts["programs"] <= everyone
+
+
+def test_joined_representations_show_mean_and_t_interval(representations):
+    cells = [c for c in representations[1] if c["shown"]]
     other = [{**c, "value": c["value"] + 0.2, "problems": c["problems"] + 2} for c in cells]
     joined = evaluation.join([cells, other])
     assert [c["value"] for c in joined] == pytest.approx([c["value"] + 0.1 for c in cells])
-    assert all(c["high"] - c["low"] == pytest.approx(0.2) for c in joined)
+    half = 12.706 * 0.02**0.5 / 2**0.5  # of two values 0.2 apart
+    assert all((c["high"] - c["low"]) / 2 == pytest.approx(half) for c in joined)
     text = evaluation.tables(joined)
-    assert text.count("held-out problems, mean and range of 2 seeds") == 2 and text.count("after block 1 of 2") == 2
+    assert text.count("held-out problems, mean and 95% t-interval over 2 seeds") == 4
+    assert text.count("programs, after block 1 of 2") == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Claims
+
+COLUMNS = ("python (source)", "other SFT mean", "unseen mean")
+SHOWN = ("programs, after block 2 of 4", "prompts, after block 4 of 4")
+
+
+def study(arms, retrieval=None):
+    """Cells of one seed: arm -> its gains by RL in COLUMNS, on reserved words, from 0.1; retrieval by arm."""
+    rows = []
+    for arm, gains in arms.items():
+        for column, gain in zip(COLUMNS, gains, strict=True):
+            for model, value in ((arm, 0.1), (f"rl-{arm}", 0.1 + gain)):
+                place = {"measure": evaluation.GREEDY, "model": model, "column": column, "low": 0.0, "high": 1.0}
+                rows.append(place | {"group": evaluation.RESERVED, "value": value, "problems": 20})
+                rows.append(place | {"group": "own words", "value": 0.5 + gain, "problems": 20})  # not what counts
+        for group, value in zip(("embedding", *SHOWN), (1, *(retrieval or {}).get(arm, ())), strict=False):
+            place = {"measure": RETRIEVAL, "group": group, "model": arm, "column": "python and unseen PLs"}
+            about = {"value": value, "low": 0, "high": 1, "problems": 9, "layer": int(value < 1), "shown": value < 1}
+            rows.append(place | about)
+    return rows
+
+
+SEEDS = [
+    study(
+        {
+            "source": (0.30, 0.05, 0.02), "multi": (0.30, 0.30, 0.02), "crossed": (0.20, 0.10, 0.02),
+            "parallel": (0.25, 0.20, 0.01),
+        },
+        {"source": (0.5, 0.5), "multi": (0.4, 0.2), "crossed": (0.6, 0.6), "parallel": (0.6, 0.4)},
+    ),
+    study(
+        {
+            "source": (0.32, 0.07, 0.02), "multi": (0.30, 0.34, 0.02), "crossed": (0.20, 0.12, 0.02),
+            "parallel": (0.25, 0.25, 0.02),
+        },
+        {"source": (0.5, 0.5), "multi": (0.4, 0.3), "crossed": (0.6, 0.6), "parallel": (0.7, 0.41)},
+    ),
+    study(
+        {
+            "source": (0.28, 0.06, 0.02), "multi": (0.30, 0.33, 0.02), "crossed": (0.20, 0.11, 0.02),
+            "parallel": (0.25, 0.21, 0.03),
+        },
+        {"source": (0.5, 0.5), "multi": (0.4, 0.4), "crossed": (0.6, 0.6), "parallel": (0.8, 0.42)},
+    ),
+]  # fmt: skip
+T = {"source": [0.05 / 0.30, 0.07 / 0.32, 0.06 / 0.28], "parallel": [0.8, 1.0, 0.84], "multi": [1.0, 0.34 / 0.3, 1.1]}
+
+
+@pytest.mark.parametrize(
+    "claim, decides, text, values, outcome",
+    [
+        ("a", True, "source: gain of the source PL", [0.30, 0.32, 0.28], "seen"),
+        ("a", True, "source: gain of the source PL less that of other SFT PLs", [0.25, 0.25, 0.22], "seen"),
+        ("a", True, "source: gain of the source PL less that of unseen PLs", [0.28, 0.30, 0.26], "seen"),
+        ("b", True, "gain of other SFT PLs, parallel less source", [0.15, 0.18, 0.15], "seen"),
+        ("b", True, "gain of unseen PLs, parallel less source", [-0.01, 0.0, 0.01], "not seen"),
+        ("b", False, "T of other SFT PLs, parallel less source",
+         [p - s for p, s in zip(T["parallel"], T["source"], strict=True)], "seen"),
+        ("c", True, "gain of other SFT PLs, parallel less multi", [-0.10, -0.09, -0.12], "the reverse"),
+        ("c", False, "T of other SFT PLs, parallel less multi",
+         [p - m for p, m in zip(T["parallel"], T["multi"], strict=True)], "the reverse"),
+        ("c", False, "gain of other SFT PLs, parallel less crossed", [0.10, 0.13, 0.10], "seen"),
+        ("d", True, f"{RETRIEVAL}, {SHOWN[0]}, python and unseen PLs: parallel less source", [0.1, 0.2, 0.3], "not seen"),
+        ("d", True, f"{RETRIEVAL}, {SHOWN[1]}, python and unseen PLs: parallel less source", [-0.1, -0.09, -0.08], "the reverse"),
+        ("d", True, f"{RETRIEVAL}, {SHOWN[1]}, python and unseen PLs: parallel less multi", [0.2, 0.11, 0.02], "not seen"),
+    ],
+)  # fmt: skip
+def test_claims_by_hand(claim, decides, text, values, outcome):
+    [row] = [row for row in evaluation.claims(SEEDS) if row["text"] == text]
+    assert (row["claim"], row["decides"], row["seeds"]) == (claim, decides, 3)
+    assert row["values"] == pytest.approx(values) and row["value"] == pytest.approx(mean(values))
+    assert row["high"] - row["value"] == pytest.approx(4.303 * stdev(values) / 3**0.5)
+    assert evaluation.verdict(row) == outcome
+    mark = "**" if decides else ""
+    line = f"| {claim} | {text} | {100 * row['value']:.1f} | {100 * row['low']:.1f} to {100 * row['high']:.1f} |"
+    [shown] = [x for x in evaluation.claims_table(evaluation.claims(SEEDS)).splitlines() if x.startswith(line)]
+    assert shown.endswith(f" | 3 | {mark}{outcome}{mark} |")
+
+
+def test_claims_are_about_the_arms_that_are_there():
+    every = evaluation.claims(SEEDS)
+    assert (
+        Counter(row["claim"] for row in every) == {"a": 3, "b": 4, "c": 8, "d": 6}
+        and len({r["text"] for r in every}) == 21
+    )
+    two = [[c for c in cells if c["model"].removeprefix("rl-") in ("source", "parallel")] for cells in SEEDS]
+    assert Counter(row["claim"] for row in evaluation.claims(two)) == {"a": 3, "b": 4, "d": 2}
+    assert evaluation.claims([[c for c in cells if c["model"] == "rl-source"] for cells in SEEDS]) == []
+    text = evaluation.claims_table(evaluation.claims(two[:1]))  # one seed says nothing
+    assert text.count("| one seed | 1 | ") == 9 and not any(word in text for word in ("seen |", "reverse", "inf"))
+
+
+def test_transfer_is_no_number_where_the_source_gains_nothing():
+    lost = study({"source": (0.0, 0.1, 0.1), "parallel": (0.3, 0.15, 0.0)})
+    assert math.isnan(evaluation.Study(lost).transfer("source", COLUMNS[1]))
+    assert evaluation.Study(lost).transfer("parallel", COLUMNS[1]) == pytest.approx(0.5)
+    row = next(r for r in evaluation.claims([lost, SEEDS[0]]) if r["text"].startswith("T of other"))
+    assert math.isnan(row["value"]) and evaluation.verdict(row) == "not seen"
+
+
+def test_an_arm_has_a_line_of_what_rl_added():
+    lines = evaluation.summary(SEEDS[0]).splitlines()
+    text = "source: RL in python adds 30 points there, 5 in the other SFT PLs, 2 in the unseen PLs (reserved words)"
+    assert len(lines) == 4 and lines[0] == text
+    assert evaluation.summary([c for c in SEEDS[0] if not c["model"].startswith("rl-")]) == ""
+    some = evaluation.summary([c for c in SEEDS[0] if c["column"] == COLUMNS[0]])  # as with --languages python
+    assert "adds 30 points there" in some
+
+
+def test_claims_and_joined_tables_are_written(tmp_path, capsys):
+    for i, cells in enumerate(SEEDS):
+        (tmp_path / f"seed-{i}.json").write_text(json.dumps({"cells": cells}))
+    evaluation.main(
+        evaluation.Settings(join=tuple(str(tmp_path / f"seed-{i}.json") for i in range(3)), out=str(tmp_path))
+    )
+    text, printed = (tmp_path / "joined.md").read_text(), capsys.readouterr().out
+    rows = evaluation.claims(SEEDS)
+    assert json.loads((tmp_path / "claims.json").read_text()) == rows and text.strip() in printed
+    assert evaluation.claims_table(rows) in text and evaluation.summary(evaluation.join(SEEDS)) in text
+    assert "mean and 95% t-interval over 3 seeds" in text
+    unlike = [c for c in SEEDS[0] if c["group"] != evaluation.RESERVED]
+    (tmp_path / "unlike.json").write_text(json.dumps({"cells": unlike}))
+    evaluation.main(evaluation.Settings(join=(str(tmp_path / "unlike.json"),), out=str(tmp_path)))  # no reserved words
+    assert "own words" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,21 +751,81 @@ def test_missing_matplotlib_is_said_before_the_work(monkeypatch):
         evaluation.main(evaluation.Settings(plots=True, models=("nothing",)))
 
 
-def test_plots_draw_what_the_cells_say(representations, corpus, tmp_path, monkeypatch, capsys):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)  # else nothing is left to look at
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn, which are closed only after the test."""
+    pyplot, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    yield drawn
+    close("all")
+
+
+def test_plots_draw_what_the_cells_say(representations, corpus, tmp_path, figures, capsys):
     titles = {"python (source)": ["python"], "ruby": ["ruby"], "unseen mean": ["lua"]}
-    passes = evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
-    (tmp_path / "both.json").write_text(json.dumps({"cells": representations[1]["cells"] + passes}))
-    evaluation.main(evaluation.Settings(join=(str(tmp_path / "both.json"),), out=str(tmp_path / "drawn"), plots=True))
-    assert f"wrote {tmp_path}/drawn/passes.png and {tmp_path}/drawn/retrieval.png" in capsys.readouterr().out
+    cells = representations[1] + evaluation.make_cells({"greedy pass@1": (1, {"m": outcomes()})}, titles)
+    written = evaluation.plot(cells, tmp_path / "drawn")
+    assert written == [str(tmp_path / f"drawn/{name}.png") for name in ("passes", "retrieval")]
     for name in ("passes", "retrieval"):
         assert (tmp_path / f"drawn/{name}.png").read_bytes().startswith(b"\x89PNG")
     (bars, lines), roles = figures, data.read_roles(corpus)
     assert [bar.get_height() for bar in bars.axes[0].patches] == [50, 100]  # python and ruby; no mean
-    assert [axis.get_title() for axis in lines.axes] == list(evaluation.parts(roles, roles.everything))
-    cells = [c for c in representations[1]["cells"] if (c["measure"], c["column"]) == (RETRIEVAL, "within SFT PLs")]
-    own = [[100 * c["value"] for c in cells if c["model"] == model] for model in ("m", "twin", "chance")]
-    assert [list(line.get_ydata()) for line in lines.axes[0].get_lines()] == own
-    pyplot.close("all")
+    panels = [axis.get_title() for axis in lines.axes]
+    assert all(
+        any(title in panel for panel in panels) for title in evaluation.parts(roles, roles.everything, "programs")
+    )
+    for axis in lines.axes:  # a line is of one view, from the embedding to the last block
+        for line in axis.get_lines():
+            assert len(line.get_xdata()) in (0, 3) and list(line.get_xdata()) == sorted(line.get_xdata())
+    column = "within other SFT PLs"
+    own = [c for c in cells if (c["measure"], c["column"]) == (RETRIEVAL, column)]
+    values = [[100 * c["value"] for c in own if c["model"] == m] for m in ("m", "twin", "bag of tokens", "chance")]
+    [axis] = [axis for axis in lines.axes if column in axis.get_title()]
+    assert sorted(list(line.get_ydata()) for line in axis.get_lines() if len(line.get_ydata())) == sorted(values)
+
+
+def test_a_joined_study_is_drawn_with_its_transfer_before_and_after_rl(tmp_path, figures):
+    for i, cells in enumerate(SEEDS):
+        (tmp_path / f"seed-{i}.json").write_text(json.dumps({"cells": cells}))
+    paths = tuple(str(tmp_path / f"seed-{i}.json") for i in range(3))
+    evaluation.main(evaluation.Settings(join=paths, out=str(tmp_path), plots=True))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"passes.png", "retrieval.png", "transfer.png"}
+    axes = figures[-1].axes
+    assert [axis.get_title() for axis in axes] == list(COLUMNS)
+    gains = {"source": (0.30, 0.06, 0.02), "multi": (0.30, 0.97 / 3, 0.02), "crossed": (0.2, 0.11, 0.02)}
+    gains["parallel"] = (0.25, 0.22, 0.02)
+    for i, axis in enumerate(axes):
+        assert [label.get_text() for label in axis.get_xticklabels()] == list(gains)
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights == pytest.approx([10] * 4 + [100 * (0.1 + gain[i]) for gain in gains.values()])
+    _, after = (container for container in axes[0].containers if hasattr(container, "errorbar"))
+    [intervals] = after.errorbar.lines[2]
+    bottom, top = intervals.get_segments()[0][:, 1]  # of source's 40, 42 and 38
+    assert (bottom, top) == pytest.approx((40 - 4.303 * 2 / 3**0.5, 40 + 4.303 * 2 / 3**0.5), rel=1e-3)
+
+
+def test_one_seed_alone_is_drawn_too(tmp_path, figures):
+    (tmp_path / "one.json").write_text(json.dumps({"cells": SEEDS[0]}))
+    evaluation.main(evaluation.Settings(join=(str(tmp_path / "one.json"),), out=str(tmp_path), plots=True))
+    assert len(figures) == 3 and "inf" not in (tmp_path / "joined.md").read_text()
+
+
+def test_curves_of_rl_runs_side_by_side(tmp_path, figures):
+    for shift, name in enumerate(("rl-source", "rl-parallel")):
+        lines = [{"step": 0, "held_out": {"own words": {"python": 0.4, "lua": 0.2}, "reserved words": {"python": 0.1}}}]
+        for step in (1, 2, 3):
+            figure = {"reward": step / 10 + shift, "no_spread": 0.5, "entropy": None if step == 2 else 1.0}
+            lines.append({"step": step, **figure})
+        lines[-1]["held_out"] = {"own words": {"python": 0.6, "lua": 0.4}, "reserved words": {"python": 0.7}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    s = evaluation.Settings(curves=(str(tmp_path / "rl-source"), str(tmp_path / "rl-parallel")), out=str(tmp_path))
+    evaluation.main(s)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = figures
+    drawn = {axis.get_title(): [line.get_xydata().tolist() for line in axis.get_lines()] for axis in figure.axes}
+    assert drawn["mean reward"] == [[[i, i / 10 + shift] for i in (1, 2, 3)] for shift in (0, 1)]
+    assert drawn["entropy, nats"] == [[[1, 1], [3, 1]]] * 2  # nothing was trained in step 2
+    assert drawn["pass@1 on dev"] == [[[0, 0.1], [3, 0.7]]] * 2  # of reserved words
+    with pytest.raises(ValueError, match=r"--curves: .*gone/metrics\.jsonl: .*; name run folders of rl\.py"):
+        evaluation.main(replace(s, curves=(str(tmp_path / "gone"),)))

@@ -287,7 +287,8 @@ def test_log_probs_entropy_and_gradients(rows, dtype, temperature):
 
 @pytest.fixture
 def tiny():
-    config = Config(vocab_size=70, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    config = Config(vocab_size=80, tokenizer_size=70, **sizes)  # the last 10 rows are no token's
     ours = Llama(config).init_weights(0).to(DEVICE)
     with torch.no_grad():
         for weight in ours.parameters():

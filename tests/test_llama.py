@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 import data
+import eval as evaluation
 import sft
 from model import Config, Llama, load, save
 
@@ -105,7 +106,7 @@ def test_prompts_and_answers_are_llama31s_token_for_token(instruct, format):
     """The format without a system turn is the same less the first turn, which ends with the first <|eot_id|>."""
     ours, theirs = data.Tokenizer(instruct, format), AutoTokenizer.from_pretrained(instruct)
     record = {"prompt": STATEMENT, "solutions": {"python": "x = 1\n\n\nprint(x)"}}
-    mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, ["python"], "x").tokens
+    mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, STATEMENT, ["python"]).tokens
     for answered, tokens in enumerate(mine):
         ids = theirs.apply_chat_template(conversation(answered), add_generation_prompt=not answered, return_dict=False)
         assert tokens == (ids if format == "llama3.1" else [ids[0], *ids[ids.index(ours.eot) + 1 :]])
@@ -119,7 +120,7 @@ def test_stop_and_pad_tokens_are_those_of_the_model(instruct):
 
 
 def train(model, corpus, out, **changes):
-    flags = {"general": 0.0, "tokens": 2000, "batch": 4, "eval_problems": 1, "lr": 1e-3, "device": "cpu"} | changes
+    flags = {"replay": 0.0, "tokens": 2000, "batch": 500, "eval_problems": 1, "lr": 1e-3, "device": "cpu"} | changes
     sft.main(sft.Settings(model=str(model), data=str(corpus), out=str(out), **flags))
     return sft.newest_checkpoint(out)
 
@@ -147,6 +148,24 @@ def test_a_base_model_that_learned_to_chat_stops_in_other_engines_too(instruct, 
     stops = raw["eos_token_id"]
     (base / "config.json").write_text(json.dumps(raw | {"eos_token_id": stops[0]}))
     assert Config.load(train(base, corpus, tmp_path / "run")).eos_token_id == stops
+
+
+def test_a_padded_vocabulary_is_drawn_from_and_scored_as_far_as_the_tokenizer_goes(instruct, corpus, tmp_path):
+    """The rows beyond it are made such that an id of theirs would nearly always be drawn."""
+    padded, theirs = shutil.copytree(instruct, tmp_path / "padded"), AutoModelForCausalLM.from_pretrained(instruct)
+    theirs.resize_token_embeddings(576, mean_resizing=False)
+    theirs.lm_head.weight.data[511:] *= 200
+    theirs.save_pretrained(padded)
+    (padded / "model.safetensors.index.json").unlink()
+    final = train(padded, corpus, tmp_path / "run", precision="bfloat16")
+    model, tokenizer = sft.open_checkpoint(final, sft.World("cpu"), torch.float32, "")
+    assert (model.config.vocab_size, model.config.tokenizer_size) == (576, tokenizer.size) == (576, 511)
+    assert AutoModelForCausalLM.from_pretrained(final).lm_head.weight.shape == (576, 32)
+    tasks = [(record, "python") for record in data.read_split(corpus, "eval")[:2]]
+    for rollout in evaluation.sample(model, tokenizer, tasks, 20, 1.0, 8):
+        tokens = torch.tensor([rollout.prompt + rollout.tokens])
+        logprobs = model(tokens[:, :-1], tokens[:, 1:])[0][0, len(rollout.prompt) - 1 :]
+        assert tokens.max() < 511 and rollout.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(instruct, corpus, tmp_path):

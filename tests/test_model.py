@@ -331,6 +331,34 @@ def test_sampler_log_probs_equal_the_trainers(temperature):
         assert n == 40 or completion.stopped
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_that_no_token_has_are_neither_drawn_nor_scored(tmp_path, tied):
+    """A vocabulary padded from 70 to 96 is the one of 70, whatever stands in the other rows; and saved with them."""
+    ours, whole = tiny(tie_word_embeddings=tied, tokenizer_size=70), tiny(tie_word_embeddings=tied)
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    with torch.no_grad():
+        for model in (ours, whole):
+            model.get_parameter(head)[70:] *= 3
+    cut = Llama(dataclasses.replace(ours.config, vocab_size=70, tokenizer_size=None))
+    cut.load_state_dict({name: x[:70] if len(x) == 96 else x for name, x in ours.state_dict().items()})
+    prompts, tokens, drawn, scored = [[1, 2, 3], [69, 4]], ids(2, 40) % 70, [], []
+    for model in (ours, cut, whole):
+        done = generate(model, prompts, 30, [], samples=20, generator=torch.Generator().manual_seed(0))
+        done += generate(model, prompts, 30, [], temperature=0) + generate(model, prompts, 30, [], top_k=1)
+        drawn.append([c.tokens for c in done])
+        logprobs, entropy = model(tokens, shifted(tokens), 0.8)
+        logprobs.sum().backward()
+        gradients = [x.grad[:70] if len(x) == 96 else x.grad for x in model.parameters()]
+        scored.append([logprobs.detach(), entropy, model(tokens).detach()[..., :70], *gradients])
+    assert drawn[0] == drawn[1] and max(map(max, drawn[2])) >= 70
+    for a, b in zip(*scored[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert (ours.get_parameter(head).grad[70:] == 0).all()
+    save(ours, tmp_path)
+    again = load(tmp_path)
+    assert again.config.tokenizer_size == 70 and len(again.get_parameter(head)) == 96
+
+
 def test_greedy_log_probs_are_at_temperature_1():
     ours, [prompt] = tiny(), prompts_of(9)
     [completion] = generate(ours, [prompt], 20, [], temperature=0)
@@ -537,7 +565,7 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
     )
     ours, theirs = Config.load(tmp_path), LlamaConfig.from_pretrained(tmp_path)
     for field in dataclasses.fields(ours):
-        if field.name not in ("rope_theta", "rope_scaling", "torch_dtype"):
+        if field.name not in ("rope_theta", "rope_scaling", "torch_dtype", "tokenizer_size"):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
 
@@ -559,6 +587,23 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
         ({"vocab_size": None}, "vocab_size missing"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"head_dim": -2}, "head_dim is -2"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5': must be a number above 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"vocab_size": 96.0}, "vocab_size is 96.0"),
+        ({"tokenizer_size": "90"}, "tokenizer_size is '90'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': must be true or false"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'"),
+        ({"eos_token_id": ["2"]}, r"eos_token_id is \['2'\]: must be a whole number or a list of them"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+        ({"rope_parameters": "drop", "rope_theta": []}, r"rope_theta is \[\]"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "factor is '8'"),
+        ({"rope_parameters": LLAMA3 | {"factor": None}}, "factor is None"),
+        ({"rope_parameters": "llama3"}, "rope_scaling is 'llama3': must be an object"),
+        ({"dtype": "int8"}, "torch_dtype is 'int8': must be one of float64"),
+        ({"dtype": ["float32"]}, "torch_dtype is"),
+        ({"attention_dropout": "0"}, "attention_dropout is '0'"),
     ],
 )
 def test_a_config_we_would_get_wrong_is_refused(tmp_path, changes, message):
@@ -641,6 +686,29 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["drop", "float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_of_several_dtypes_get_the_one_that_transformers_gives_them(tmp_path, dtype, tied):
+    peer(tmp_path, tie_word_embeddings=tied)
+    path, wide = tmp_path / "model.safetensors", ("model.embed_tokens.weight", "lm_head.weight")
+    mixed = {name: x if name in wide else x.bfloat16() for name, x in load_file(path).items()}
+    save_file(mixed, path, metadata={"format": "pt"})
+    edit_config(tmp_path, dtype=dtype)
+    ours, theirs = load(tmp_path), LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {x.dtype for x in ours.parameters()} == {x.dtype for x in theirs.parameters()}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids(2, 60)), theirs(ids(2, 60)).logits.float(), atol=0.1, rtol=0.05)
+
+
+def test_weights_that_are_no_floating_point_are_named(tmp_path):
+    save(tiny(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    for dtype, name in {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}.items():
+        save_file(load_file(path) | {"model.norm.weight": torch.ones(32).to(dtype)}, path)
+        with pytest.raises(ValueError, match=f"model.norm.weight: {name} in model.safetensors, but only F64"):
+            load(tmp_path)
 
 
 def test_loaded_weights_are_trainable_and_their_own(tmp_path):

@@ -113,9 +113,9 @@ def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_
 def flags(corpus, tiny_folder):
     """Flags of a short run of each stage from a random model."""
     common = ["--data", corpus, "--model", tiny_folder, "--device", "cpu", "--save-every", 3, "--seed", 5]
-    sft_flags = ["--tokens", 9000, "--batch", 4, "--eval-problems", 1, "--micro-tokens", 300, "--lr", 1e-3]
+    sft_flags = ["--tokens", 9000, "--batch", 600, "--eval-problems", 1, "--micro-tokens", 300, "--lr", 1e-3]
     rl_flags = ["--steps", 8, "--prompts", 4, "--samples", 4, "--max-new-tokens", 8, "--eval-problems", 1]
-    rl_flags += ["--micro-tokens", 400, "--lr", 1e-3, "--eval-tokens", 8]
+    rl_flags += ["--micro-tokens", 400, "--lr", 1e-3, "--eval-tokens", 8, "--informative", 4, "--rounds", 2]
     return {"sft": ["sft", *common, *sft_flags], "rl": ["rl", *common, *rl_flags]}
 
 
@@ -210,8 +210,8 @@ def test_evaluation_is_shared_out_and_put_together_in_order(corpus, tiny_folder,
     outcomes = []
     for count in (1, 2):
         text = start(*flags, "--device", "cpu", "--out", tmp_path / str(count), size=count).finish()
-        assert text.count("wrote") == 1
-        outcomes.append(json.loads((tmp_path / str(count) / "eval.json").read_text())["outcomes"])
+        assert text.count("wrote") == 3  # rank 0 alone
+        outcomes.append(json.loads((tmp_path / str(count) / "outcomes.json").read_text())["outcomes"])
     assert outcomes[0] == outcomes[1]
     assert {v for o in outcomes[0]["greedy pass@1"][tiny_folder.name] for v in o["verdicts"]} == {"ok", "wrong_answer"}
 

@@ -1,8 +1,10 @@
-"""GRPO: advantages and objective by hand, one denominator, on-policy checks, exact resume."""
+"""GRPO: advantages and objective by hand, one denominator, rounds of sampling, on-policy checks, exact resume."""
 
 import contextlib
+import copy
 import itertools
 import json
+from collections import defaultdict
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -21,45 +23,111 @@ from model import load
 # --------------------------------------------------------------------------------------------------
 # Advantages and objective
 
-
-def test_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
-    got = rl.advantages(rewards, torch.ones_like(rewards, dtype=torch.bool))
-    std = (1 / 3) ** 0.5  # of 1, 0, 0, 1: the squares of ±1/2 sum to 1, over 4 - 1
-    torch.testing.assert_close(got[0], torch.tensor([0.5, -0.5, -0.5, 0.5]) / (std + 1e-4))
-    assert got[1].tolist() == [0.0] * 4
-    torch.testing.assert_close(got[2], torch.tensor([-0.25, -0.25, -0.25, 0.75]) / (0.5 + 1e-4))
+STD = (1 / 3) ** 0.5 + 1e-4  # of 1, 0, 0, 1
 
 
-def test_advantages_are_rloos_up_to_the_scale():
-    """RLOO's baseline, the mean of the others (arXiv 2402.14740), is G / (G - 1) times r - mean."""
-    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    rloo = torch.stack([rewards[:, i] - rewards[:, [j for j in range(6) if j != i]].mean(1) for i in range(6)], 1)
-    scale = (rewards.std(1, keepdim=True) + 1e-4) * 6 / 5
-    got = rl.advantages(rewards, torch.ones(5, 6, dtype=torch.bool))
-    torch.testing.assert_close(got * scale, rloo)
+@pytest.mark.parametrize(
+    "kind, rewards, expected",
+    [
+        # the squares of ±1/2 sum to 1, over 4 - 1
+        ("grpo", [1, 0, 0, 1], [0.5 / STD, -0.5 / STD, -0.5 / STD, 0.5 / STD]),
+        ("grpo", [0, 0, 0, 1], [-0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, 0.75 / 0.5001]),
+        ("dr-grpo", [1, 0, 0, 1], [0.5, -0.5, -0.5, 0.5]),
+        ("dr-grpo", [0, 0, 0, 1], [-0.25, -0.25, -0.25, 0.75]),
+        ("rloo", [1, 0, 0, 1], [2 / 3, -2 / 3, -2 / 3, 2 / 3]),  # 1 less the mean of 0, 0, 1
+        ("rloo", [0, 0, 0, 1], [-1 / 3, -1 / 3, -1 / 3, 1]),
+        # One, or all but one, of the responses without a reward: None.
+        ("grpo", [1, 0, None, None], [0.5 / (0.5**0.5 + 1e-4), -0.5 / (0.5**0.5 + 1e-4), 0, 0]),
+        ("dr-grpo", [1, 0, 0, None], [2 / 3, -1 / 3, -1 / 3, 0]),
+        ("rloo", [1, 0, 0, None], [1, -0.5, -0.5, 0]),
+    ],
+)  # fmt: skip
+def test_advantages_by_hand(kind, rewards, expected):
+    valid = torch.tensor([[r is not None for r in rewards]])
+    got = rl.advantages(torch.tensor([[r or 0.0 for r in rewards]]), valid, kind)
+    torch.testing.assert_close(got, torch.tensor([expected], dtype=got.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", rl.ADVANTAGES)
+def test_a_group_without_spread_has_no_advantage(kind):
+    rewards = torch.tensor([[1.0] * 4, [0.0] * 4, [1.0, 0, 0, 0], [0.0] * 4])
+    valid = torch.tensor([[True] * 4, [True] * 4, [True, False, False, False], [False] * 4])
+    assert rl.advantages(rewards, valid, kind).tolist() == [[0.0] * 4] * 4
+
+
+def test_rloos_baseline_is_the_mean_of_the_others():
+    """So it is G / (G - 1) times Dr. GRPO's, and GRPO's but for the scale."""
+    rewards, valid = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)), torch.ones(5, 6, dtype=torch.bool)
+    others = torch.stack([rewards[:, i] - rewards[:, [j for j in range(6) if j != i]].mean(1) for i in range(6)], 1)
+    got = {kind: rl.advantages(rewards, valid, kind) for kind in rl.ADVANTAGES}
+    torch.testing.assert_close(got["rloo"], others)
+    torch.testing.assert_close(got["rloo"], 6 / 5 * got["dr-grpo"])
+    torch.testing.assert_close(got["dr-grpo"], got["grpo"] * (rewards.std(1, keepdim=True) + 1e-4))
 
 
 def test_a_response_without_reward_is_left_out_of_its_group():
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     valid = torch.tensor([[True, True, False], [True, False, False]])
-    got = rl.advantages(rewards, valid)
-    torch.testing.assert_close(got[0, :2], torch.tensor([0.5, -0.5]) / (0.5**0.5 + 1e-4))
-    assert got[0, 2] == 0 and got[1].tolist() == [0.0] * 3
     verdicts = ("ok", "wrong_answer", "internal_error", "ok", "internal_error", "internal_error")
-    scored = rl.score([Rollout({}, "python", [], [], [], True, verdict=v) for v in verdicts], 3)
-    assert all(torch.equal(*pair) for pair in zip(scored, (rewards, valid, got), strict=True))
+    rollouts = [Rollout({}, "python", [], [], [], True, verdict=v) for v in verdicts]
+    batch = rl.Batch.of(rollouts, settings(samples=3))
+    assert torch.equal(batch.rewards, rewards) and torch.equal(batch.valid, valid)
+    torch.testing.assert_close(batch.advantage, torch.tensor([[1.0, -1.0, 0.0], [0.0] * 3]) * 0.5 / (0.5**0.5 + 1e-4))
+    assert batch.spread.tolist() == [True, False]
+    kept, advantage = batch.informative()
+    assert kept == rollouts[:3] and torch.equal(advantage, batch.advantage[:1])
 
 
-def test_clipped_objective_by_hand():
-    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 1.1])
-    advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 0.0])
-    logprobs = ratio.log().requires_grad_()
-    gain, clipped = rl.clipped_objective(logprobs, torch.zeros(6), advantage, 0.2, 0.28)
-    torch.testing.assert_close(gain, torch.tensor([2.0, 2.56, 1.0, -3.0, -1.6, 0.0]))
-    assert clipped.tolist() == [False, True, False, False, True, False]
-    gain.sum().backward()  # d(ratio A)/d log p = ratio A where not clipped, else 0
-    torch.testing.assert_close(logprobs.grad, torch.tensor([2.0, 0.0, 1.0, -3.0, 0.0, 0.0]))
+RATIOS, SIGNS = [1.0, 1.5, 0.5, 1.5, 0.5, 4.0, 4.0, 1.1], [2.0, 2.0, 2.0, -2.0, -2.0, 2.0, -2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "dual_clip, gains, taken",
+    [
+        (0.0, [2.0, 2.56, 1.0, -3.0, -1.6, 2.56, -8.0, 0.0], [1, 4, 5]),
+        (3.0, [2.0, 2.56, 1.0, -3.0, -1.6, 2.56, -6.0, 0.0], [1, 4, 5, 6]),
+        (1.4, [2.0, 2.56, 1.0, -2.8, -1.6, 2.56, -2.8, 0.0], [1, 3, 4, 5, 6]),
+    ],
+)
+def test_clipped_objective_by_hand(dual_clip, gains, taken):
+    """`taken` are the tokens whose gradient a clip takes: d(ratio A)/d log p = ratio A elsewhere, there 0."""
+    advantage = torch.tensor(SIGNS)
+    logprobs = torch.tensor(RATIOS).log().requires_grad_()
+    gain, clipped = rl.clipped_objective(logprobs, torch.zeros(8), advantage, 0.2, 0.28, dual_clip)
+    torch.testing.assert_close(gain, torch.tensor(gains))
+    assert clipped.nonzero().flatten().tolist() == taken
+    gain.sum().backward()
+    expected = [0.0 if i in taken else ratio * a for i, (ratio, a) in enumerate(zip(RATIOS, SIGNS, strict=True))]
+    torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    "estimator, expected",
+    [("k2", [0.0, 0.125, 0.5]), ("k3", [0.0, 0.60653066 - 0.5, 2.71828183 - 2])],  # of d = 0, 0.5 and -1
+)
+def test_kl_penalty_by_hand(estimator, expected):
+    logprobs, reference = torch.tensor([-2.0, -1.0, -3.0]), torch.tensor([-2.0, -1.5, -2.0])
+    torch.testing.assert_close(rl.kl_penalty(logprobs, reference, estimator), torch.tensor(expected))
+
+
+def test_k2_has_the_right_gradient_and_k3_the_right_value():
+    """In expectation over the policy, worked out exactly over 7 tokens. k3's gradient is of the KL the other way."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum()
+
+    policy, reference = logits.log_softmax(0), other.log_softmax(0)
+    forward, backward = kl(policy, reference), kl(reference, policy)
+    wanted = {"k2": forward, "k3": backward}
+    for estimator, divergence in wanted.items():
+        expected = (policy.exp().detach() * rl.kl_penalty(policy, reference, estimator)).sum()
+        ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (expected, divergence))
+        torch.testing.assert_close(ours, theirs)
+        assert (expected - forward).abs() < 1e-12 if estimator == "k3" else (expected - forward).abs() > 1e-2
+    assert not torch.allclose(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (forward, backward)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,7 +152,7 @@ def learner_of(tiny, tokenizer, s):
     return sft.Learner(tiny, sft.World("cpu"), s, 0.0, tokenizer.pad)
 
 
-def gradient(tiny, tokenizer, rollouts, weights, s):
+def gradient(tiny, tokenizer, rollouts, weights, s, reference=None):
     """The gradient that one update applies, caught in place of the optimizer step."""
     caught = {}
 
@@ -99,31 +167,52 @@ def gradient(tiny, tokenizer, rollouts, weights, s):
 
     learner = learner_of(tiny, tokenizer, s)
     learner.optimizer = Catch()
-    figures = rl.update(learner, rollouts, weights, s)
+    figures = rl.update(learner, rollouts, weights, s.lr, s, reference)
     return caught, figures
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradient_equals_the_formula_one_response_at_a_time(tiny, tokenizer, temperature):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"temperature": 0.7}, {"eps_high": 0.5}, {"dual_clip": 1.1}, {"denominator": "budget"},
+        {"kl": 0.3, "kl_estimator": "k2"}, {"kl": 0.3, "kl_estimator": "k3", "temperature": 0.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradient_equals_the_formula_one_response_at_a_time(tiny, tokenizer, changes):
     """Against torch's own softmax in float64, unpadded, off-policy so that the clip is at work."""
-    s = settings(temperature=temperature, clip=1e9)
+    s = settings(clip=1e9, **changes)
     rollouts = some_rollouts(tiny, tokenizer, s)
     tiny.double()
+    reference = copy.deepcopy(tiny).init_weights(1) if s.kl else None
     noise = torch.Generator().manual_seed(1)
     for r in rollouts:
         r.logprobs = [lp + 0.5 * float(torch.randn((), generator=noise)) for lp in r.logprobs]
     weights = [0.0 if i % 5 == 0 else (-1.0) ** i * (1 + i / 7) for i in range(len(rollouts))]
-    ours, figures = gradient(tiny, tokenizer, rollouts, weights, s)
+    ours, figures = gradient(tiny, tokenizer, rollouts, weights, s, reference)
     assert 0 < figures["clipped"] < figures["trained"]
-    total, count = 0.0, sum(len(r.tokens) for r in rollouts)
+
+    def logprobs_of(model, r):
+        logits = model(torch.tensor([r.prompt + r.tokens]))[0, len(r.prompt) - 1 : -1].double()
+        return (logits / s.temperature).log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+
+    total, penalty, count = 0.0, torch.zeros(()), sum(len(r.tokens) for r in rollouts)
     for r, a in zip(rollouts, weights, strict=True):
-        logits = tiny(torch.tensor([r.prompt + r.tokens]))[0, len(r.prompt) - 1 : -1].double()
-        logprobs = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(r.tokens)[:, None])[:, 0]
+        logprobs = logprobs_of(tiny, r)
         ratio = (logprobs - torch.tensor(r.logprobs, dtype=torch.float64)).exp()
-        total = total + torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / count
-    (-total).backward()
+        gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1 + s.eps_high) * a)
+        if s.dual_clip and a < 0:
+            gain = gain.clamp(min=s.dual_clip * a)
+        total = total + gain.sum()
+        if s.kl:  # also of responses that have no advantage
+            d = logprobs - logprobs_of(reference, r).detach()
+            penalty = penalty + (d**2 / 2 if s.kl_estimator == "k2" else torch.exp(-d) - 1 + d).sum()
+    if s.denominator == "budget":
+        count = s.max_new_tokens * s.samples * s.prompts
+    ((s.kl * penalty - total) / count).backward()
     for name, p in tiny.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-7, msg=name)
+    assert figures["kl"] == pytest.approx(penalty.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 150])
@@ -147,15 +236,18 @@ def test_on_policy_sampler_and_trainer_agree_and_nothing_clips(tiny, tokenizer, 
     assert figures["drift"] / figures["trained"] < 1e-4 and figures["clipped"] == 0
 
 
-def test_no_spread_changes_nothing(tiny, tokenizer):
-    s = settings()
-    learner = learner_of(tiny, tokenizer, s)
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_no_spread_changes_nothing(tiny, tokenizer, kl):
+    s = settings(kl=kl)
+    learner, reference = learner_of(tiny, tokenizer, s), copy.deepcopy(tiny) if kl else None
     rollouts = some_rollouts(tiny, tokenizer, s)
     spread = torch.tensor([[1.0, -1.0, 1.0, -1.0]] * s.prompts)
-    rl.learn(learner, rollouts, spread, s)  # now AdamW has momentum
+    rl.learn(learner, rollouts, spread, 1e-3, s, reference)  # now AdamW has momentum
     before = {n: p.clone() for n, p in tiny.named_parameters()}
-    rl.learn(learner, rollouts, torch.zeros(s.prompts, s.samples), s)
+    figures = rl.learn(learner, rollouts, torch.zeros(s.prompts, s.samples), 1e-3, s, reference)
     assert all(torch.equal(p, before[n]) for n, p in tiny.named_parameters())
+    assert figures["trained_tokens"] == figures["flops"] == 0
+    assert figures["entropy"] is figures["clipped"] is figures["drift"] is figures["grad_norm"] is None
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -168,16 +260,16 @@ def test_reward_rises_when_one_token_is_rewarded(tiny, tokenizer, updates):
         rollouts = some_rollouts(tiny, tokenizer, s, seed=step)
         for r in rollouts:
             r.verdict = "ok" if r.tokens[0] in wanted else "wrong_answer"
-        rewards, _, advantage = rl.score(rollouts, s.samples)
-        shares.append(rewards.mean().item())
-        rl.learn(learner, rollouts, advantage, s)
+        batch = rl.Batch.of(rollouts, s)
+        shares.append(batch.rewards.mean().item())
+        rl.learn(learner, rollouts, batch.advantage, s.lr, s)
     assert shares[0] < 0.7 and shares[-1] > 0.9
 
 
 def test_the_groups_are_dealt_out_whole_over_the_updates(monkeypatch):
     dealt = []
 
-    def update(learner, rollouts, weights, s):
+    def update(learner, rollouts, weights, lr, s, reference):
         assert weights == [i / 10 for i in rollouts]
         dealt.append(sorted({i // s.samples for i in rollouts}))
         assert len(rollouts) == len(dealt[-1]) * s.samples
@@ -185,24 +277,110 @@ def test_the_groups_are_dealt_out_whole_over_the_updates(monkeypatch):
 
     monkeypatch.setattr(rl, "update", update)
     advantage = torch.arange(20, dtype=torch.float64).view(5, 4) / 10
-    rl.learn(None, range(20), advantage, settings(updates=3))
+    rl.learn(None, range(20), advantage, 1e-3, settings(updates=3))
     assert dealt == [[0, 3], [1, 4], [2]]
 
 
-def test_no_two_steps_or_ranks_draw_with_one_seed(monkeypatch):
+# --------------------------------------------------------------------------------------------------
+# Rounds of sampling
+
+
+def a_run(step=0, drawn=0, rank=0, size=1, others=0):
+    """A run of this rank, beside ranks with `others` groups with spread."""
+    world = SimpleNamespace(rank=rank, size=size, deal=lambda x: x[rank::size], sum=lambda *v: [x + others for x in v])
+    phase = contextlib.nullcontext
+    return SimpleNamespace(world=world, phase=phase, step=step, drawn=drawn, seconds=defaultdict(lambda: 1.0), flops=0)
+
+
+def sampler_of(spread, drawn):
+    """A sampler whose responses to problem number i pass in part if spread[i], else not at all; notes what is `drawn`."""
+
+    def sample(model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows):
+        drawn.append((seed, [(record["id"], language) for record, language in tasks]))
+        made = []
+        for record, language in tasks:
+            for i in range(samples):
+                verdict = "ok" if i == 0 and spread[record["number"]] else "wrong_answer"
+                made.append(Rollout(record, language, [1], [2, 3], [-1.0, -1.0], True, verdict=verdict))
+        return made
+
+    return sample
+
+
+# Of 12 problems in the order in which they are drawn, whether their groups have spread.
+SPREAD = [True, False, False, False, True, False, True, True, True, False, False, False]
+
+
+def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
+    """(batch, what each round drew): of problems in the order of the passes."""
+    ids = [data.pick(f"{s.seed} rl", i, len(spread)) for i in range(len(spread))]
+    records = [RECORD | {"id": f"p{ids.index(i)}", "number": ids.index(i)} for i in range(len(spread))]
     drawn = []
+    monkeypatch.setattr(rl, "sample", sampler_of(spread, drawn))
+    monkeypatch.setattr(rl, "grade", lambda *_: None)
+    return rl.gather_rollouts(records, languages, Mock(), None, None, run, s), drawn
 
-    def sample(*_, seed, **__):
-        drawn.append(seed)
-        raise InterruptedError
 
-    monkeypatch.setattr(rl, "sample", sample)
+@pytest.mark.parametrize(
+    "informative, rounds, others, needed, kept",
+    [
+        (0, 4, 0, 1, [0]),  # off: a single round
+        (1, 4, 0, 1, [0]),
+        (2, 4, 0, 2, [0, 4]),
+        (3, 4, 0, 3, [0, 4, 6, 7, 8]),  # all of the last round, also what is more than asked for
+        (9, 2, 0, 2, [0, 4]),  # rounds are over
+        (9, 4, 0, 4, [0, 4, 6, 7, 8]),
+        (5, 4, 3, 2, [0, 4]),  # other ranks have the rest
+    ],
+)
+def test_rounds_go_on_until_enough_groups_have_spread(monkeypatch, informative, rounds, others, needed, kept):
+    run = a_run(others=others)
+    batch, drawn = gathered(monkeypatch, run, settings(informative=informative, rounds=rounds))
+    assert [[i for i, _ in tasks] for _, tasks in drawn] == [[f"p{3 * n + i}" for i in range(3)] for n in range(needed)]
+    assert run.drawn == 3 * needed and len(batch.rollouts) == 3 * 4 * needed
+    assert batch.spread.tolist() == SPREAD[: 3 * needed]
+    rollouts, advantage = batch.informative()
+    assert [r.record["number"] for r in rollouts] == [i for i in kept for _ in range(4)]
+    assert advantage.shape == (len(kept), 4) and (advantage[:, 0] > 0).all() and (advantage[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize("informative, trained", [(2, [0, 4]), (0, [0, 1, 2])])
+def test_only_groups_with_spread_are_trained_and_what_was_drawn_is_logged(monkeypatch, informative, trained):
+    seen, run, s = [], a_run(step=3), settings(informative=informative, lr=1e-3, warmup=7)
+    batch, _ = gathered(monkeypatch, run, s)
+    monkeypatch.setattr(rl, "gather_rollouts", lambda *_: batch)
+    figures = {"flops": 5.0, "trained_tokens": 7}
+    monkeypatch.setattr(rl, "learn", lambda learner, *kept: seen.extend(kept) or dict(figures))
+    shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, run, s, None)
+    rollouts, advantage, lr, *_ = seen
+    assert [r.record["number"] for r in rollouts[::4]] == trained and len(advantage) == len(trained)
+    assert lr == shown["lr"] == pytest.approx(1e-3 * 4 / 8)  # the fourth step of seven that warm up
+    groups = len(batch.spread)
+    assert shown["groups"] == groups and shown["no_spread"] == pytest.approx(1 - sum(SPREAD[:groups]) / groups)
+    assert shown["trained_tokens"] == 7 and run.flops == 5 and "=== p0 in python" in text
+
+
+def test_the_languages_of_rl_take_turns(monkeypatch):
+    run, s = a_run(), settings(informative=9, rounds=4)
+    _, drawn = gathered(monkeypatch, run, s, ("ruby", "lua"))
+    assert [p for _, tasks in drawn for _, p in tasks] == ["ruby", "lua"] * 6
+
+
+def test_no_two_rounds_steps_seeds_or_ranks_draw_with_one_seed(monkeypatch):
+    seeds = []
     for seed, step, rank in itertools.product(range(2), range(3), range(2)):
-        world = SimpleNamespace(rank=rank, size=2, deal=list)
-        run = SimpleNamespace(world=world, phase=contextlib.nullcontext)
-        with pytest.raises(InterruptedError):
-            rl.step_once(step, None, Mock(), None, [], None, run, settings(seed=seed))
-    assert len(set(drawn)) == len(drawn) == 12
+        run = a_run(drawn=6 * step, rank=rank, size=2)
+        _, drawn = gathered(monkeypatch, run, settings(seed=seed, informative=99, rounds=2))
+        seeds += [number for number, _ in drawn]
+    assert len(set(seeds)) == len(seeds) == 24
+
+
+def test_the_ranks_share_the_problems_of_a_round(monkeypatch):
+    s, shares = settings(informative=0, prompts=4), []
+    for rank in range(2):
+        _, [(_, tasks)] = gathered(monkeypatch, a_run(rank=rank, size=2), s)
+        shares.append([i for i, _ in tasks])
+    assert shares == [["p0", "p2"], ["p1", "p3"]]
 
 
 def test_figures_of_the_rollouts_are_of_all_ranks(tiny, tokenizer):
@@ -212,13 +390,20 @@ def test_figures_of_the_rollouts_are_of_all_ranks(tiny, tokenizer):
         r.verdict, r.stopped, r.tokens = ("ok", "no_program", "internal_error")[i % 3], i % 4 == 0, r.tokens[: 1 + i]
 
     def figures(rollouts, sum_):
-        return rl.rollout_figures(rollouts, *rl.score(rollouts, s.samples), SimpleNamespace(sum=sum_))
+        return rl.rollout_figures(rl.Batch.of(rollouts, s), SimpleNamespace(sum=sum_))
 
     whole = figures(rollouts, lambda *values: values)
     for part in (rollouts[:4], rollouts[4:]):  # two ranks, one with twice as many groups
         figures(part, lambda *values: parts.append(values) or values)
     assert figures(rollouts[:4], lambda *_: [sum(values) for values in zip(*parts, strict=True)]) == whole
-    assert figures(rollouts[:4], lambda *values: values) != whole
+    assert figures(rollouts[:4], lambda *values: values) != whole and whole["groups"] == 3
+
+
+def test_what_rl_has_to_work_with_is_said_and_whether_it_is_nothing():
+    figures = {"groups": 20, "no_spread": 0.35, "reward": 0.123, "no_program": 0.125, "truncated": 0.25}
+    text = rl.provisions(figures)
+    assert text == "of 20 groups 65% have spread; mean reward 0.12; 62% of the responses hold a program"
+    assert "nothing to learn from" in rl.provisions(figures | {"no_spread": 1.0})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,39 +413,57 @@ def test_figures_of_the_rollouts_are_of_all_ranks(tiny, tokenizer):
 def run_settings(corpus, start, out, **changes):
     values = {
         "data": str(corpus),
+        "informative": 2,
+        "rounds": 2,
         "model": str(start),
         "out": str(out),
         "steps": 5,
         "eval_every": 2,
         "eval_problems": 1,
+        "eval_tokens": 8,
         "save_every": 2,
     }
     return settings(**(values | changes))
 
 
-def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [{"informative": 3, "rounds": 3}, {"informative": 0, "kl": 0.1, "languages": ("ruby", "python"), "updates": 2}],
+    ids=["rounds", "kl, two PLs"],
+)
+def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(rl, "grade", by_length)
     monkeypatch.setattr(evaluation, "grade", by_length)
-    rl.main(run_settings(corpus, tiny_folder, tmp_path / "whole"))
-    real, calls = rl.step_once, []
+    real_sample, real_step, calls, steps = rl.sample, rl.step_once, [], []
+
+    def sample(model, tokenizer, tasks, *budget, **how):
+        calls.extend((record["id"], language) for record, language in tasks)
+        return real_sample(model, tokenizer, tasks, *budget, **how)
 
     def dies(*a):
-        calls.append([record["id"] for record, _ in a[4]])
-        if len(calls) == 4:
+        steps.append(1)
+        if len(steps) == 4:
             raise MemoryError("as if killed")
-        return real(*a)
+        return real_step(*a)
 
+    monkeypatch.setattr(rl, "sample", sample)
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "whole", **changes))
+    ids, languages = [r["id"] for r in data.read_split(corpus, "rl")], changes.get("languages", ("python",))
+    assert calls == [(ids[data.pick("0 rl", i, len(ids))], languages[i % len(languages)]) for i in range(len(calls))]
+    drawn = calls.copy()
+    calls.clear()
     monkeypatch.setattr(rl, "step_once", dies)
     with pytest.raises(MemoryError):
-        rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
-    monkeypatch.setattr(rl, "step_once", real)
-    assert sft.newest_checkpoint(tmp_path / "cut").name == "step-2"
-    rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut"))
-    ids = [r["id"] for r in data.read_split(corpus, "rl")]
-    assert list(itertools.chain(*calls)) == [ids[data.pick("0 rl", i, len(ids))] for i in range(12)]
+        rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
+    monkeypatch.setattr(rl, "step_once", real_step)
+    saved = sft.newest_checkpoint(tmp_path / "cut")
+    assert saved.name == "step-2" and calls == drawn[: len(calls)]
+    before = torch.load(saved / "trainer.pt")["drawn"]
+    calls.clear()
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
+    assert 0 < before < len(drawn) and calls == drawn[before:]
     whole, cut = (torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut"))
-    assert whole["flops"] == cut["flops"] > 0
-    assert whole["data"] == cut["data"] == sft.digest(corpus, ["rl", "eval"])
+    assert whole["flops"] == cut["flops"] > 0 and whole["drawn"] == cut["drawn"] == len(drawn)
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())
@@ -269,13 +472,16 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     ]
     strip = [[{k: v for k, v in x.items() if not k.endswith("_s")} for x in run] for run in lines]
     assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(6))
+    assert sum(x.get("groups", 0) for x in lines[0]) == len(drawn)
+    assert len({x["groups"] for x in lines[0] if "groups" in x}) == (2 if changes["informative"] else 1)
     texts = [(tmp_path / n / "rollouts/step-4.txt").read_text() for n in ("whole", "cut")]
     assert texts[0] == texts[1]
+    assert whole["data"] == cut["data"] == sft.digest(corpus, ["rl", "dev"])
 
 
-def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokenizer, tmp_path, monkeypatch):
+def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_path, monkeypatch, capsys):
     """The sampler is replaced by one that writes the corpus's program or a wrong one: in turn, or, if there is but one
-    response to a problem, as in evaluation, the wrong one where the wording is new."""
+    response to a problem, as in evaluation, the wrong one where a wording is reserved."""
     asked = []
 
     def half_right(model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None):
@@ -283,25 +489,26 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tokeni
         rollouts = []
         for record, language in tasks:
             for i in range(samples):
-                right = i % 2 or (samples == 1 and not record["difficulty"]["new"])
+                right = i % 2 or (samples == 1 and "phrase" not in record)
                 program = record["solutions"][language] if right else "print('no')"
                 ids = [*tok.encode(data.answer({language: program}, [language])), tok.eot]
-                rollouts.append(
-                    Rollout(record, language, tok.prompt(record["prompt"], [language]), ids, [-1.0] * len(ids), True)
-                )
+                prompt = tok.prompt(data.statement(record, language), [language])
+                rollouts.append(Rollout(record, language, prompt, ids, [-1.0] * len(ids), True))
         return rollouts
 
     monkeypatch.setattr(rl, "sample", half_right)
     monkeypatch.setattr(evaluation, "sample", half_right)
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    held = {"known wordings": {"python": 1.0}, "reserved wordings": {"python": 0.0}}
+    held = {"own words": {"python": 1.0}, "the source's words": {"python": 1.0}, "reserved words": {"python": 0.0}}
     assert [line["held_out"] for line in lines] == [held, held]
     assert lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
     assert {"entropy", "clipped", "drift", "sample_tokens_per_s", "sandbox_tokens_per_s", "train_tokens_per_s"} <= set(
         lines[-1]
     )
     assert {language for _, language in asked} == {"python"}  # the source PL: no unseen PL in RL
+    said = "of 3 groups 100% have spread; mean reward 0.50; 100% of the responses hold a program"
+    assert said in capsys.readouterr().out
     text = (tmp_path / "run/rollouts/step-1.txt").read_text()
     assert "--- ok, advantage +" in text and "--- wrong_answer, advantage -" in text
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 1
@@ -314,6 +521,12 @@ def test_a_sampler_that_the_trainer_could_not_score_is_refused(flag, capsys):
     assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_a_dual_clip_that_would_cut_what_the_other_clip_leaves_is_refused(corpus, tiny_folder, tmp_path, share):
+    with pytest.raises(ValueError, match=f"--dual-clip {share}: must be at least 1, or 0 for no limit"):
+        rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", dual_clip=share))
+
+
 def test_it_says_what_to_run_first(corpus, tmp_path):
     with pytest.raises(SystemExit, match=r"run `python sft\.py` first"):
         rl.main(run_settings(corpus, tmp_path / "nothing", tmp_path / "run"))
@@ -321,8 +534,9 @@ def test_it_says_what_to_run_first(corpus, tmp_path):
 
 def test_a_missing_toolchain_is_named(corpus, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "installed", dict)
-    with pytest.raises(SystemExit, match="no toolchain here for python"):
-        rl.main(run_settings(corpus, tiny_folder, tmp_path / "run"))
+    for changes, absent in ({}, "python"), ({"languages": ("rb",), "eval_languages": ("lua",)}, "lua, ruby"):
+        with pytest.raises(SystemExit, match=f"no toolchain here for {absent};"):
+            rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", **changes))
 
 
 def test_a_bfloat16_sampler_and_trainer_nearly_agree(corpus, tokenizer, tiny):
@@ -334,7 +548,7 @@ def test_a_bfloat16_sampler_and_trainer_nearly_agree(corpus, tokenizer, tiny):
         for _ in range(2):
             sampler.refresh()
             rollouts = some_rollouts(sampler.model, tokenizer, s)
-            figures = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s)
+            figures = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s.lr, s, None)
             assert figures["drift"] / figures["trained"] < 0.02
-        stale = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s)
+        stale = rl.update(learner, rollouts, [1.0, -1.0] * (len(rollouts) // 2), s.lr, s, None)
         assert stale["drift"] / stale["trained"] > 0.05

@@ -148,42 +148,64 @@ def test_what_is_kept(box):
 
 
 @pytest.mark.parametrize(
-    "program",
+    ("language", "program", "names"),
     [
-        "exit()",
-        "quit(0)",
-        "import sys\nsys.exit()",
-        "import numbers, json, decimal, fractions, re, math, heapq, bisect, itertools, collections",
-        "import asyncio, threading, multiprocessing, sqlite3, subprocess, tempfile, random, typing",
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "@dataclass\nclass A:\n    x: int = 1\nassert A() == A(1) and __name__ == '__main__'",
-        "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
-        "import multiprocessing as m\nwith m.Pool(2) as p: assert p.map(abs, [-1]) == [1]",
-        "import sys; sys.setrecursionlimit(10**6)\ndef f(n): return n and f(n - 1)\nf(50_000)",
-        "import subprocess\nassert subprocess.check_output(['echo', 'x']) == b'x\\n'",
-        "def unused(): pass\ntry: sys\nexcept NameError: pass\nelse: raise SystemExit(1)",
+        ("java", "public class A { public static void main(String[] x) {} }", ("A.java", "A")),
+        ("java", "import x; class B { void main() {} }", ("B.java", "B")),
+        ("java", "class S { } public class Main { static void main( }", ("Main.java", "Main")),
+        ("java", "class N {}\nclass P { class Q { } static void main(", ("P.java", "P")),
+        ("java", 'class A { String s = "} class Z {"; } // class Y\n', ("A.java", "A")),
+        ("java", "public final class F { } class G { void main(", ("F.java", "G")),
+        (
+            "java",
+            "class M { void main() {} } class N { final static public void main(final String... a)",
+            ("N.java", "N"),
+        ),
+        (
+            "java",
+            'class T { String s = """\n { \\""" " """; char c = \'"\'; } public class U { static void main(',
+            ("U.java", "U"),
+        ),
+        ("java", "package a.b;\npublic class C { void main(", ("C.java", "a.b.C")),
+        ("java", "", ("Main.java", "Main")),
+        ("scala", 'class A\nobject S { val s = "}" }\nobject T extends App {', ("main.scala", "T")),
+        ("scala", "package p\nobject S {}\nobject T { def main(", ("main.scala", "p.T")),
+        ("kotlin", "// package x\npackage demo.a\nfun main() {}", ("main.kt", "demo.a.MainKt")),
+        ("kotlin", "fun main() {}", ("main.kt", "MainKt")),
+        ("ada", "with X;\nprocedure Add_Up is", ("add_up.adb", "")),
+        ("python", "class A", ("main.py", "")),
     ],
 )
-def test_ordinary_python_works(box, program):
-    result = box.run(program, "python", [{"stdout": ""}])
-    assert result.passed, result
+def test_names(language, program, names):
+    assert sandbox._source_name(sandbox.LANGUAGES[language], program) == names
 
 
 @pytest.mark.parametrize(
-    ("program", "names"),
+    ("language", "program", "tests"),
     [
-        ("public class A { public static void main(String[] x) {} }", ("A", "A")),
-        ("import x; class B { void main() {} }", ("B", "B")),
-        ("class S { } public class Main { static void main( }", ("Main", "Main")),
-        ("class N {}\nclass P { class Q { } static void main(", ("P", "P")),
-        ('class A { String s = "} class Z {"; } // class Y\n', ("A", "A")),
-        ("public final class F { } class G { void main(", ("F", "G")),
-        ("package a.b;\npublic class C { void main(", ("C", "a.b.C")),
-        ("", ("Main", "Main")),
+        ("rust", "#[test] fn a() {}\n#[cfg(x)] fn main() { f(); }", []),
+        ("rust", "fn main() { /* no */ }\n#[test]\nfn a() {}", ["test"]),
+        ("rust", "// fn main() { f() }\n#[test]\nfn a() {}", ["test"]),
+        ("go", "package main; func main() {}; func TestX(t *testing.T) {}", []),
+        ("go", "package main; var s = `func main(`; func TestX(t *testing.T) {}", ["TestX"]),
     ],
 )
-def test_java_names(program, names):
-    assert sandbox._java_names(program) == names
+def test_programs_that_have_unit_tests_alone(language, program, tests):
+    assert sandbox._unit_tests(sandbox.LANGUAGES[language], program) == tests
+
+
+def test_of_a_great_machine_programs_see_a_part():
+    few = [set(sandbox._few(range(128))) for _ in range(200)]
+    assert {len(part) for part in few} == {8} and len(set.union(*few)) == 128
+    assert set(sandbox._few([3, 5])) == {3, 5}
+    _worker_or_skip("namespaces").close()
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(all_of_them)})
+    try:
+        with Sandbox(1, level="namespaces") as box:
+            assert box.run("import os\nprint(os.cpu_count())", "python", [{"stdout": "1"}]).passed
+    finally:
+        os.sched_setaffinity(0, all_of_them)
 
 
 def test_aliases():
@@ -341,7 +363,10 @@ RUST_TEST = "fn main() {}\n#[test]\nfn x() {}"
         lambda: Demands("numbers").check({"stdout": "1"}, "1" * MANY + "x"),
         lambda: sandbox._unit_tests(sandbox.LANGUAGES["rust"], "\n" * MANY),
         lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
-        *(lambda text=text: sandbox._java_names(text * MANY)[0] == "?" for text in ("/* ", "public ", '\\"', "\n")),
+        *(
+            lambda text=text: sandbox._source_name(sandbox.LANGUAGES["java"], text * MANY)[0] == "?"
+            for text in ("/* ", "public ", '\\"', "\n", "'\\", 'r#"', "static ")
+        ),
         lambda: sandbox._Job(RUST_TEST, sandbox.LANGUAGES["rust"], [], Limits(), False, Demands().check, 0, "").right(
             {"stdout": ""}, "\nrunning 1 test\n" * MANY
         ),
@@ -600,7 +625,14 @@ def test_many_runs_leave_nothing():
 
 def _accounting(group, home: Path) -> str:
     """How a warden that was given the group watches memory, once it has tried itself out."""
-    settings = {"level": "none", "paths": [], "home": str(home), "box": str(home / "box"), "tmp": str(home / "tmp")}
+    settings = {
+        "level": "none",
+        "workers": 1,
+        "paths": [],
+        "home": str(home),
+        "box": str(home / "box"),
+        "tmp": str(home / "tmp"),
+    }
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:

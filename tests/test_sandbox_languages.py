@@ -61,6 +61,9 @@ def test_table_is_sound():
     assert len(LANGUAGES) >= 40
     assert set(PROGRAMS) <= set(LANGUAGES)
     assert all(lang.version and lang.run and lang.file for lang in LANGUAGES.values())
+    assert not any(
+        "|" in tool for lang in LANGUAGES.values() for tool in sandbox._tools(lang)
+    )  # one implementation each
 
 
 UNIT_TESTS = {

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from model import IGNORE, load, reference_attention, save
 
 def settings(corpus, out, **changes):
     values = {
-        "mixture": "parallel", "model": "", "data": str(corpus), "out": str(out), "tokens": 3000, "lr": 1e-3, "batch": 4,
+        "mixture": "parallel", "model": "", "data": str(corpus), "out": str(out), "tokens": 3000, "lr": 1e-3, "batch": 400,
         "layers": 1, "width": 16, "heads": 2, "eval_every": 1000, "eval_problems": 1, "save_every": 2, "device": "cpu",
     } | changes  # fmt: skip
     return sft.Settings(**values)
@@ -54,8 +55,8 @@ def learner(model, tokenizer, **changes):
 
 
 def mixture(corpus, tokenizer):
-    records, roles = data.read_records(corpus / "train.jsonl.gz"), data.read_roles(corpus)
-    return data.Mixture("parallel", records, tokenizer, roles.sft, roles.everything, general=0.3)
+    records, documents = data.read_split(corpus, "train"), data.read_split(corpus, "base")
+    return data.Mixture("parallel", records, documents, tokenizer, data.read_roles(corpus).sft, replay=0.3)
 
 
 def examples(corpus, tokenizer, count=12):
@@ -63,9 +64,19 @@ def examples(corpus, tokenizer, count=12):
     return [(e.tokens, e.start) for e in (m[i] for i in range(count))]
 
 
-def test_every_update_draws_the_next_examples(corpus, tokenizer):
-    m, s = mixture(corpus, tokenizer), settings(corpus, "")
-    assert [row for step in range(3) for row in sft.draw(m, step, s)] == examples(corpus, tokenizer, 3 * s.batch)
+@pytest.mark.parametrize("batch", [1, 500])
+def test_every_update_draws_the_next_examples_until_its_tokens_are_seen(corpus, tokenizer, batch):
+    """Over all updates together, so that what one has too many the next has too few; and one at least."""
+    m, s = mixture(corpus, tokenizer), SimpleNamespace(batch=batch)
+    so_far, expected = SimpleNamespace(step=0, tokens=0, drawn=0), examples(corpus, tokenizer, 60)
+    for step in range(6):
+        rows = sft.draw(m, so_far, s)
+        assert rows == expected[so_far.drawn : so_far.drawn + len(rows)] and rows
+        so_far.step, so_far.drawn = step + 1, so_far.drawn + len(rows)
+        so_far.tokens += sum(len(ids) for ids, _ in rows)
+        least = so_far.tokens - len(rows[-1][0])  # without its last example
+        assert so_far.tokens >= (step + 1) * batch and (least < (step + 1) * batch or len(rows) == 1)
+    assert batch > 1 or so_far.drawn == 6
 
 
 def test_targets_are_the_response_and_its_stop_token_only(corpus, tokenizer):
@@ -166,10 +177,10 @@ def test_compact_adamw_follows_torchs_and_keeps_half_its_state(corpus, tokenizer
 
 
 def test_the_stop_token_is_learned(corpus, tokenizer, tiny):
-    """An update raises the stop token's log-prob at the end; without its target it would not."""
+    """An update leaves the stop token likelier at the end than one without it as a target would."""
     row = examples(corpus, tokenizer)[:1]
     ids = row[0][0]
-    before = {}
+    gains = {}
     for label, rows in {"with": row, "without": [(ids[:-1], row[0][1])]}.items():
         tiny.init_weights(0)
         start = F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item()
@@ -177,8 +188,8 @@ def test_the_stop_token_is_learned(corpus, tokenizer, tiny):
         sft.accumulate(learner(tiny, tokenizer), rows)
         optimizer.step()
         tiny.zero_grad()
-        before[label] = F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item() - start
-    assert before["with"] > 0.01 and before["with"] > before["without"] + 0.01
+        gains[label] = F.log_softmax(tiny(torch.tensor([ids[:-1]]))[0, -1], -1)[ids[-1]].item() - start
+    assert gains["with"] > gains["without"] + 0.1
 
 
 def test_schedule_is_warm_up_then_cosine_to_a_tenth():
@@ -224,7 +235,8 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tmp_path, monkeypatc
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     saved = [torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut")]
     states = [s["optimizer"]["state"] for s in saved]
-    assert saved[0]["flops"] == saved[1]["flops"] > 0
+    assert all(saved[0][name] == saved[1][name] > 0 for name in ("flops", "tokens", "drawn"))
+    assert saved[0]["drawn"] % saved[0]["step"]  # updates are of as many tokens, not of as many examples
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
     lines = [
         [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
@@ -291,7 +303,7 @@ def test_a_half_written_checkpoint_is_never_found(corpus, tmp_path, monkeypatch)
 
 def test_a_run_goes_on_from_the_newer_of_two_checkpoints(corpus, tmp_path, monkeypatch):
     """As after a kill while the older one was being removed. step-10 is newer than step-8."""
-    run(settings(corpus, tmp_path / "whole", tokens=4000))
+    run(settings(corpus, tmp_path / "whole", tokens=4800))
     remove = shutil.rmtree
 
     def dies(path, **options):
@@ -302,11 +314,11 @@ def test_a_run_goes_on_from_the_newer_of_two_checkpoints(corpus, tmp_path, monke
 
     monkeypatch.setattr(shutil, "rmtree", dies)
     with pytest.raises(MemoryError):
-        run(settings(corpus, tmp_path / "cut", tokens=4000))
+        run(settings(corpus, tmp_path / "cut", tokens=4800))
     monkeypatch.undo()
     assert {p.name for p in (tmp_path / "cut").glob("step-*")} == {"step-8", "step-10"}
     assert sft.newest_checkpoint(tmp_path / "cut").name == "step-10"
-    run(settings(corpus, tmp_path / "cut", tokens=4000))
+    run(settings(corpus, tmp_path / "cut", tokens=4800))
     assert len(list((tmp_path / "cut").glob("step-*"))) == 1
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
@@ -344,14 +356,15 @@ def test_a_run_is_not_taken_up_with_other_settings_or_records(corpus, tmp_path):
     (tmp_path / "run/summary.json").unlink()
     with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.002"):
         run(replace(s, lr=2e-3))
-    for name in ("train.jsonl.gz", "eval.jsonl.gz", "languages.json"):
+    for name in ("base.jsonl.gz", "train.jsonl.gz", "dev.jsonl.gz", "languages.json"):
         path = tmp_path / "data" / name
         before = path.read_bytes()
         path.write_bytes(before + (gzip.compress(b"\n") if path.suffix == ".gz" else b"\n"))
         with pytest.raises(ValueError, match=r"began with other records in .*/data; give another --out"):
             run(s)
         path.write_bytes(before)
-    (tmp_path / "data/rl.jsonl.gz").unlink()  # never read here
+    for name in ("rl", "test"):  # never read here
+        (tmp_path / f"data/{name}.jsonl.gz").unlink()
     run(replace(s, eval_every=7))  # already past its last token
     assert (tmp_path / "run/summary.json").exists()
 
@@ -388,10 +401,15 @@ def test_a_disk_that_is_full_is_named_and_the_checkpoint_before_stays(corpus, tm
 STUB = """#!/bin/sh
 # Stands for python: leaves the files of a stage, or half of them.
 out="${*##*--out }"
+out="${out%% *}"
+case $1 in
+sandbox.py) exit ;;
+-m) exit ;;
+esac
 mkdir -p "$out"
 case $1 in
 data.py) touch "$out/languages.json" ;;
-eval.py) touch "$out/table.md" ;;
+eval.py) touch "$out/table.md" "$out/eval.json" ;;
 *)
     if [ -e "$out/step-1" ]; then echo "on $out"; else echo "new $out"; fi
     touch "$out/settings.json" "$out/step-1"
@@ -401,35 +419,60 @@ esac
 """
 
 
-def test_make_goes_on_with_an_interrupted_stage_unless_its_input_is_newer(tmp_path):
-    root, runs = Path(sft.__file__).parent, tmp_path / "runs/demo"
+@pytest.fixture
+def make(tmp_path):
+    """Runs make, with stubs as stages, in a folder of its own; what the stages say."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text(STUB)
     (tmp_path / ".venv/bin/python").chmod(0o755)
-    for name in ("requirements.txt", ".venv/installed"):
+    shutil.copy(Path(sft.__file__).parent / "Makefile", tmp_path)
+    for name in ("requirements.txt", ".venv/installed", "tests/requirements.txt", ".venv/installed-tests"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
 
-    def make(stop=""):
-        """What the stages of `make demo` say; before it all files age, so that what it writes is newer."""
-        for path in tmp_path.rglob("*"):
+    def run(*arguments, stop="", touched=()):
+        for path in tmp_path.rglob("*"):  # all files age, so that what is written now is newer
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 100))
         for name in touched:
-            (runs / name).touch()
-        command = ["make", "-s", "-f", str(root / "Makefile"), "demo", "RUN=runs/demo"]
+            (tmp_path / name).touch()
         environment = {"PATH": os.environ["PATH"], "STOP": stop}
+        command = ["make", "-s", "PYTHON=.venv/bin/python", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == (not stop), done.stderr
-        return done.stdout.replace("runs/demo/", "").splitlines()
+        return done.stdout.splitlines()
 
-    touched = []
-    assert make(stop="runs/demo/source") == ["new base", "new source"]
-    touched = ["source/settings.json"]
-    assert make() == ["on source", "new rl-source", "new parallel", "new rl-parallel"]
-    touched = ["data/languages.json"]
-    (runs / "source/summary.json").unlink()  # as if interrupted, from the older base
-    assert make() == ["new base", "new source", "new rl-source", "new parallel", "new rl-parallel"]
-    touched = []
-    assert make() == []
+    return run
+
+
+def test_make_goes_on_with_an_interrupted_stage_unless_its_input_is_newer(tmp_path, make):
+    folder = "runs/some"
+
+    def run(**how):
+        lines = make("run", f"RUN={folder}", "ARMS=source parallel", **how)
+        return [line.replace(f"{folder}/", "") for line in lines]
+
+    assert run(stop=f"{folder}/source") == ["new base", "new source"]
+    assert run(touched=[f"{folder}/source/settings.json"]) == [
+        "on source", "new rl-source", "new parallel", "new rl-parallel",
+    ]  # fmt: skip
+    (tmp_path / folder / "source/summary.json").unlink()  # as if interrupted, from the older base
+    assert run(touched=[f"{folder}/data/languages.json"]) == [
+        "new base", "new source", "new rl-source", "new parallel", "new rl-parallel",
+    ]  # fmt: skip
+    assert run() == [] and (tmp_path / folder / "eval/eval.json").exists()
+
+
+def test_make_goes_on_with_an_interrupted_study(tmp_path, make):
+    arguments = ("study", "SEEDS=1 2", "--jobs=1")
+    first = make(*arguments, stop="runs/study-1/rl-multi")
+    assert "new runs/study-1/rl-multi" in first and not (tmp_path / "results/study/seed-1.json").exists()
+    second = make(*arguments, touched=["runs/study-1/rl-multi/settings.json"])
+    assert "on runs/study-1/rl-multi" in second
+    arms = ("source", "multi", "crossed", "parallel")
+    stages = {f"runs/study-{seed}/{stage}" for seed in "12" for arm in arms for stage in ("base", arm, f"rl-{arm}")}
+    assert {line.split()[1] for line in first + second} == stages
+    assert {(tmp_path / f"results/study/seed-{seed}.json").exists() for seed in "12"} == {True}
+    assert make(*arguments) == []
 
 
 def test_two_runs_do_not_write_into_one_folder(corpus, tmp_path):
@@ -456,16 +499,14 @@ def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(corpus, t
 @pytest.mark.parametrize("name", data.MIXTURES)
 def test_a_record_longer_than_the_model_takes_is_named_before_the_first_update(corpus, tokenizer, tiny, tmp_path, name):
     """The model takes one token less than the longest of 200 examples, which is not the first."""
-    roles, records = data.read_roles(corpus), data.read_records(corpus / "train.jsonl.gz")
-    changes = {"general": 0.3, "in_context": True}
-    m = data.Mixture(name, records, tokenizer, roles.sft, roles.everything, **changes)
+    m = replace(mixture(corpus, tokenizer), name=name)
     lengths = [len(m[i].tokens) for i in range(200)]
     tiny.config.max_position_embeddings = limit = max(lengths) - 1
     assert lengths[0] <= limit
     save(tiny, tmp_path / "short")
     tokenizer.save(tmp_path / "short")
-    changes |= {"mixture": name, "model": str(tmp_path / "short"), "batch": 1}
-    with pytest.raises(ValueError, match=rf"record 'train-\d+': a prompt of .*, the model takes {limit}; leave it out"):
+    changes = {"mixture": name, "replay": 0.3, "model": str(tmp_path / "short"), "tokens": 500}
+    with pytest.raises(ValueError, match=rf"record '\w+-\d+': a prompt of .*, the model takes {limit}; leave it out"):
         run(settings(corpus, tmp_path / "run", **changes))
     assert not (tmp_path / "run/metrics.jsonl").read_text()
 
@@ -476,12 +517,28 @@ def test_a_device_that_is_not_there_is_named(device):
         sft.World(device)
 
 
-def test_all_arms_get_the_same_number_of_tokens(corpus, tmp_path):
-    """To within the last update: an update is 4 sequences of fewer than 250 tokens."""
-    for name in ("source", "multi", "parallel"):
-        run(settings(corpus, tmp_path / name, mixture=name, general=0.3))
-        tokens = json.loads((tmp_path / name / "summary.json").read_text())["tokens"]
-        assert 3000 <= tokens < 3000 + 4 * 250
+def test_all_arms_get_the_same_number_of_updates_and_tokens(corpus, tmp_path):
+    """To within the last example of an update, of fewer than 250 tokens a program."""
+    for name in data.MIXTURES:
+        run(settings(corpus, tmp_path / name, mixture=name))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["updates"] == len(lines) == 8 and summary["tokens"] == lines[-1]["tokens"]  # 3000 / 400, up
+        longest = 250 * (3 if name == "in-context" else 1)
+        assert all(400 * line["step"] <= line["tokens"] < 400 * line["step"] + longest for line in lines)
+
+
+@pytest.mark.parametrize("share, kinds", [(0.0, {True}), (0.5, {True, False}), (1.0, {False})])
+def test_the_shares_of_replay_and_statements_are_the_flags(corpus, tmp_path, monkeypatch, share, kinds):
+    """Examples of the arm are trained from the answer on, base documents from their first token on."""
+    rows, real = [], sft.accumulate
+    monkeypatch.setattr(sft, "accumulate", lambda ours, update: rows.extend(update) or real(ours, update))
+    run(settings(corpus, tmp_path / "run", replay=share, statements=share))
+    assert {start > 1 for _, start in rows} == kinds
+    start = data.Tokenizer(corpus).start
+    stated = [start in ids for ids, first in rows if first == 1]
+    assert set(stated) == {0.0: set(), 0.5: {True, False}, 1.0: {True}}[share]
+    assert abs(sum(first == 1 for _, first in rows) - share * len(rows)) < 1
 
 
 def test_training_lowers_the_held_out_loss_of_every_language(corpus, tmp_path):
@@ -490,7 +547,7 @@ def test_training_lowers_the_held_out_loss_of_every_language(corpus, tmp_path):
         tmp_path / "base",
         mixture="base",
         tokens=60_000,
-        batch=16,
+        batch=2000,
         lr=3e-3,
         width=32,
         eval_every=1,
@@ -519,7 +576,7 @@ def test_main_trains_from_a_model_and_leaves_a_finished_run_alone(corpus, tmp_pa
 def test_without_flags_it_makes_what_is_missing_before_it(corpus, tmp_path, monkeypatch, capsys):
     """Corpus and base model first, each said aloud; only their sizes are changed here."""
     real = sft.resolve
-    small = {"tokens": 400, "batch": 2, "layers": 1, "width": 16, "heads": 2, "eval_problems": 1, "device": "cpu"}
+    small = {"tokens": 400, "batch": 200, "layers": 1, "width": 16, "heads": 2, "eval_problems": 1, "device": "cpu"}
     monkeypatch.setattr(sft, "resolve", lambda s: replace(real(s), **small))
     monkeypatch.setattr(data, "make", lambda s: shutil.copytree(corpus, s.out))
     monkeypatch.chdir(tmp_path)
@@ -533,7 +590,8 @@ def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
     with pytest.raises(SystemExit):
         data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
     out = capsys.readouterr().out
-    assert "The supervised stage" in out and "(default: 16)" in out
+    assert "The supervised stage" in out and f"(default: {sft.Settings.batch})" in out
     with pytest.raises(SystemExit):
         data.parse_flags(sft.Settings, "", ["--clip", "-1"])
-    assert data.parse_flags(sft.Settings, "", ["--batch", "7", "--in-context"]).batch == 7
+    given = data.parse_flags(sft.Settings, "", ["--batch", "7", "--mixture", "in-context"])
+    assert (given.batch, given.mixture) == (7, "in-context")
