@@ -479,7 +479,7 @@ def function_part(
     bare = re.sub(COMMENTS[language], "", opening + "\n", flags=re.M)
     bare = re.sub(r"\n\s*\n+", "\n\n", re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", bare, flags=re.M)).strip("\n")
     test = test if solution else re.sub(r"\A\s*\}", "", test)  # MultiPL-E's close the function
-    if language == "python" and re.search(r"^def check\(", test, re.M) and not re.search(r"^check\(", test, re.M):
+    if language == "python" and "def check(" in test and not re.search(r"(?<!def )\bcheck\(", test):
         test += f"\ncheck({entry})\n"
     if language == "rust":
         test = test.replace("use super::*;", "\n".join(["use super::*;", *re.findall(r"^\s*use .*;", bare, re.M)]), 1)
