@@ -1950,9 +1950,10 @@ def hard_coded(record: dict) -> set[str]:
     common = Counter(itertools.chain(*carried.values())) if len(carried) > 2 else Counter()
     outputs = [t.get("stdout", "") for t in record["tests"]]
     outputs = {o.strip() for several in outputs for o in ([several] if isinstance(several, str) else several)}
-    listed = set()
+    harness, listed = record.get("harness", {}), set()
     for language, own in carried.items():
-        asked = literals(record.get("harness", {}).get(language, "").partition("«answer»")[2]) or outputs
+        checks = [harness.get(language, "").partition("«answer»")[2], *(t["stdin"] for t in record["tests"])]
+        asked = literals("\n".join(checks)) if harness else outputs
         asked = {x for x in asked if common[x] <= len(carried) / 2 and (x[:1].isdigit() or x not in record["prompt"])}
         shared = own & asked
         listed |= {language} if len(shared) > 1 and 4 * len(shared) >= len(asked) else set()

@@ -353,6 +353,11 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
     ledger = json.loads((tmp_path / "kept/dropped.json").read_text())
     reasons = {(d["id"], d["what"]): d["why"] for d in ledger}
     assert reasons["lists its answers", "program in python"] == "lists its tests' answers"
+    calls = sandbox.demands(record := bring(tmp_path, "taco", *FORMATS["taco"][0])[0]).harness["python"]
+    record["tests"] = [{"stdin": json.dumps([[k], [2 * k]])} for k in (11, 22)]
+    listing = "def twice(x):\n    return {11: 22, 22: 44}[x]"
+    assert "«answer»" in calls and not data.hard_coded(record)
+    assert data.hard_coded(record | {"solutions": {"python": listing}}) == {"python"}
     assert reasons["one is wrong", "program in python"] == "fails its tests: wrong_answer"
     assert reasons["a faulty test", "test 4"] == "no program passes it"
     assert reasons["none is right", "record"] == "none of its programs is right" and len(ledger) == 5
