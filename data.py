@@ -311,14 +311,13 @@ def public_language(name: str) -> str:
         raise LeftOut(f"{name} is no PL of `python sandbox.py languages`") from None
 
 
-def quantity(text: str | int | float | None) -> float | None:
-    """Seconds or MB, from a number or from texts such as "2 seconds", "256 megabytes"."""
-    found = re.match(r"([\d.]+) *(milli|kilo|giga)?", str(text or ""))
-    return float(found[1]) * {"milli": 1e-3, "kilo": 2**-10, "giga": 2**10}.get(found[2], 1) or None if found else None
-
-
-def limits(seconds: float | None, memory: float | None) -> dict:
-    return {k: v for k, v in (("time_limit", seconds), ("memory_limit", memory)) if v}
+def limits(seconds, memory) -> dict:
+    """A record's limits, from numbers of seconds and MB or from texts such as "2 seconds", "256 megabytes"."""
+    own = {}
+    for name, value in (("time_limit", seconds), ("memory_limit", memory)):
+        if found := re.match(r"([\d.]+) *(milli|kilo|giga)?", str(value or "")):
+            own[name] = float(found[1]) * {"milli": 1e-3, "kilo": 2**-10, "giga": 2**10}.get(found[2], 1)
+    return {name: value for name, value in own.items() if value}
 
 
 def story(body: str, **sections: str) -> str:
@@ -331,15 +330,17 @@ def story(body: str, **sections: str) -> str:
 def cases(pairs: Iterable[tuple]) -> dict:
     """`tests` and `compare` of (input, output or list of accepted ones). Contests compare tokens, and let numbers
     with a point differ in their last digits."""
-
-    def text(value) -> str:
-        return ("\n".join(value) if isinstance(value, list) else value).replace("\r\n", "\n")
-
-    tests = [{"stdin": text(i), "stdout": [*map(text, o)] if isinstance(o, list) else text(o)} for i, o in pairs]
+    tests = []
+    for given, outputs in pairs:
+        accepted = outputs if isinstance(outputs, list) else [outputs]
+        if not all(isinstance(text, str) for text in (given, *accepted)):
+            raise LeftOut("tests that are no texts")
+        accepted = [text.replace("\r\n", "\n") for text in accepted]
+        tests.append({"stdin": given.replace("\r\n", "\n"), "stdout": accepted if len(accepted) > 1 else accepted[0]})
     if not tests:
         raise LeftOut("no tests")
-    outputs = (o for t in tests for o in ([t["stdout"]] if isinstance(t["stdout"], str) else t["stdout"]))
-    return {"tests": tests, "compare": "numbers" if any(re.search(r"\d\.\d", o) for o in outputs) else "tokens"}
+    decimals = any(re.search(r"\d\.\d", "".join(t["stdout"])) for t in tests)
+    return {"tests": tests, "compare": "numbers" if decimals else "tokens"}
 
 
 CALL = """from typing import *
@@ -365,21 +366,21 @@ def judged(given: dict | list, function: str = "") -> dict:
         calls, pairs = bool(function), [*zip(inputs, outputs, strict=True)]
         if calls:  # Codewars' results are each in a list of their own
             pairs = [(i, [o, *o] if isinstance(o, list) and len(o) == 1 else [o]) for i, o in pairs]
+        else:  # some have a list of lines
+            pairs = [tuple("\n".join(map(str, x)) if isinstance(x, list) else x for x in pair) for pair in pairs]
     else:
         kinds = {t.get("testtype") or t.get("type") or "stdin" for t in given}
         calls, pairs = bool(kinds - {"stdin", "stdin_stdout"}), [(t["input"], t["output"]) for t in given]
         function = next((t["fn_name"] for t in given if t.get("fn_name")), function)
-        if calls:
-            read = [
-                ([*map(json.loads, filter(str.strip, i.split("\n")))] if isinstance(i, str) else i, o) for i, o in pairs
-            ]
-            pairs = [(i, [json.loads(o) if isinstance(o, str) else o]) for i, o in read]
-    if not calls:
+        if calls:  # a line of JSON for each argument
+            read = lambda x: [*map(json.loads, filter(str.strip, x.split("\n")))] if isinstance(x, str) else x  # noqa: E731
+            pairs = [(read(i), read(o) if isinstance(o, str) else [o]) for i, o in pairs]
+    if not calls or not pairs:
         return cases(pairs)
     if not re.fullmatch(r"\w+", function):
         raise LeftOut("tests call a function that has no name")
     harness = {"python": CALL.replace("NAME", function)}
-    return {"tests": [{"stdin": json.dumps(pair)} for pair in pairs] or cases([]), "harness": harness}
+    return {"tests": [{"stdin": json.dumps(pair)} for pair in pairs], "harness": harness}
 
 
 class _TextUnpickler(pickle.Unpickler):
@@ -425,12 +426,16 @@ func main() {
 	}}}, nil, nil)
 }
 """
+_CONSOLE = (
+    r"\A([\s\S]*)\Z",
+    r'console.assert = (ok, ...why) => { if (!ok) throw new Error(why.join(" ")); };\n\1\nconsole.log("«word»");\n',
+)
 ENDINGS = {
     "python": [(r"unittest\.main\(\)\s*\Z", r'assert unittest.main(exit=False).result.wasSuccessful()\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
-    "javascript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
-    "typescript": [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...more) => { if (!ok) throw new Error(more.join(" ")); };\n\1\nconsole.log("«word»");\n')],
+    "javascript": [_CONSOLE],
+    "typescript": [_CONSOLE],
     "coffeescript": [(r"\Z", r'\nconsole.log "«word»"\n')],
-    "ruby": [(r"\Z", r'\nputs "«word»"\n')],
+    "ruby": [(r"require 'test/unit'([\s\S]*)", r"require 'test/unit'\1\nTest::Unit::AutoRunner.need_auto_run = false\nabort unless Test::Unit::AutoRunner.run\nputs '«word»'\n"), (r"\Z", r'\nputs "«word»"\n')],
     "perl": [(r"\Z", r'\nprint "«word»\\n" if !Test::More->can("builder") || Test::More->builder->is_passing;\n')],
     "php": [(r"(?:\?>\s*)?\Z", r'\necho "«word»";\n')],
     "lua": [(r"os\.exit\((.*)\)\s*\Z", r'assert(\1 == 0)\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
@@ -465,16 +470,16 @@ def function_part(
 ) -> dict:  # fmt: skip
     """What a problem that asks for a function is in one PL: statement, harness and, if it is there, the solution.
 
-    `opening` begins the function, `solution` ends it, `test` calls it; the model is shown `shown`, else the opening
-    with its comments, and is asked for all of it. Where the test closes the class that the opening began, it is
-    asked for the function `entry` alone.
+    `opening` begins the function `entry`, `solution` ends it, `test` calls it; the model is shown `shown`, else the
+    opening with its comments, and is asked for all of it. Where the test closes the class that the opening began, it
+    is asked for the function alone, whose signature is the opening's last line with a parenthesis.
     """
     if not test.strip() or language not in ENDINGS:
         raise LeftOut(f"{language}: " + ("how its tests end is not known" if test.strip() else "no tests"))
     bare = re.sub(COMMENTS[language], "", opening + "\n", flags=re.M)
     bare = re.sub(r"\n\s*\n+", "\n\n", re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", bare, flags=re.M)).strip("\n")
     test = test if solution else re.sub(r"\A\s*\}", "", test)  # MultiPL-E's close the function
-    if language == "python" and re.search(r"^def check\(", test, re.M) and not re.search(r"^check\(", test, re.M):
+    if language == "python" and "def check(" in test and not re.search(r"(?<!def )\bcheck\(", test):
         test += f"\ncheck({entry})\n"
     if language == "rust":
         test = test.replace("use super::*;", "\n".join(["use super::*;", *re.findall(r"^\s*use .*;", bare, re.M)]), 1)
@@ -486,16 +491,11 @@ def function_part(
     task = "Complete this and answer with the whole of it"
     code = re.sub(r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])\'', "", test)
     if language in ("java", "csharp", "scala") and code.count("}") > code.count("{"):
-        at = re.search(rf"^.*\b{re.escape(entry)}\b", bare, re.M)
-        if not at:
-            raise LeftOut(f"{language}: no function {entry!r} to be seen")
-        head, bare = bare[: at.start()], bare[at.start() :]
-        task = f"Complete {entry} in this and answer with that function alone"
+        head, signature, rest = re.search(r"\A([\s\S]*^)(.*\w+\s*\(.*)([\s\S]*)\Z", bare, re.M).groups()
+        bare, task = signature + rest, "Complete the function in this and answer with that function alone"
     elif language == "go":
-        head, bare = (
-            re.sub(r"package \w+", 'package main\nimport "os"', head),
-            re.sub(HEADS["go"], "", bare, flags=re.M).strip("\n"),
-        )
+        head = re.sub(r"package \w+", 'package main\nimport "os"', head)
+        bare = re.sub(HEADS["go"], "", bare, flags=re.M).strip("\n")
     elif language == "php":
         test = f"?><?php\n{test}"
     elif language == "fortran":  # the test begins the program, the solution ends it
@@ -548,9 +548,8 @@ def mceval(row: Row) -> dict:
 
 
 def multipl_e(row: Row) -> dict:
-    name, opening = row("name"), row("prompt")
-    entry = re.sub(r"^[A-Za-z]+_\d+_", "", name)
-    return function_part(f"MultiPL-E/{name}", public_language(row("language")), opening, "", row("tests"), entry=entry)
+    language = public_language(row("language"))
+    return function_part(f"MultiPL-E/{row('name')}", language, row("prompt"), "", row("tests"))
 
 
 def xcodeeval(row: Row) -> dict:
@@ -567,7 +566,7 @@ def xcodeeval(row: Row) -> dict:
     about = {"Input": row("input_spec", str, ""), "Output": row("output_spec", str, ""), "Examples": examples}
     rating = {"rating": row("difficulty", (int, float))} if row.get("difficulty") else {}
     about["Notes"] = row("notes", str, "")
-    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    own = limits(row.get("time_limit"), row.get("memory_limit"))
     return {"id": name, "prompt": story(row("description"), **about), **own, **rating}
 
 
@@ -576,19 +575,18 @@ def codeforces(row: Row) -> dict:
         if row("verdict") != "OK":
             raise LeftOut(f"programs: verdict {row('verdict')}")
         return {"id": row("problem_id"), "solutions": row.program(row("programmingLanguage"), row("source"))}
-    for field, fine, reason in (
-        ("interaction_format", ("", False), "interactive"), ("generated_checker", ("", False), "a checker of its own"),
-        ("input_mode", ("", "stdio"), "reads a file"), ("executable", ("", True), "cannot be run"),
-        ("official_tests_complete", ("", True, False), ""),
-    ):  # fmt: skip
-        if row(field, (str, bool), "") not in fine:
-            raise LeftOut(reason)
+    lacks = {
+        "interactive": row.get("interaction_format"), "a checker of its own": row.get("generated_checker"),
+        "reads a file": row.get("input_mode") == "file", "cannot be run": row.get("executable") is False,
+    }  # fmt: skip
+    if reason := next(filter(lacks.get, lacks), ""):
+        raise LeftOut(reason)
     examples = "\n".join(f"{e['input']}\n->\n{e['output']}" for e in row("examples", list, []))
     about = {"Input": row("input_format", str, ""), "Output": row("output_format", str, ""), "Examples": examples}
     about["Note"] = row("note", str, "")
     tests = [*row("examples", list, []), *row("official_tests", list, [])]
     tests = {(t["input"], t["output"]): None for t in tests}
-    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    own = limits(row.get("time_limit"), row.get("memory_limit"))
     prompt = story(f"{row('title')}\n\n{row('description', str, '')}", **about)
     return {"id": row("id"), "prompt": prompt, **cases(tests), **own}
 
@@ -604,15 +602,15 @@ def codecontests(row: Row) -> dict:
     for number, text in zip(given["language"], given["solution"], strict=True):
         for language, programs in row.program(names.get(number, str(number)), text).items():
             solutions.setdefault(language, []).extend(programs)
-    own = limits((seconds.get("seconds") or 0) + (seconds.get("nanos") or 0) / 1e9, None)
-    own |= limits(None, row("memory_limit_bytes", int, 0) / 2**20)
+    seconds = (seconds.get("seconds") or 0) + (seconds.get("nanos") or 0) / 1e9
+    own = limits(seconds, row("memory_limit_bytes", int, 0) / 2**20)
     return {"id": row("name"), "prompt": row("description"), **cases(pairs), **own, "solutions": solutions}
 
 
 def apps(row: Row) -> dict:
     given, starter = row.json("input_output", {}), row("starter_code", str, "").strip()
     prompt = story(row("question"), **{"Complete this and answer with the whole of it": starter})
-    own = limits(quantity(row.get("time_limit")), quantity(row.get("memory_limit")))
+    own = limits(row.get("time_limit"), row.get("memory_limit"))
     name = str(row.get("problem_id", row.get("id", row.name)))
     return {"id": name, "prompt": prompt, **judged(given), **own, "solutions": {"python": row.json("solutions", [])}}
 
@@ -1974,9 +1972,10 @@ def hard_coded(record: dict) -> set[str]:
     common = Counter(itertools.chain(*carried.values())) if len(carried) > 2 else Counter()
     outputs = [t.get("stdout", "") for t in record["tests"]]
     outputs = {o.strip() for several in outputs for o in ([several] if isinstance(several, str) else several)}
-    listed = set()
+    harness, listed = record.get("harness", {}), set()
     for language, own in carried.items():
-        asked = literals(record.get("harness", {}).get(language, "").partition("«answer»")[2]) or outputs
+        checks = [harness.get(language, "").partition("«answer»")[2], *(t["stdin"] for t in record["tests"])]
+        asked = literals("\n".join(checks)) if harness else outputs
         asked = {x for x in asked if common[x] <= len(carried) / 2 and (x[:1].isdigit() or x not in record["prompt"])}
         shared = own & asked
         listed |= {language} if len(shared) > 1 and 4 * len(shared) >= len(asked) else set()

@@ -201,7 +201,7 @@ def evaluate(
 
     truncation: top_k and top_p of `generate`.
     """
-    tasks = [(record, language) for language in languages for record in records]
+    tasks = [(record, language) for language in languages for record in records if data.gradable(record, language)]
     mine = world.deal(range(len(tasks)))
     quiet = None if name and world.rank == 0 else True
     with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:

@@ -157,6 +157,66 @@ def test_functions_are_asked_for_as_a_whole_and_shown_with_their_signature(tmp_p
     )
 
 
+MULTIPL_E_FILES = {  # language -> (prompt, tests, a right answer, what is wrong in a wrong one)
+    "cpp": ("#include<assert.h>\n#include<bits/stdc++.h>\n// Twice.\nlong twice(long x) {\n",
+            "}\nint main() {\n    auto candidate = twice;\n    assert(candidate((21)) == (42));\n}\n", "long twice(long x) { return x + x; }", "x + x"),
+    "java": ("import java.util.*;\nclass Problem {\n    // Twice.\n    public static long twiceOf(long x) {\n",
+             "    }\n    public static void main(String[] args) {\n    assert(twiceOf((21l)) == (42l));\n    }\n\n}\n",
+             "public static long twiceOf(long x) { return x + x; }", "x + x"),
+    "cs": ("using System;\nusing System.Diagnostics;\nclass Problem {\n    // Twice.\n    public static long Twice(long x) {\n",
+           "    }\n    public static void Main(string[] args) {\n    Debug.Assert(Twice((21L)) == (42L));\n    }\n\n}\n",
+           "public static long Twice(long x) { return x + x; }", "x + x"),
+    "go_test.go": ('package twice_test\n\nimport (\n    "testing"\n    "fmt"\n)\n\n// Twice.\nfunc twice(x int) int {\n',
+           '}\n\nfunc TestTwice(t *testing.T) {\n  candidate := twice\n    type test struct {\n        actual   interface{}\n        expected interface{}\n    }\n'
+           '   tests := []test{\n     { actual: candidate(21), expected: 42 },\n   }\n\n    for i, tc := range tests {\n        t.Run(fmt.Sprintf("test num % d", i), '
+           'func(t *testing.T) {\n            if fmt.Sprintf("%v", tc.actual) != fmt.Sprintf("%v", tc.expected) {\n                t.Errorf("no")\n            }\n        })\n    }\n}\n',
+           "package main\n\nfunc twice(x int) int { return x + x }", "x + x"),
+    "rs": ("/// Twice.\nfn twice(x: isize) -> isize {\n", "}\n\nfn main() {\n    let candidate = twice;\n    assert_eq!(candidate(21), 42);\n}\n",
+           "fn twice(x: isize) -> isize { x + x }", "x + x"),
+    "rb": ("# Twice.\ndef twice(x)\n", "require 'test/unit'\nclass TestHumanEval < Test::Unit::TestCase\n  def test_twice\n    candidate = method(:twice)\n"
+           "    assert_equal(42, candidate.call(21))\n  end\nend\n", "def twice(x)\n  x + x\nend", "x + x"),
+    "lua": ("-- Twice.\nlocal function twice(x)\n", "lu = require('luaunit')\n\nTestHumanEval = {}\nfunction TestHumanEval:test_twice()\n    local candidate = twice\n"
+            "    lu.assertEquals(candidate(21), 42)\nend\n\nos.exit(lu.LuaUnit.run())", "local function twice(x)\n  return x + x\nend", "x + x"),
+    "js": ("//Twice.\nfunction twice(x){\n", "const assert = require('node:assert');\n\n\nfunction test() {\n  let candidate = twice;\n"
+           "  assert.deepEqual(candidate(21),42);\n}\n\ntest();", "function twice(x) { return x + x; }", "x + x"),
+    "ts": ("//Twice.\nfunction twice(x: number): number {\n", "declare var require: any;\nconst assert = require('node:assert');\n\n\nfunction test() {\n"
+           "  let candidate = twice;\n  assert.deepEqual(candidate(21),42);\n}\n\ntest();", "function twice(x: number): number { return x + x; }", "x + x"),
+    "php": ("<?php\n// Twice.\nfunction twice($x) {\n", "}\n\nfunction candidate(...$args) {\n    return twice(...$args);\n}\n\nfunction test(): void {\n"
+            "    if (candidate(21) !== 42) { throw new Exception(\"Test failed!\"); }\n}\n\ntest();", "<?php\nfunction twice($x) { return $x + $x; }\n?>", "$x + $x"),
+    "sh": ("#!/bin/bash\n# Twice.\ntwice() {\n", "}\n\ncandidate() {\n    twice \"$@\"\n}\n\nset -e\nrun_test() {\n    [[ $(candidate \"21\") = \"42\" ]]\n}\n\nrun_test",
+           "twice() {\n  echo $(($1 + $1))\n}", "$1 + $1"),
+    "r": ("# Twice.\ntwice <- function(x) {", "test_humaneval <- function() {\ncandidate <- twice\n    if(!identical(candidate(21), 42)){quit('no', 1)}\n}\ntest_humaneval()",
+          "twice <- function(x) { x + x }", "x + x"),
+    "rkt": ("#lang racket\n\n;; Twice.\n(define (twice x)\n", "(require rackunit)\n\n(define (test-humaneval)\n\n  (let (( candidate twice))\n"
+            "    (check-within (candidate 21) 42 0.001)\n))\n\n(test-humaneval)", "#lang racket\n(define (twice x) (+ x x))", "(+ x x)"),
+    "pl": ("# Twice.\nsub twice {\n    my($x) = @_;\n", "}\nuse Test::Deep;\n\n\nsub testhumaneval {\n    my $candidate = \\&twice;\n"
+           '        if(eq_deeply($candidate->(21),42)) {\n        print "ok!" }else{\n        exit 1;\n        }\n}\n\ntesthumaneval();', "sub twice { my($x) = @_; $x + $x }", "$x + $x"),
+}  # fmt: skip
+
+
+def test_multipl_e(tmp_path, box):
+    rows = [{"name": f"HumanEval_0_twice_{p}", "language": p, "prompt": prompt, "tests": tests, "doctests": "keep", "stop_tokens": []}
+            for p, (prompt, tests, *_) in MULTIPL_E_FILES.items()]  # fmt: skip
+    jobs, expected = [], []
+    for record, (name, (_, _, right, slip)) in zip(
+        bring(tmp_path, "multipl-e", *rows), MULTIPL_E_FILES.items(), strict=True
+    ):
+        language = data.public_language(name)
+        assert list(record["harness"]) == [language]
+        if language in sandbox.installed():
+            wrong = right.replace(
+                slip,
+                slip.replace("x", "1", 1).replace("$$", "$").replace("$1", "1", 1) if language != "php" else "$x + 1",
+            )
+            jobs += [data.job(record, language, right), data.job(record, language, wrong)]
+            expected += [(name, True), (name, False)]
+    results = box.map(jobs)
+    got = [(name, r.passed) for (name, _), r in zip(expected, results, strict=True)]
+    assert got == expected, [
+        (name, r) for (name, passed), r in zip(expected, results, strict=True) if r.passed != passed
+    ]
+
+
 LEFT_OUT = {  # (format, what of its row differs): the reason that is said
     "its own checker": ("codeforces", CODEFORCES | {"generated_checker": "def check(): ..."}, "a checker of its own"),
     "interaction": ("codeforces", CODEFORCES | {"interaction_format": "Ask."}, "interactive"),
@@ -293,6 +353,11 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
     ledger = json.loads((tmp_path / "kept/dropped.json").read_text())
     reasons = {(d["id"], d["what"]): d["why"] for d in ledger}
     assert reasons["lists its answers", "program in python"] == "lists its tests' answers"
+    calls = sandbox.demands(record := bring(tmp_path, "taco", *FORMATS["taco"][0])[0]).harness["python"]
+    record["tests"] = [{"stdin": json.dumps([[k], [2 * k]])} for k in (11, 22)]
+    listing = "def twice(x):\n    return {11: 22, 22: 44}[x]"
+    assert "«answer»" in calls and not data.hard_coded(record)
+    assert data.hard_coded(record | {"solutions": {"python": listing}}) == {"python"}
     assert reasons["one is wrong", "program in python"] == "fails its tests: wrong_answer"
     assert reasons["a faulty test", "test 4"] == "no program passes it"
     assert reasons["none is right", "record"] == "none of its programs is right" and len(ledger) == 5
