@@ -116,7 +116,8 @@ def test_hostile_as_ordinary_user(level, tmp_path_factory):
     python = _python_for_all()
     if python is None:
         pytest.skip("no python that other users can run")
-    sandbox._warm("cpp", level)  # to be shared, not made once more
+    for language in ("cpp", "javascript", "typescript"):
+        sandbox._warm(language, level)  # to be shared, not made once more
     place = Path(f"/tmp/ordinary-{os.getpid()}-{level}")
     try:
         (place / "tests").mkdir(parents=True)
