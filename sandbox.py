@@ -45,8 +45,8 @@ use of up to the limits by every worker at once (workers x memory should fit the
 neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks; without control
 groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process, and for 8 that wait to be
 accepted), nor the processor time of children that live for less than a look and that nobody waits for, until
-the wall limit, and memory mapped to be shared counts as used in full; with or without, locks on parts of files take
-kernel memory that nothing counts; at level `landlock`, nothing counts what is in files that have no name and are
+the wall limit, and memory mapped to be shared counts as used in full, unless a second thread swaps its descriptor
+between the look and the mapping; with or without, locks on parts of files take kernel memory that nothing counts; at level `landlock`, nothing counts what is in files that have no name and are
 only mapped, or on their way through a socket.
 """
 
