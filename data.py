@@ -1884,8 +1884,13 @@ class Mixture:
         """Record number i of the passes, in the same order in every arm."""
         return self.records[pick(f"{self.seed} sft", i, len(self.records))]
 
-    def any_words(self, record: dict, rng: random.Random) -> str:
-        """The statement as some SFT PL's people word it: each different text is as likely."""
+    def any_words(self, record: dict, language: str, rng: random.Random) -> str:
+        """The statement as some SFT PL's people word it: each different text is as likely.
+
+        A record with a harness states the signature in the PL that is asked for, which none of the others can replace.
+        """
+        if "harness" in record:
+            return statement(record, language)
         return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
 
 
@@ -1929,21 +1934,21 @@ def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
     """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
     record = m.record(i)
     language = home(record.get("function", record["id"]), m.sft)
-    return example(m.tokenizer, record, m.any_words(record, rng), [language])
+    return example(m.tokenizer, record, m.any_words(record, language, rng), [language])
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     """Each function in all SFT PLs, one example after the other, with one statement for all of them."""
     number = i // len(m.sft)
     record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
-    text, order = m.any_words(record, lot), lot.sample(m.sft, len(m.sft))
-    return example(m.tokenizer, record, text, [order[i % len(m.sft)]])
+    language = lot.sample(m.sft, len(m.sft))[i % len(m.sft)]
+    return example(m.tokenizer, record, m.any_words(record, language, lot), [language])
 
 
 def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
     """Each function in all SFT PLs in one answer."""
     record = m.record(i)
-    return example(m.tokenizer, record, m.any_words(record, rng), rng.sample(m.sft, len(m.sft)))
+    return example(m.tokenizer, record, m.any_words(record, m.sft[0], rng), rng.sample(m.sft, len(m.sft)))
 
 
 MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}

@@ -364,6 +364,11 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
     held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
     taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
+    there, records = len(records), [r for r in records if all(data.gradable(r, p) for p in taught)]
+    if len(records) < there:
+        print(f"{there - len(records)} of {there} RL problems left out: no tests in each of {', '.join(taught)}")
+    if not records:
+        raise ValueError(f"{s.data}: no RL problem has tests in each of {', '.join(taught)}; give other --languages")
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or taught, {}
     check_lengths(sampler.model, tokenizer, records, [[p] for p in taught], s.max_new_tokens)
     check_lengths(sampler.model, tokenizer, held, [[p] for p in languages], s.eval_tokens)
