@@ -777,7 +777,10 @@ def test_cli_check_answers_at_once_and_can_be_interrupted(tmp_path):
     rows = [{**row, "program": "print(1)"}, *[{**row, "program": "import time; time.sleep(2)"}] * 50]
     (tmp_path / "programs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [sys.executable, str(ROOT / "sandbox.py"), "check", str(tmp_path / "programs.jsonl"), "--workers", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+    heed = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # which a job in the background does not
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heed) as done:
         assert json.loads(done.stdout.readline())["verdict"] == "ok"
         done.send_signal(signal.SIGINT)
         _, errors = done.communicate(timeout=60)
