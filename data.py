@@ -528,6 +528,7 @@ def humanevalpack(row: Row) -> dict:
 
 
 def mbxp(row: Row) -> dict:
+    """A row of MBXP, multilingual HumanEval or HumanEval-XL, which share their fields."""
     task, number = row("task_id").split("/")[:2]
     name = f"{'MBXP' if task.startswith('MB') else 'HumanEval'}/{number}"
     if row("natural_language", str, ""):
@@ -553,6 +554,7 @@ def multipl_e(row: Row) -> dict:
 
 
 def xcodeeval(row: Row) -> dict:
+    """A row of one of its three files: the tests of a problem, a program, or the problem's description."""
     name = row("src_uid")
     if "unittests" in row:
         return {"id": name} | cases((t["input"], t["output"]) for t in row("unittests", list))
@@ -571,6 +573,7 @@ def xcodeeval(row: Row) -> dict:
 
 
 def codeforces(row: Row) -> dict:
+    """A row of open-r1/codeforces, or of its submissions."""
     if "source" in row:
         if row("verdict") != "OK":
             raise LeftOut(f"programs: verdict {row('verdict')}")
@@ -592,6 +595,7 @@ def codeforces(row: Row) -> dict:
 
 
 def codecontests(row: Row) -> dict:
+    """A row of CodeContests: a problem with its tests and its solutions in up to four PLs."""
     if row("input_file", str, "") or row("output_file", str, ""):
         raise LeftOut("reads a file")
     pairs, seconds, solutions = [], row("time_limit", dict, {}), {}

@@ -46,8 +46,9 @@ neither control groups nor a spare processor, memory can overshoot for the 20 ms
 groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process, and for 8 that wait to be
 accepted), nor the processor time of children that live for less than a look and that nobody waits for, until
 the wall limit, and memory mapped to be shared counts as used in full, unless a second thread swaps its descriptor
-between the look and the mapping; with or without, locks on parts of files take kernel memory that nothing counts; at level `landlock`, nothing counts what is in files that have no name and are
-only mapped, or on their way through a socket.
+between the look and the mapping; with or without, locks on parts of files take kernel memory that nothing counts;
+at level `landlock`, nothing counts what is in files that have no name and are only mapped, or on their way through
+a socket.
 """
 
 import contextlib
@@ -1310,6 +1311,7 @@ class _Warden:
         return self.group.used() - self.group.used_before if self.group else watch.used(members)
 
     def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
+        """Whether the run uses more than its limit; looks closely, at what is shared, only where it may."""
         limit, used = watch.step["memory"] << 20, max(watch.shared, sum(_each(_memory, members)))
         if used > limit:
             owners: list[int] = []
@@ -1691,6 +1693,7 @@ class _LandlockWarden(_Warden):
             _remove_all(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
     def confine(self, step: dict) -> None:
+        """In the program's own process, before it starts: limits, and at this level Landlock."""
         # The kernel counts all processes of a user: those there are, and what every worker may start.
         crowd = 0 if self.uid else _tasks_of(os.getuid()) + step["processes"] * (self.workers - 1)
         _set_limits({**step, "processes": step["processes"] + crowd}, self.files)
