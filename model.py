@@ -18,7 +18,7 @@ Choices:
    at start[t] .. t. Without it a row is one document; attention is causal, so pads after a row's
    end change nothing before it, and what stands there is not to be read.
 2. Log-probs are computed only where `targets` counts, a chunk of positions at a time, and again in
-   the backward pass: no tensor of B x T x V numbers ever exists.
+   the backward pass: no tensor of B x T x V numbers ever exists, unless it is small.
 3. The sampler draws from softmax(logits / temperature) over all ids that the tokenizer has: the trainer scores
    the distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
 4. The device alone decides how: a GPU runs the Triton kernels, a CPU torch's own operations, and each
@@ -61,7 +61,8 @@ from data import write_atomically
 
 IGNORE = -100  # a target that does not count
 CHUNK = 512  # positions per chunk of log-probs: 512 x 128,256 float32 logits are 263 MB
-GPU_CHUNK = 4096  # the same on a GPU, where larger products are faster: 1.05 GB in bfloat16
+KEPT = 1 << 22  # so many logits (16 MB) are kept for the backward pass, more are computed again
+GPU_CHUNK = 4096  # the positions of a chunk on a GPU, where larger products are faster: 1.05 GB in bfloat16
 STRIDE = 4  # decoding steps between two looks at which rows have finished
 PREFILL_TOKENS = 16384  # prompt tokens per prefill pass, which bounds its activations
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -927,7 +928,9 @@ def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-    """`score_chunk`, some rows at a time; kept for the backward pass are the arguments alone, never (N, V) logits."""
+    """`score_chunk`, some rows at a time; unless they are few, logits are computed again in the backward pass, not kept."""
+    if not on_kernels(hidden) and len(hidden) * len(weight) <= KEPT:
+        return score_chunk(hidden, weight, targets, temperature)
     one, size = (FusedScore.apply, GPU_CHUNK) if on_kernels(hidden) else (partial(again, score_chunk), CHUNK)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     parts = [one(h, weight, t, temperature) for h, t in chunks]

@@ -79,6 +79,7 @@ def test_the_table_holds_what_an_update_really_needs(monkeypatch, flags):
     """Two micro-batches and the step, in bfloat16: no more than the table says, and not much less."""
     for module in (model, memory):
         monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(model, "KEPT", 0)
     shape = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "tie_word_embeddings": False}
     config, tokens = Config(**shape, num_hidden_layers=12), 96
     chosen = {"recompute": "--recompute" in flags, "micro_tokens": tokens, "precision": "bfloat16"}

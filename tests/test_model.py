@@ -216,8 +216,9 @@ def test_scores_and_gradients_equal_a_plain_float64_log_softmax(temperature, tie
 def test_the_chunk_size_changes_nothing(monkeypatch):
     ours, tokens = tiny(), ids(2, 40)
     results = []
-    for chunk in (1, 7, 78, 512):
+    for chunk, kept in ((1, 0), (7, 0), (78, 0), (512, 0), (512, 1 << 22)):
         monkeypatch.setattr(model_py, "CHUNK", chunk)
+        monkeypatch.setattr(model_py, "KEPT", kept)
         ours.zero_grad()
         logprobs, entropy = ours(tokens, shifted(tokens))
         logprobs.sum().backward()
@@ -229,6 +230,7 @@ def test_the_chunk_size_changes_nothing(monkeypatch):
 
 def test_no_tensor_of_all_logits_exists(monkeypatch):
     monkeypatch.setattr(model_py, "CHUNK", 8)
+    monkeypatch.setattr(model_py, "KEPT", 0)
     ours, tokens, sizes = tiny(), ids(4, 32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         logprobs, _ = ours(tokens, shifted(tokens))
