@@ -31,7 +31,8 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
 1. Splits are by behaviour: functions with equal outputs on fixed probe inputs are the same function,
    however they are written or worded. Base, SFT, dev and test have functions of their own; RL shares SFT's.
 2. `base` stands in for a general model, which knows every PL and follows instructions but has not seen equal
-   programs: each function in exactly one PL, each operation in every PL, worded as the PL's community does.
+   programs: each function in exactly one PL, each operation in every PL, worded as the PL's community does; the
+   source PL has twice as many as any other.
    Reserved wordings occur there in a few documents of the source PL, so that RL has something to reinforce.
 3. The arms differ in one thing each. `source`: the source PL alone. `multi`: each function in one SFT PL, worded as
    its community does. `crossed`: the same, worded as any SFT community does: one wording meets several PLs.
@@ -1478,6 +1479,8 @@ class Corpus:
 
     def __init__(self, s: CorpusSettings):
         self.s, self.roles = s, corpus_roles(s)
+        # Base shows a function in one of these: in the source twice as often, for nobody else has its people's words.
+        self.homes = (self.roles.source, *self.roles.everything)
 
     def split_of(self, function: Function) -> str:
         """The split that a function belongs to, by its behaviour: each is in one alone, and RL shares train's."""
@@ -1496,7 +1499,7 @@ class Corpus:
         """A function of base with the operation `must` that is at home in `language`."""
         for _ in range(1000):
             function = self.draw(rng, "base", lengths, must)
-            if home(fingerprint(function), self.roles.everything) == language:
+            if home(fingerprint(function), self.homes) == language:
                 return function
         raise ValueError(f"found no function of base with {must} at home in {language}; allow longer ones")
 
@@ -1527,9 +1530,8 @@ class Corpus:
         rng, records = random.Random(f"{self.s.seed} base"), []
         for i in range(self.s.base):
             function = self.draw(rng, "base", self.s.lengths)
-            languages = self.roles.everything
-            if self.s.base_programs == "one":
-                languages = [home(fingerprint(function), languages)]
+            one = self.s.base_programs == "one"
+            languages = [home(fingerprint(function), self.homes)] if one else self.roles.everything
             records.append(self.document(f"base-{i}", function, languages, rng))
         shown = {(name, p) for r in records for name in r["operations"] for p in r["solutions"]}
         for name, language in itertools.product(OPERATIONS, self.roles.everything):
