@@ -1417,7 +1417,7 @@ class CorpusSettings:
     asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
-    weak: int = flag(150, "documents of base with a reserved wording, all in the source PL", least=0)
+    weak: int = flag(120, "documents of base with a reserved wording, all in the source PL", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
         "operations whose reserved wordings RL, dev and test use",
