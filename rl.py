@@ -117,7 +117,7 @@ class Settings(Hardware):
     out: str = flag("", "run folder (default: runs/rl-NAME for the model runs/NAME)")
     format: str = flag("", "prompt format (default: the starting model's)", choices=tuple(FORMATS))
     languages: tuple = flag((), "PLs in which RL runs, problem by problem in turn (default: the source PL)")
-    steps: int = flag(30, "rollout phases, each followed by its updates", least=1)
+    steps: int = flag(40, "rollout phases, each followed by its updates", least=1)
     prompts: int = flag(16, "problems per round of sampling, over all ranks, which must divide them", least=1)
     informative: int = flag(8, "sample until as many groups have spread, and train these alone; 0: off", least=0)
     rounds: int = flag(4, "most rounds of sampling in a step for that", least=1)
