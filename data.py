@@ -38,6 +38,7 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
    its community does. `crossed`: the same, worded as any SFT community does: one wording meets several PLs.
    `parallel`: each function in all SFT PLs, with one statement. `in-context`: the same in one answer.
    In all of them a share of the examples (`replay`) are base documents, the only place where an unseen PL occurs.
+   Records may lack SFT PLs: what an arm shows of them is in those that they have, at least two in `parallel`.
 4. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
    it stopped.
 """
@@ -146,8 +147,11 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
-def parse_record(line: str, where: str) -> dict:
-    """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`."""
+def parse_record(line: str, where: str, general: bool = False) -> dict:
+    """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`.
+
+    `general`: one of general data, whose `answer` to its `prompt` may be any text.
+    """
 
     def need(ok: bool, field: str, mend: str):
         if not ok:
@@ -162,8 +166,10 @@ def parse_record(line: str, where: str) -> dict:
         raise RecordError(f"{where}: not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
-    for name in ("id", "prompt"):
+    for name in ("prompt", "answer") if general else ("id", "prompt"):
         need(text(record.get(name)) and record[name], name, "give a text that is not empty")
+    if general:
+        return {"id": where, "prompt": record["prompt"], "answer": record["answer"].strip(), "solutions": {}}
     try:
         harness = sandbox.demands(record).harness
     except ValueError as error:
@@ -213,8 +219,8 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path}: not whole gzip or not UTF-8 ({error}); write the file again") from None
 
 
-def read_records(path: str | Path) -> list[dict]:
-    """All records of a JSONL file, plain or .gz; blank lines are passed over.
+def read_records(path: str | Path, general: bool = False) -> list[dict]:
+    """All records, or those of `general` data, of a JSONL file, plain or .gz; blank lines are passed over.
 
     Raises FileNotFoundError, or RecordError naming file, line, field and the mend.
     """
@@ -223,13 +229,27 @@ def read_records(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            records.append(parse_record(line, f"{path}:{number}"))
+            records.append(parse_record(line, f"{path}:{number}", general))
             name = records[-1]["id"]
             if (first := seen.setdefault(name, number)) != number:
                 raise RecordError(f"{path}:{number}: field 'id': {name!r} is also on line {first}; make it unique")
     if not records:
         raise RecordError(f"{path}: holds no record; give at least one line")
     return records
+
+
+def leave_out(records: Sequence[dict], faults: dict[str, str], what: str, mend: str, most: float = 1.0) -> list[dict]:
+    """The records, which are `what`, but for those whose ids have a fault; how many that are is printed.
+
+    ValueError with the mend if none is left, or more than the share `most` would go.
+    """
+    if faults:
+        first, why = next(iter(faults.items()))
+        text = f"{len(faults)} of {len(records)} {what}, the first record {first!r}: {why}"
+        if len(faults) == len(records) or len(faults) > most * len(records):
+            raise ValueError(f"too many to leave out: {text}; {mend}")
+        print(f"left out: {text}")
+    return [r for r in records if r["id"] not in faults]
 
 
 def read_split(folder: str | Path, name: str) -> list[dict]:
@@ -1777,8 +1797,8 @@ class Tokenizer:
 
 
 def ask(statement: str, languages: Sequence[str]) -> str:
-    """The prompt's text. The only prompt template: SFT, RL and evaluation all use it."""
-    return f"{statement.strip()}\nAnswer in {', '.join(languages)}."
+    """The prompt's text. The only prompt template: SFT, RL and evaluation all use it; general data names no PL."""
+    return statement.strip() + (f"\nAnswer in {', '.join(languages)}." if languages else "")
 
 
 def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
@@ -1831,16 +1851,16 @@ class Example:
 def example(tokenizer: Tokenizer, record: dict, text: str, languages: Sequence[str]) -> Example:
     """The statement `text` and the record's answer in the tokenizer's format; trained on answer and stop token."""
     prompt = tokenizer.prompt(text, languages)
-    response = [*tokenizer.encode(answer(record["solutions"], languages)), tokenizer.stop]
+    response = [*tokenizer.encode(answer(record["solutions"], languages) or record["answer"]), tokenizer.stop]
     return Example(prompt + response, len(prompt))
 
 
-def statement(record: dict, language: str) -> str:
-    """The record's statement as people who write in `language` word it."""
-    return record.get("prompts", {}).get(language, record["prompt"])
+def statement(record: dict, *languages: str) -> str:
+    """The record's statement as people who write in the PLs word it: each different text, one below the other."""
+    return "\n\n".join(dict.fromkeys(record.get("prompts", {}).get(p, record["prompt"]) for p in languages))
 
 
-def home(function: str, languages: Sequence[str]) -> str:
+def home(function: str, languages: Sequence):
     """The one of `languages` that a function (a hash of it, or an id) is shown in where it is shown in one."""
     return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
@@ -1850,7 +1870,8 @@ class Mixture:
     """Example number i of an endless mixture: `mixture[i]`, a function of the seed and i alone.
 
     `records` are for the arm, `documents` for base and its replay. `sft` are the SFT PLs, the source PL first.
-    Each pass over the records is shuffled anew. `statements` is the share of base documents that begin with one.
+    Each pass over the records is shuffled anew. `statements` is the share of base documents that begin with one,
+    `general_share` that of the examples that are `general` data.
     """
 
     name: str
@@ -1861,42 +1882,47 @@ class Mixture:
     seed: int = 0
     replay: float = 0.0
     statements: float = 0.7
-
-    def __post_init__(self):
-        if self.name not in MIXTURES:
-            raise ValueError(f"no mixture {self.name!r}; there are {', '.join(MIXTURES)}")
-        if not all(0 <= share <= 1 for share in (self.replay, self.statements)):
-            raise ValueError(f"replay {self.replay}, statements {self.statements}: shares are between 0 and 1")
-        needed = dict.fromkeys(itertools.chain(*self.answers()))
-        for record in self.records:
-            if missing := ", ".join(p for p in needed if p not in record["solutions"]):
-                raise RecordError(f"record {record['id']!r}: 'solutions' lacks {missing}; add it or leave the PL out")
+    general: Sequence[dict] = ()
+    general_share: float = 0.0
 
     def __getitem__(self, i: int) -> Example:
-        """Every (1 / replay)th example is a base document; the others are counted without them, so that
-        replay tears no group of parallel programs apart. Each arm replays the same documents."""
+        """Every (1 / general_share)th example is of general data, and of the rest every (1 / replay)th a base document;
+        the others are counted without them, so that neither tears a group of parallel programs apart. Each arm has
+        the same of both."""
+        before = int(i * self.general_share)
+        if int((i + 1) * self.general_share) > before:
+            record = self.general[pick(f"{self.seed} general", before, len(self.general))]
+            return example(self.tokenizer, record, record["prompt"], ())
+        i -= before
         before = 0 if self.name == "base" else int(i * self.replay)
         name, number = self.name, i - before
         if name != "base" and int((i + 1) * self.replay) > before:
             name, number = "base", before
         return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
 
-    def answers(self) -> list[tuple[str, ...]]:
-        """The PLs of each answer that the arm may show of a record."""
-        alone = [(p,) for p in self.sft]
-        return {"source": alone[:1], "in-context": [self.sft]}.get(self.name, alone)
+    def answers(self, record: dict) -> list[tuple[str, ...]]:
+        """The PLs of each answer that the arm may show of a record; none if it lacks those that the arm needs."""
+        own = tuple(p for p in self.sft[: 1 if self.name == "source" else None] if p in record["solutions"])
+        if self.name == "in-context":
+            return [own] if own else []
+        return [(p,) for p in own] if len(own) > (self.name == "parallel") else []
+
+    @functools.cached_property
+    def turns(self) -> tuple[int, ...]:
+        """How many answers the arm may show of each record."""
+        return tuple(len(self.answers(record)) for record in self.records)
 
     def record(self, i: int) -> dict:
         """Record number i of the passes, in the same order in every arm."""
         return self.records[pick(f"{self.seed} sft", i, len(self.records))]
 
-    def any_words(self, record: dict, language: str, rng: random.Random) -> str:
+    def any_words(self, record: dict, languages: Sequence[str], rng: random.Random) -> str:
         """The statement as some SFT PL's people word it: each different text is as likely.
 
-        A record with a harness states the signature in the PL that is asked for, which none of the others can replace.
+        A record with a harness states the signature in each PL that is asked for, which none of the others can replace.
         """
         if "harness" in record:
-            return statement(record, language)
+            return statement(record, *languages)
         return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
 
 
@@ -1908,6 +1934,12 @@ def _shuffle(seed: str, count: int) -> list[int]:
 def pick(seed: str, i: int, count: int) -> int:
     """Item i of an endless sequence of passes over range(count), each shuffled anew."""
     return _shuffle(f"{seed} {i // count}", count)[i % count]
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(seed: str, turns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """One pass, in which item k has turns[k] turns in a row: (place of its item in the pass, turn) of each."""
+    return [(place, turn) for place, k in enumerate(_shuffle(seed, len(turns))) for turn in range(turns[k])]
 
 
 def base(m: Mixture, i: int, rng: random.Random) -> Example:
@@ -1930,31 +1962,35 @@ def source(m: Mixture, i: int, rng: random.Random) -> Example:
 
 
 def multi(m: Mixture, i: int, rng: random.Random) -> Example:
-    """All SFT PLs, each function in one of them, in the words of that PL's community."""
+    """All SFT PLs, each function in one of those it has, in the words of that PL's community."""
     record = m.record(i)
-    language = home(record.get("function", record["id"]), m.sft)
-    return example(m.tokenizer, record, statement(record, language), [language])
+    languages = home(record.get("function", record["id"]), m.answers(record))
+    return example(m.tokenizer, record, statement(record, *languages), languages)
 
 
 def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
     """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
     record = m.record(i)
-    language = home(record.get("function", record["id"]), m.sft)
-    return example(m.tokenizer, record, m.any_words(record, language, rng), [language])
+    languages = home(record.get("function", record["id"]), m.answers(record))
+    return example(m.tokenizer, record, m.any_words(record, languages, rng), languages)
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each function in all SFT PLs, one example after the other, with one statement for all of them."""
-    number = i // len(m.sft)
+    """Each function in all SFT PLs that it has, one example after the other, with one statement for all of them."""
+    passes, i = divmod(i, sum(m.turns))
+    place, turn = _turns(f"{m.seed} sft {passes}", m.turns)[i]
+    number = passes * len(m.records) + place
     record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
-    language = lot.sample(m.sft, len(m.sft))[i % len(m.sft)]
-    return example(m.tokenizer, record, m.any_words(record, language, lot), [language])
+    languages = lot.sample(m.answers(record), len(m.answers(record)))[turn]
+    return example(m.tokenizer, record, m.any_words(record, languages, lot), languages)
 
 
 def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each function in all SFT PLs in one answer."""
+    """Each function in all SFT PLs that it has in one answer."""
     record = m.record(i)
-    return example(m.tokenizer, record, m.any_words(record, m.sft[0], rng), rng.sample(m.sft, len(m.sft)))
+    [languages] = m.answers(record)
+    text = m.any_words(record, languages, rng)
+    return example(m.tokenizer, record, text, rng.sample(languages, len(languages)))
 
 
 MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}

@@ -70,7 +70,7 @@ import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
 from model import PREFILL_TOKENS, Config, Llama, generate, wide
-from sft import DTYPES, World, check_lengths, collate, newest_checkpoint, open_checkpoint, pack, starting_point
+from sft import DTYPES, World, collate, fitting, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -320,11 +320,8 @@ def represent(model: Llama, rows: Sequence[tuple[list[int], int]], budget: int =
     """rows (tokens, first) -> the residual stream's mean over tokens[first:] at each layer, (len(rows), L, D).
 
     Float32 (float64 for such a model), on the CPU. Rows are packed into forward passes of `budget` tokens.
-    ValueError for a row longer than the model's positions.
     """
-    lengths, limit = [len(tokens) for tokens, _ in rows], model.config.max_position_embeddings
-    if max(lengths) > limit:
-        raise ValueError(f"a program of {max(lengths)} tokens, the model takes {limit}; leave its record out")
+    lengths = [len(tokens) for tokens, _ in rows]
     vectors: list[list[Tensor]] = [[] for _ in rows]  # of each row, its layers
 
     def keep(module, inputs, stream: Tensor) -> None:
@@ -792,6 +789,14 @@ def choose_records(folder: str, split: str, problems: int, by: str = "kind") -> 
     return [r for records in kinds.values() for r in records[: problems or None]]
 
 
+def count_untested(records: Sequence[dict], languages: Sequence[str]) -> None:
+    """Says how many problems have no tests in a PL, where `evaluate` passes them over."""
+    counts = {p: sum(not data.gradable(r, p) for r in records) for p in languages}
+    if any(counts.values()):
+        missing = ", ".join(f"{n} in {p}" for p, n in counts.items() if n)
+        print(f"left out: of {len(records)} held-out problems without tests {missing}")
+
+
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
     """The sandbox of this rank: `s.workers` programs at a time, or its share of the cores."""
     workers = s.workers or max(1, len(os.sched_getaffinity(0)) // world.local_size)
@@ -805,7 +810,6 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
-            check_lengths(model, tokenizer, records, [[p] for p in languages], s.max_new_tokens)
             job = (model, tokenizer, records, languages, box, world)
             greedy[name] = evaluate(*job, name=name, **shared)
             chosen[name] = choose(model, tokenizer, records, languages, world, s.by)
@@ -854,12 +858,16 @@ def evaluate_models(s: Settings) -> list[dict]:
         wanted, measures, cells, added, pairs = wanted_languages(s, roles), {}, [], [], {}
         if s.representations and len(wanted) < 2:
             raise ValueError("--representations: compares PLs; name two or more with --languages")
+        languages = present_languages(wanted) if s.sampling else []
+        count_untested(records, languages)
+        asked = [(s.max_new_tokens, lambda _: [[p] for p in languages])] * s.sampling
+        asked += [(0, lambda r: [[p] for p in wanted if p in r["solutions"]])] * s.representations
         for folder in models.values():  # what is missing shows before the long work, as does a place for the results
-            Config.load(folder)
-            Tokenizer(folder, s.format)
+            limit, tokenizer = Config.load(folder).max_position_embeddings, Tokenizer(folder, s.format)
+            for budget, answers in asked:  # every model gets the same problems
+                records = fitting(tokenizer, limit, records, answers, "held-out problems", budget)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=s.out).close()
-        languages = present_languages(wanted) if s.sampling else []
         # A forward pass over short texts: the first rank does it alone, and before the long work, since it may refuse.
         if s.representations and not world.rank:
             added, pairs = measure_representations(s, world, models, records, roles, wanted)

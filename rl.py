@@ -45,7 +45,7 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
-from eval import Rollout, choose_records, estimate, evaluate, grade, open_sandbox, sample
+from eval import Rollout, choose_records, count_untested, estimate, evaluate, grade, open_sandbox, sample
 from model import IGNORE, Llama
 from sft import (
     Hardware,
@@ -53,7 +53,7 @@ from sft import (
     Row,
     Run,
     World,
-    check_lengths,
+    fitting,
     flops,
     open_checkpoint,
     shard_model,
@@ -364,14 +364,14 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
     held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
     taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
-    there, records = len(records), [r for r in records if all(data.gradable(r, p) for p in taught)]
-    if len(records) < there:
-        print(f"{there - len(records)} of {there} RL problems left out: no tests in each of {', '.join(taught)}")
-    if not records:
-        raise ValueError(f"{s.data}: no RL problem has tests in each of {', '.join(taught)}; give other --languages")
     languages, known = [sandbox.canonical(p) for p in s.eval_languages] or taught, {}
-    check_lengths(sampler.model, tokenizer, records, [[p] for p in taught], s.max_new_tokens)
-    check_lengths(sampler.model, tokenizer, held, [[p] for p in languages], s.eval_tokens)
+    why = f"no tests in each of {', '.join(taught)}"
+    untested = {r["id"]: why for r in records if not all(data.gradable(r, p) for p in taught)}
+    records = data.leave_out(records, untested, "RL problems", "give other --languages")
+    count_untested(held, languages)
+    limit = sampler.model.config.max_position_embeddings
+    records = fitting(tokenizer, limit, records, lambda _: [[p] for p in taught], "RL problems", s.max_new_tokens)
+    held = fitting(tokenizer, limit, held, lambda _: [[p] for p in languages], "held-out problems", s.eval_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=True if world.rank else None)
 
     def evaluation() -> dict:

@@ -36,7 +36,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -403,35 +403,42 @@ def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, forma
     return model, tokenizer
 
 
-def check_lengths(
-    model: Llama, tokenizer: Tokenizer, records: Sequence[dict], answers: Sequence[Sequence[str]] = (), budget: int = 0
-) -> None:
-    """ValueError naming the first record whose prompt and answer the model's positions do not hold.
+LEFT_OUT = 0.5  # of the records, at most, for their length
 
-    `answers`: the PLs of each answer that is asked for; by default each PL that the record has alone. An answer has
-    `budget` tokens, or with 0 as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a
-    token has at least one byte, and a format's template is longer than the tokens that it puts around a text.
+
+def fitting(
+    tokenizer: Tokenizer, limit: int, records: Sequence[dict], answers: Callable[[dict], Sequence[Sequence[str]]],
+    what: str, budget: int = 0,
+) -> list[dict]:  # fmt: skip
+    """The records, which are `what`, whose prompts and answers `limit` positions hold; more than LEFT_OUT must.
+
+    `answers`: the PLs of each answer that is asked for. An answer has `budget` tokens, or with 0 as many as the
+    record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
+    one byte, and a format's template is longer than the tokens that it puts around a text.
     """
-    limit = model.config.max_position_embeddings
-    mend = "leave it out or allow fewer new tokens" if budget else "leave it out"
-    for record in records:
+
+    def fault(record: dict) -> str:
         programs = record["solutions"] | record.get("commented", {})
-        for languages in answers or [[p] for p in programs]:
-            text = "" if budget else data.answer(programs, languages)
-            prompt = max([record["prompt"], *record.get("prompts", {}).values()], key=len)  # any of them may be asked
+        for languages in answers(record):
+            text = "" if budget else data.answer(programs, languages) or record["answer"]
+            texts = record["prompt"], *record.get("prompts", {}).values(), data.statement(record, *languages)
+            prompt = max(texts, key=len)  # any of them may be asked
             around = data.ask(prompt, languages) + FORMATS[tokenizer.format]
             if len((around + text).encode()) + budget > limit:
                 length, new = len(tokenizer.prompt(prompt, languages)), budget or len(tokenizer.encode(text)) + 1
                 if length + new > limit:
-                    what = f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
-                    raise ValueError(f"record {record['id']!r}: {what}; {mend}")
+                    return f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
+        return ""
+
+    mend = f"give shorter ones{', allow fewer new tokens' if budget else ''} or take a model that takes more"
+    return data.leave_out(records, {r["id"]: why for r in records if (why := fault(r))}, what, mend, LEFT_OUT)
 
 
-def digest(folder: str | Path, splits: Sequence[str]) -> str:
-    """Of the bytes of `splits` and of languages.json in a data folder."""
+def digest(folder: str | Path, splits: Sequence[str], *files: Path) -> str:
+    """Of the bytes of `splits` and of languages.json in a data folder, and of `files`."""
     paths = [p for name in splits for p in sorted(Path(folder).glob(f"{name}.jsonl*"))]
     total = hashlib.sha256()
-    for path in (*paths, Path(folder) / "languages.json"):
+    for path in (*paths, Path(folder) / "languages.json", *files):
         total.update(path.read_bytes())
     return total.hexdigest()
 
@@ -500,13 +507,13 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self, *splits: str) -> tuple[Path | None, dict | None]:
-        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run, which reads `splits`.
+    def start(self, *splits: str, files: Sequence[Path] = ()) -> tuple[Path | None, dict | None]:
+        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run. It reads `splits` and `files`.
 
         ValueError if the checkpoint was made with other settings or other data: it would not be the same run.
         """
         self.lock()
-        self.data = digest(self.settings.data, splits)
+        self.data = digest(self.settings.data, splits, *files)
         checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
         if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
@@ -618,6 +625,10 @@ class Settings(Hardware):
     weight_decay: float = flag(0.1, "AdamW's decay of matrices", least=0)
     replay: float = flag(0.3, "share of an arm's examples that are base documents", least=0, most=1)
     statements: float = flag(0.7, "share of base documents that begin with a statement", least=0, most=1)
+    general: str = flag("", 'JSONL file of general data to mix in: any {"prompt": text, "answer": text} a line')
+    general_share: float = flag(
+        0.1, "share of the examples that are from GENERAL; replay is of the rest", least=0, most=1
+    )
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all", least=0)
     eval_every: int = flag(500, "updates between two measurements of the held-out loss", least=1)
     eval_problems: int = flag(32, "held-out problems for the loss", least=1)
@@ -651,9 +662,31 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
     return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
-def held_out_rows(s: Settings, tokenizer: Tokenizer) -> dict[str, list[Row]]:
+def each_alone(record: dict) -> list[tuple[str, ...]]:
+    """The record's PLs, an answer in each; of general data, whose answer is in none, one."""
+    return [(p,) for p in record["solutions"]] or [()] * ("answer" in record)
+
+
+def choose_examples(m: Mixture, limit: int) -> Mixture:
+    """The mixture without what lacks the PLs that it needs, or has more tokens than `limit`."""
+
+    def chosen(records: Sequence[dict], answers: Callable, what: str) -> list[dict]:
+        there = {r["id"]: ", ".join(r["solutions"]) or "none" for r in records if not answers(r)}
+        lacking = {name: f"too few programs in SFT PLs for {m.name}; it has {own}" for name, own in there.items()}
+        records = data.leave_out(records, lacking, what, "add programs, or give another --mixture")
+        return fitting(m.tokenizer, limit, records, answers, what)
+
+    return replace(
+        m,
+        records=chosen(m.records, m.answers, "training problems"),
+        documents=chosen(m.documents, each_alone, "base documents"),
+        general=chosen(m.general, each_alone, "general examples"),
+    )
+
+
+def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Row]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
-    records = data.read_split(s.data, "dev")
+    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each_alone, "held-out problems")
     records = [r for r in records if r.get("kind") == records[0].get("kind")]
     rows = defaultdict(list)
     for record in records[: s.eval_problems]:
@@ -717,9 +750,8 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
 def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     """The updates, from where `run` is."""
     tokenizer, stopping = mixture.tokenizer, False
-    check_lengths(learner.model, tokenizer, mixture.documents)
-    check_lengths(learner.model, tokenizer, mixture.records, mixture.answers())
-    held, updates = held_out_rows(s, tokenizer), math.ceil(s.tokens / s.batch)
+    held = held_out_rows(s, tokenizer, learner.model.config.max_position_embeddings)
+    updates = math.ceil(s.tokens / s.batch)
     quiet = True if run.world.rank else None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
     while run.step < updates and not stopping:
@@ -752,13 +784,17 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        roles, records = data.read_roles(s.data), data.read_split(s.data, "train")[: s.problems or None]
-        documents = data.read_split(s.data, "base") if s.replay or s.mixture == "base" else []
-        source, optimizer = run.start("base", "train", "dev")
+        roles, base = data.read_roles(s.data), s.mixture == "base"
+        records = [] if base else data.read_split(s.data, "train")[: s.problems or None]
+        documents = data.read_split(s.data, "base") if s.replay or base else []
+        general = data.read_records(s.general, general=True) if s.general else []
+        source, optimizer = run.start("base", "train", "dev", files=[Path(s.general)] * bool(s.general))
         if s.model and not source:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
         model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
-        mixture = Mixture(s.mixture, records, documents, tokenizer, roles.sft, s.seed, s.replay, s.statements)
+        shares = s.replay, s.statements, general, s.general_share if general else 0.0
+        mixture = Mixture(s.mixture, records, documents, tokenizer, roles.sft, s.seed, *shares)
+        mixture = choose_examples(mixture, model.config.max_position_embeddings)
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
         learner.restore(optimizer)
         loop(s, run, learner, mixture)

@@ -494,17 +494,107 @@ def test_only_replay_shows_unseen_pls(runs):
         assert {p for e in itertools.chain(*shown[arm]) if e.replayed for p in e.languages} >= set(SMALL.unseen)
 
 
-def test_a_record_without_a_pl_that_is_shown_is_refused(tokenizer):
-    sft_pls = ("python", "ruby")
-    for name in ("parallel", "multi", "crossed", "in-context"):
-        with pytest.raises(data.RecordError, match="record 'a': 'solutions' lacks ruby;"):
-            data.Mixture(name, [GOOD], [], tokenizer, sft_pls)
-    source = data.Mixture("source", [GOOD], [], tokenizer, sft_pls)
-    for share in ({"replay": 30}, {"replay": -1}, {"statements": 2}):
-        with pytest.raises(ValueError, match="shares are between 0 and 1"):
-            replace(source, **share)
-    with pytest.raises(ValueError, match="no mixture 'both'; there are base, source"):
-        replace(source, name="both")
+PARTLY = {
+    "a": "ruby python javascript",
+    "b": "python ruby",
+    "c": "ruby",
+    "d": "lua",
+    "e": "javascript lua ruby",
+    "f": "",
+}
+
+
+def partly(**more):
+    """Records in some PLs each; a statement names record and PL, as does a program."""
+    for name, pls in PARTLY.items():
+        solutions, prompts = ({p: f"{name} {what} {p}" for p in pls.split()} for what in ("program", "states"))
+        yield {"id": name, "prompt": name, "solutions": solutions, "prompts": prompts, **more}
+
+
+@pytest.mark.parametrize(
+    "arm, shown",  # what a pass shows: PLs of each example, by record
+    [
+        ("source", {"a": ["python"], "b": ["python"]}),
+        ("parallel", {"a": ["javascript", "python", "ruby"], "b": ["python", "ruby"], "e": ["javascript", "ruby"]}),
+        ("multi", {"a": 1, "b": 1, "c": 1, "e": 1}),
+        ("crossed", {"a": 1, "b": 1, "c": 1, "e": 1}),
+        (
+            "in-context",
+            {"a": ["javascript python ruby"], "b": ["python ruby"], "c": ["ruby"], "e": ["javascript ruby"]},
+        ),
+    ],
+)
+def test_records_that_lack_pls_are_shown_in_those_that_they_have(tokenizer, capsys, arm, shown):
+    m = data.Mixture(arm, list(partly(harness={})), [], tokenizer, SMALL.sft)
+    m, first = sft.choose_examples(m, 1024), next(name for name in PARTLY if name not in shown)
+    said = f"left out: {6 - len(shown)} of 6 training problems, the first record {first!r}: too few programs in SFT PLs for {arm}; it has "
+    assert capsys.readouterr().out == f"{said}{', '.join(PARTLY[first].split())}\n"
+    size = sum(each if isinstance(each, int) else len(each) for each in shown.values())
+    for start in range(0, 3 * size, size):
+        found = []
+        for e in (m[i] for i in range(start, start + size)):
+            blocks = programs(tokenizer, e)
+            name, pls = blocks[0][1].split()[0], {p for p, _ in blocks}
+            assert all(text == f"{name} program {p}" for p, text in blocks)
+            assert asked(tokenizer, e) == "\n\n".join(f"{name} states {p}" for p in SMALL.sft if p in pls)
+            found.append((name, " ".join(sorted(pls))))
+        groups = [(name, sorted(pls for _, pls in own)) for name, own in itertools.groupby(found, lambda x: x[0])]
+        assert len(groups) == len(shown)  # the examples of a record follow on each other
+        for name, own in groups:
+            one = len(own) == 1 and own[0] in SMALL.sft and own[0] in PARTLY[name].split()
+            assert one if shown[name] == 1 else own == shown[name]
+
+
+def test_a_mixture_that_no_record_has_the_pls_for_is_refused(tokenizer):
+    lone = [r for r in partly() if r["id"] in "cd"]
+    for arm, records, documents, what in [
+        (
+            "source",
+            lone,
+            [],
+            "2 of 2 training problems, the first record 'c': too few programs in SFT PLs for source; it has ruby",
+        ),
+        (
+            "parallel",
+            lone,
+            [],
+            "2 of 2 training problems, the first record 'c': too few programs in SFT PLs for parallel; it has ruby",
+        ),
+        ("multi", lone, [GOOD | {"solutions": {}}], "1 of 1 base documents, the first record 'a': .*; it has none"),
+    ]:
+        with pytest.raises(ValueError, match=f"too many to leave out: {what}; add programs"):
+            sft.choose_examples(data.Mixture(arm, records, documents, tokenizer, SMALL.sft), 1024)
+
+
+@pytest.mark.parametrize("arm, share", [("parallel", 0.25), ("base", 0.1), ("in-context", 0.0), ("source", 1.0)])
+def test_general_data_takes_its_share_and_moves_nothing_else(records, tokenizer, tmp_path, arm, share):
+    """Chat of any kind: no PL is asked for, the answer and its stop token are trained."""
+    lines = [{"prompt": f" Is {i} odd?", "answer": f"{'no yes'.split()[i % 2]}, {i}\n", "id": 3} for i in range(7)]
+    data.write_records(tmp_path / "chat.jsonl.gz", lines)
+    chat = data.read_records(tmp_path / "chat.jsonl.gz", general=True)
+    plain = mixture(records, tokenizer, arm, replay=0.3)
+    m, general = replace(plain, general=chat, general_share=share), []
+    for i in range(60):
+        e = m[i]
+        if tokenizer.decode(e.tokens).endswith((*"0123456",)):
+            general.append(tuple(e.tokens))
+            text = tokenizer.decode(e.tokens)
+            assert re.fullmatch(r"user\n\nIs (\d) odd\?assistant\n\n(no|yes), \1", text)
+            assert tokenizer.decode(e.tokens[e.start :]) in text and e.tokens[-1] == tokenizer.stop
+        else:
+            assert e == plain[i - len(general)]
+        assert len(general) == int((i + 1) * share)
+    assert all(len({*general[i : i + 7]}) == 7 for i in range(0, len(general) - 6, 7))  # each once in a pass
+
+
+@pytest.mark.parametrize(
+    "change, field", [({"prompt": ""}, "prompt"), ({"answer": None}, "answer"), ({"answer": "\ud800"}, "answer")]
+)
+def test_a_bad_line_of_general_data_is_named(tmp_path, change, field):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p", "answer": "a"} | c) + "\n" for c in ({}, change)))
+    with pytest.raises(data.RecordError, match=rf"chat\.jsonl:2: field '{field}': give a text"):
+        data.read_records(path, general=True)
 
 
 def test_base_shows_every_document_in_a_pass_and_states_a_share_of_them(records, tokenizer):

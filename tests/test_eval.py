@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -306,6 +307,35 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         evaluation.main(replace(s, max_new_tokens=4000))
 
 
+def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(corpus, tiny_folder, tmp_path, capsys):
+    ruby = {"harness": {"ruby": "«answer»\nputs '«word»'"}, "solutions": {}, "tests": [{"stdin": ""}]}
+    shutil.copytree(corpus, folder := tmp_path / "data")
+    records = data.read_split(corpus, "test")[:6]
+    records[1] |= ruby
+    records[2] = {k: v for k, v in records[2].items() if k != "prompts"} | {"prompt": 1000 * "long "}
+    records[3]["solutions"]["ruby"] += 1000 * "# long\n"
+    data.write_records(folder / "test.jsonl.gz", records)
+    s = evaluation.Settings(
+        models=(f"m={tiny_folder}",), data=str(folder), out=str(tmp_path / "out"), languages=("python", "ruby"),
+        max_new_tokens=4, device="cpu",
+    )  # fmt: skip
+    evaluation.main(s)
+    out = capsys.readouterr().out
+    assert "left out: of 6 held-out problems without tests 1 in python\n" in out
+    too_long = (
+        r"left out: 1 of 6 held-out problems, the first record 'test-own-2': a prompt of \d+ tokens and 4 new ones, .*"
+    )
+    assert re.search(too_long, out)
+    found = json.loads((tmp_path / "out/outcomes.json").read_text())["outcomes"]["greedy pass@1"]["m"]
+    asked = {p: [o["id"][-1] for o in found if o["language"] == p] for p in ("python", "ruby")}
+    assert asked == {"python": ["0", "3", "4", "5"], "ruby": ["0", "1", "3", "4", "5"]}
+    evaluation.main(replace(s, sampling=False, representations=True))
+    said = r"left out: 2 of 6 held-out problems, the first record 'test-own-2': a prompt of \d+ tokens and \d+ new ones, .*"
+    assert re.search(said, capsys.readouterr().out)
+    cells = json.loads((tmp_path / "out/eval.json").read_text())["cells"]
+    assert {c["problems"] for c in cells} == {3}  # nor is there a program in each PL of another
+
+
 def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(tokenizer, tiny, monkeypatch):
     class Broken(Counting):
         def map(self, jobs, **_):
@@ -520,8 +550,6 @@ def test_packed_programs_are_represented_as_each_by_itself(corpus, tokenizer, ti
     single = torch.cat([evaluation.represent(tiny, [row]) for row in rows])
     torch.testing.assert_close(evaluation.represent(tiny, rows, budget), single, atol=1e-6, rtol=1e-5)
     assert not any(m._forward_hooks for m in tiny.modules())
-    with pytest.raises(ValueError, match=r"a program of 1025 tokens, the model takes 1024; leave its record out"):
-        evaluation.represent(tiny, [([1] * 1025, 3)])
 
 
 def test_pairs_of_languages_have_parts_and_prompts_only_those_with_the_source():

@@ -4,6 +4,8 @@ import contextlib
 import copy
 import itertools
 import json
+import re
+import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -512,6 +514,43 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
     text = (tmp_path / "run/rollouts/step-1.txt").read_text()
     assert "--- ok, advantage +" in text and "--- wrong_answer, advantage -" in text
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 1
+
+
+def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
+    corpus, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    asked, real, ruby = (
+        [],
+        rl.sample,
+        {"harness": {"ruby": "«answer»\nputs '«word»'"}, "solutions": {}, "tests": [{"stdin": ""}]},
+    )
+    monkeypatch.setattr(rl, "grade", by_length)
+    monkeypatch.setattr(evaluation, "grade", by_length)
+    monkeypatch.setattr(rl, "sample", lambda *a, **how: asked.extend(r["id"] for r, _ in a[2]) or real(*a, **how))
+    shutil.copytree(corpus, folder := tmp_path / "data")
+    rl_records, dev = (data.read_split(corpus, name) for name in ("rl", "dev"))
+    rl_records = [rl_records[0] | ruby, *(r | {"prompt": 1000 * "long "} for r in rl_records[1:3]), *rl_records[3:6]]
+    data.write_records(folder / "rl.jsonl.gz", [{k: v for k, v in r.items() if k != "prompts"} for r in rl_records])
+    data.write_records(
+        folder / "dev.jsonl.gz", [dev[0] | ruby, dev[30], dev[60] | {"prompts": {"lua": 1000 * "long "}}]
+    )
+    rl.main(run_settings(folder, tiny_folder, tmp_path / "run", steps=1))
+    out = capsys.readouterr().out
+    assert {*asked} == {"rl-3", "rl-4", "rl-5"}
+    held = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["held_out"]
+    assert held.keys() == {"the source's words"}
+    for line in (
+        "left out: 1 of 6 RL problems, the first record 'rl-0': no tests in each of python",
+        "left out: of 3 held-out problems without tests 1 in python",
+        r"left out: 2 of 5 RL problems, the first record 'rl-1': a prompt of \d+ tokens and 12 new ones, the model takes 1024",
+        r"left out: 1 of 3 held-out problems, the first record 'dev-reserved-0': a prompt of \d+ tokens and 8 new ones, .*",
+    ):
+        assert re.search(rf"^{line}$", out, re.MULTILINE)
+    data.write_records(folder / "rl.jsonl.gz", [r | ruby for r in rl_records])
+    with pytest.raises(
+        ValueError, match=r"too many to leave out: 6 of 6 RL problems, .* no tests in each of .*; give other"
+    ):
+        rl.main(run_settings(folder, tiny_folder, tmp_path / "none"))
 
 
 @pytest.mark.parametrize("flag", ["--top-k", "--top-p"])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -497,18 +498,54 @@ def test_the_starting_models_tokenizer_is_used_and_weights_are_float32(corpus, t
 
 
 @pytest.mark.parametrize("name", data.MIXTURES)
-def test_a_record_longer_than_the_model_takes_is_named_before_the_first_update(corpus, tokenizer, tiny, tmp_path, name):
-    """The model takes one token less than the longest of 200 examples, which is not the first."""
-    m = replace(mixture(corpus, tokenizer), name=name)
-    lengths = [len(m[i].tokens) for i in range(200)]
-    tiny.config.max_position_embeddings = limit = max(lengths) - 1
-    assert lengths[0] <= limit
-    save(tiny, tmp_path / "short")
-    tokenizer.save(tmp_path / "short")
-    changes = {"mixture": name, "replay": 0.3, "model": str(tmp_path / "short"), "tokens": 500}
-    with pytest.raises(ValueError, match=rf"record '\w+-\d+': a prompt of .*, the model takes {limit}; leave it out"):
-        run(settings(corpus, tmp_path / "run", **changes))
-    assert not (tmp_path / "run/metrics.jsonl").read_text()
+def test_what_is_longer_than_the_model_takes_is_left_out(corpus, tokenizer, capsys, name):
+    """The model takes one token less than the longest of 100 examples."""
+    m = mixture(corpus, tokenizer)
+    m = replace(m, name=name, records=m.records[:50], documents=m.documents[:50], general=[])
+    assert sft.choose_examples(m, 1024) == m and not capsys.readouterr().out
+    limit = max(len(m[i].tokens) for i in range(100)) - 1
+    short, gone = sft.choose_examples(m, limit), 0
+    assert all(len(short[i].tokens) <= limit for i in range(200))
+    for line in capsys.readouterr().out.splitlines():
+        n, total, what = re.match(
+            rf"left out: (\d+) of (\d+) (.*), the first record '\w+-\d+': .*, the model takes {limit}$", line
+        ).groups()
+        before, after = (x.records if what == "training problems" else x.documents for x in (m, short))
+        assert (len(before) - len(after), len(before)) == (int(n), int(total))
+        gone += int(n)
+    assert gone == len(m.records) + len(m.documents) - len(short.records) - len(short.documents) > 0
+
+
+def test_no_more_than_half_of_the_records_are_left_out_for_their_length(corpus, tokenizer, capsys):
+    """Answers of 0 to 9 words more, a token each, and the model takes those of `words` more at most."""
+    general = [{"id": str(i), "prompt": "p", "answer": "so" + i * " so", "solutions": {}} for i in range(10)]
+    lengths = [len(data.example(tokenizer, r, "p", ()).tokens) for r in general]
+    m = replace(mixture(corpus, tokenizer), records=[], documents=[], general=general)
+    for words in (9, 7, 4):
+        assert sft.choose_examples(m, lengths[words]).general == general[: words + 1]
+        said = f"left out: {9 - words} of 10 general examples, the first record '{words + 1}': a prompt of "
+        assert capsys.readouterr().out.startswith(said) == (words < 9)
+    with pytest.raises(
+        ValueError, match=r"too many to leave out: 6 of 10 .*'4': .* new ones, .*; give shorter ones or take"
+    ):
+        sft.choose_examples(m, lengths[3])
+
+
+def test_general_data_is_trained_on_and_must_stay_the_same(corpus, tmp_path, monkeypatch, capsys):
+    rows, real, path = [], sft.accumulate, tmp_path / "chat.jsonl"
+    monkeypatch.setattr(sft, "accumulate", lambda ours, update: rows.extend(update) or real(ours, update))
+    path.write_text(
+        "".join(json.dumps({"prompt": "hi", "answer": text}) + "\n" for text in ("yes", "no", 5000 * "no "))
+    )
+    s = settings(corpus, tmp_path / "run", tokens=800, general=str(path), general_share=0.5)
+    run(s)
+    short = {tuple(data.Tokenizer(corpus).encode(text)) for text in ("yes", "no")}
+    assert sum(tuple(ids[start:-1]) in short for ids, start in rows) == len(rows) // 2 > 1
+    assert f"left out: 1 of 3 general examples, the first record '{path}:3': " in capsys.readouterr().out
+    (tmp_path / "run/summary.json").unlink()
+    path.write_text(path.read_text() + '{"prompt": "hi", "answer": "maybe"}\n')
+    with pytest.raises(ValueError, match="began with other records"):
+        run(s)
 
 
 @pytest.mark.parametrize("device", ["cudaa", "cuda:99"])
