@@ -14,41 +14,57 @@ From Python:
 
 A job may end with a record of data.py, whose comparison, limits and harness then count: see Demands.
 
-A program is compiled once and run once per test, by one small helper process per worker: the
-caller, which may hold a model and many threads, is never forked. The helper reports what a
-program wrote and how it ended. Whether that is right is decided in the caller, where the expected
-output stays: a program can't find it, and neither an early exit nor anything printed is a pass.
+**Who starts whom, and who may end whom.** Each starts the next and may end all that are to the right of it; none
+may end one to the left:
 
-What a program is kept from (each claim is a case in tests/sandbox_cases.py):
+    caller ─────────▶ helper ────────▶ runner ──────────▶ program ────────▶ its own processes
+    a Sandbox; owns   one a worker;    inside the         system calls
+    the tests         clears up        confinement        filtered, limited
+
+The caller, which may hold a model and many threads, is never forked. A helper only waits: when its socket to the
+caller closes, or its runner dies, it ends what is left and removes its folder. The runner writes a program, has it
+compiled once, and runs it once per test; it watches time, memory and files, ends every process that the program
+started, and reports what was written and how it ended. Whether that is right is decided in the caller, where the
+expected output stays: a program can't find it, and neither an early exit nor anything printed is a pass.
+
+**What a program is kept from** (each claim is a case in tests/sandbox_cases.py):
 
 1. Level `namespaces`: user, process, mount, network, IPC and UTS namespaces; a root directory that
    holds the toolchains read-only, the program read-only, and a scratch directory of limited size,
    new for each test. As root the user is changed first. When a test ends, so does every process
-   that it started, daemons included.
+   that it started, daemons included: the runner is process 1 there.
 2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
    host's processes, with their command lines, can be seen, not touched; files' names and sizes can
-   be seen; the size of the scratch directory is only watched. Before its version 3 truncate() is
-   refused everywhere. Root's programs run as a user of their own, which has no name, and share
-   /dev/shm with the host; others have none, so no semaphores of multiprocessing. There are no
-   local sockets but pairs, and tmpfile() of C, which uses /tmp, fails.
+   be seen, and how many processors the machine has; the size of the scratch directory is only watched.
+   Root's programs run as a user of their own, which has no name, and share /dev/shm with the host;
+   others have none, so no semaphores of multiprocessing. There are no local sockets but pairs, and
+   tmpfile() of C, which uses /tmp, fails.
 3. Both: system calls filtered (no network, no memory outside the limits, no extended attributes,
    no large or young parts of the kernel), no privileges, no environment, no descriptors, limits
-   per process, and watched limits on time and memory of all processes together; on memory by
-   control groups too where they can be written.
+   per process, and watched limits on time and memory of all processes together.
 4. Level `none`: limits only, for programs that are trusted. It has to be asked for.
 
-What it does not protect against: faults of the kernel, for programs talk to the same one; side
+**What it does not protect against:** faults of the kernel, for programs talk to the same one; side
 channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
-unit tests inside a program, in any language: it can leave them out, or print their report itself;
 an answer in a harness that alters what the harness calls, or reads the word it has to print from its own source;
-use of up to the limits by every worker at once (workers x memory should fit the machine); with
-neither control groups nor a spare processor, memory can overshoot for the 20 ms between looks; without control
-groups what sockets hold is not counted (up to 0.2 MB for each of 256 per process, and for 8 that wait to be
-accepted), nor the processor time of children that live for less than a look and that nobody waits for, until
-the wall limit, and memory mapped to be shared counts as used in full, unless a second thread swaps its descriptor
-between the look and the mapping; with or without, locks on parts of files take kernel memory that nothing counts;
-at level `landlock`, nothing counts what is in files that have no name and are only mapped, or on their way through
-a socket.
+use of up to the limits by every worker at once (workers x memory should fit the machine). Memory and time are looked
+at every 20 ms: without a spare processor memory can overshoot in between (where the machine has none left, the kernel
+ends programs before the caller), and the time of children that live for less than a look and that nobody waits for
+counts only against the wall limit. What sockets hold is not counted (up to 0.2 MB for each of 256 per process, and
+for 8 that wait to be accepted), nor what locks on parts of files take; memory mapped to be shared counts as used in
+full, unless a second thread swaps its descriptor between the look and the mapping. At level `landlock`, nothing
+counts what is in files that have no name and are only mapped, or on their way through a socket.
+
+**Where to find what**, in order:
+
+    Limits, languages        what a test may use; the table of languages, toolchains, what they prepare once
+    Comparing, results       what a problem demands of its answers; what is reported
+    Messages, the kernel     between caller and runner; system calls that Python lacks
+    Filter, Landlock         which system calls a program may make, which files it may open
+    The runner               starts and watches a program; then what it does at each level
+    Helper                   from its start to its end
+    The caller's side        Helper as seen from there, jobs, Sandbox
+    Command line
 """
 
 import contextlib
@@ -120,14 +136,15 @@ class Language:
     name: str
     file: str
     run: str
-    version: str  # command that prints the version
     package: str  # the Debian packages that bring the toolchain; "" where Debian has none
     compile: str = ""
     aliases: tuple[str, ...] = ()  # as in Markdown fences
     env: dict[str, str] = field(default_factory=dict)
     overhead: int = 16  # MB that the runtime itself takes beside the program's own memory
+    version: str = ""  # command that prints the version, where it is not the compiler or interpreter with --version
     warm: str = ""  # shell lines that prepare $OUT, which {cache} and $CACHE will be
     sysroot: str = ""  # arguments that make a tool print the prefix of the one it stands for
+    libraries: dict[str, str] = field(default_factory=dict)  # that tests of public problems call: package -> its file
 
 
 # Without the site module python starts four times faster, but lacks exit() and quit(). The names
@@ -137,145 +154,131 @@ _PYTHON = (
     '__import__("sys").argv.pop(0); __file__ = __import__("sys").argv[0];'
     'exec(compile(open(__file__, "rb").read(), __file__, "exec"))'
 )
-_JAVA = "-ea -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xshare:auto -Djava.io.tmpdir={tmp}"
-_JAVA_SIZES = "-Xss256m -Xmx{mb}m -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m"
-_JVM = {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": _JAVA + " -Xss256m -Xmx{mb}m"}
+_NODE = "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js"
 # Node puts what a pipe does not take at once off until later, which process.exit() does not wait for.
-_NODE = {
+_ON_NODE = {
     "env": {"NODE_OPTIONS": "-r {cache}/blocking.js", "NODE_PATH": "/usr/share/nodejs"},
-    "warm": "echo 'for (const s of [process.stdout, process.stderr]) s._handle?.setBlocking?.(true)' > $OUT/blocking.js",
+    "warm": "echo 'for (const s of [process.stdout, process.stderr]) s._handle?.setBlocking?.(true)'"
+    " > $OUT/blocking.js",
     "overhead": 128,
 }
+_LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
 _CPP = "g++ -std=gnu++20 -O1 -w"
+_FAST_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData"
+_JAVA = f"-ea {_FAST_JVM} -Xshare:auto -Djava.io.tmpdir={{tmp}} -Xss256m -Xmx{{mb}}m"
+_JAVAC = f"javac -J{_FAST_JVM.replace(' ', ' -J')} -proc:none -nowarn"
+_ON_JVM = {"env": {"JAVA_TOOL_OPTIONS": "", "JAVA_OPTS": _JAVA}, "overhead": 256}
 _GO = (
     '"$0/compile" -p main -c=1 -importcfg "$0/packages" -o main.o main.go'
     ' && "$0/link" -s -w -importcfg "$0/packages" -o main main.o'
 )
 _GO_PACKAGES = "{{if .Export}}packagefile {{.ImportPath}}={{.Export}}{{end}}"
+_ON_ERLANG = {"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}
 
 # fmt: off
 _TABLE = (
-    Language("python", "main.py", f"python3 -I -S -B -c {shlex.quote(_PYTHON)} {{box}}/main.py",
-             "python3 --version", "python3", aliases=("py", "python3")),
-    Language("javascript", "main.js", "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js",
-             "node --version", "nodejs", aliases=("js", "node"), **_NODE),
-    Language("typescript", "main.ts", "node --max-old-space-size={mb} --stack-size=50000 {box}/main.js",
-             "esbuild --version", "esbuild nodejs",
-             "esbuild --log-level=error --format=cjs --outfile={box}/main.js {file}", aliases=("ts",), **_NODE),
-    Language("c", "main.c", "{box}/main", "gcc --version", "gcc libc6-dev",
-             "gcc -std=gnu17 -O1 -w -o {box}/main {file} -lm", aliases=("h",)),
-    Language("cpp", "main.cpp", "{box}/main", "g++ --version", "g++",
-             f"{_CPP} -I{{cache}} -o {{box}}/main {{file}}", aliases=("c++", "cc", "cxx"),
+    Language("python", "main.py", f"python3 -I -S -B -c {shlex.quote(_PYTHON)} {{box}}/main.py", "python3",
+             aliases=("py", "python3")),
+    Language("javascript", "main.js", _NODE, "nodejs", aliases=("js", "node"), **_ON_NODE, libraries=_LODASH),
+    Language("typescript", "main.ts", _NODE, "esbuild nodejs",
+             "esbuild --log-level=error --format=cjs --outfile={box}/main.js {file}",
+             aliases=("ts",), **_ON_NODE, libraries=_LODASH),
+    Language("c", "main.c", "{box}/main", "gcc libc6-dev", "gcc -std=gnu17 -O1 -w -o {box}/main {file} -lm",
+             aliases=("h",)),
+    Language("cpp", "main.cpp", "{box}/main", "g++", f"{_CPP} -I{{cache}} -o {{box}}/main {{file}}",
+             aliases=("c++", "cc", "cxx"),
              warm=f"mkdir $OUT/bits; echo '#include <bits/stdc++.h>' > all.h\n"
                   f"{_CPP} -x c++-header -o $OUT/bits/stdc++.h.gch all.h"),
-    Language("java", "Main.java", f"java {_JAVA} {_JAVA_SIZES} -cp {{box}} {{main}}",
-             "javac -version", "default-jdk-headless",
-             "javac -J-XX:SharedArchiveFile={cache}/javac.jsa -J-XX:TieredStopAtLevel=1 -J-XX:+UseSerialGC"
-             " -J-XX:-UsePerfData -proc:none -nowarn -d {box} {file}",
-             overhead=256,
+    Language("java", "Main.java",
+             f"java {_JAVA} -XX:ReservedCodeCacheSize=64m -XX:CompressedClassSpaceSize=64m -cp {{box}} {{main}}",
+             "default-jdk-headless", f"{_JAVAC} -J-XX:SharedArchiveFile={{cache}}/javac.jsa -d {{box}} {{file}}",
+             overhead=256, version="javac -version",
              warm="echo 'import java.util.*; public class Main { public static void main(String[] a) {"
                   " System.out.println(new Scanner(System.in).nextInt() + List.of(a).size()); } }' > Main.java\n"
-                  "javac -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -J-XX:TieredStopAtLevel=1"
-                  " -J-XX:+UseSerialGC -J-XX:-UsePerfData -proc:none -nowarn -d . Main.java"),
-    Language("go", "main.go", "{box}/main", "go version", "golang-go",
-             f"sh -c {shlex.quote(_GO)} {{cache}}",
-             aliases=("golang",), env={"GOMEMLIMIT": "{mb}MiB"}, overhead=32,
+                  f"{_JAVAC} -J-XX:ArchiveClassesAtExit=$OUT/javac.jsa -d . Main.java"),
+    Language("go", "main.go", "{box}/main", "golang-go", f"sh -c {shlex.quote(_GO)} {{cache}}",
+             aliases=("golang",), env={"GOMEMLIMIT": "{mb}MiB"}, overhead=32, version="go version",
              warm="export GOCACHE=$OUT/build GO111MODULE=off GOPATH=/usr/share/gocode GOFLAGS= CGO_ENABLED=0\n"
                   "assert=github.com/stretchr/testify/assert; test -d $GOPATH/src/$assert || assert=\n"
                   f"go list -export -deps -f '{_GO_PACKAGES}' std $assert > all\n"
                   'sed "s|$OUT|$CACHE|" all > $OUT/packages; test -s $OUT/packages\n'
-                  "ln -s $(go env GOTOOLDIR)/compile $(go env GOTOOLDIR)/link $OUT"),
-    Language("rust", "main.rs", "{box}/main", "rustc --version", "rustc",
+                  "ln -s $(go env GOTOOLDIR)/compile $(go env GOTOOLDIR)/link $OUT",
+             libraries={"golang-github-stretchr-testify-dev":
+                        "/usr/share/gocode/src/github.com/stretchr/testify/go.mod"}),
+    Language("rust", "main.rs", "{box}/main", "rustc",
              "rustc --edition 2021 -C opt-level=1 -A warnings -o {box}/main {file}",
              aliases=("rs",), sysroot="--print sysroot"),
-    Language("ruby", "main.rb", "ruby {box}/main.rb", "ruby --version", "ruby", aliases=("rb",)),
-    Language("perl", "main.pl", "perl {box}/main.pl", "perl --version", "perl", aliases=("pl",)),
-    Language("php", "main.php", "php -d memory_limit={mb}M -d display_errors=stderr {box}/main.php",
-             "php --version", "php-cli"),
-    Language("lua", "main.lua", "lua5.4 {box}/main.lua", "lua5.4 -v", "lua5.4"),
-    Language("bash", "main.sh", "bash {box}/main.sh", "bash --version", "bash", aliases=("sh", "shell")),
-    Language("awk", "main.awk", "gawk -f {box}/main.awk", "gawk --version", "gawk", aliases=("gawk",)),
-    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tclsh", "tcl"),
-    Language("csharp", "main.cs", "mono {box}/main.exe", "mono --version", "mono-mcs mono-runtime",
+    Language("ruby", "main.rb", "ruby {box}/main.rb", "ruby", aliases=("rb",)),
+    Language("perl", "main.pl", "perl {box}/main.pl", "perl", aliases=("pl",),
+             libraries={"libdata-compare-perl": "/usr/share/perl5/Data/Compare.pm",
+                        "libtest-deep-perl": "/usr/share/perl5/Test/Deep.pm"}),
+    Language("php", "main.php", "php -d memory_limit={mb}M -d display_errors=stderr {box}/main.php", "php-cli"),
+    Language("lua", "main.lua", "lua5.4 {box}/main.lua", "lua5.4", version="lua5.4 -v",
+             libraries={"lua-unit": "/usr/share/lua/5.4/luaunit.lua"}),
+    Language("bash", "main.sh", "bash {box}/main.sh", "bash", aliases=("sh", "shell")),
+    Language("awk", "main.awk", "gawk -f {box}/main.awk", "gawk", aliases=("gawk",)),
+    Language("tcl", "main.tcl", "tclsh {box}/main.tcl", "tcl", version="tclsh"),
+    Language("csharp", "main.cs", "mono {box}/main.exe", "mono-mcs mono-runtime",
              "mcs -optimize+ -warn:0 -r:System.Numerics.dll -out:{box}/main.exe {file}", aliases=("cs", "c#"),
              env={"MONO_GC_PARAMS": "max-heap-size={mb}m", "MONO_SHARED_DIR": "{tmp}"}, overhead=64),
-    Language("haskell", "main.hs", "{box}/main", "ghc --version", "ghc",
-             "ghc -v0 -O0 -outputdir {tmp} -o {box}/main {file}", aliases=("hs",)),
-    Language("ocaml", "main.ml", "{box}/main", "ocamlopt -version", "ocaml-nox",
-             "ocamlopt -w -a unix.cmxa str.cmxa -o {box}/main {file}", aliases=("ml",)),
-    Language("r", "main.R", "Rscript --vanilla {box}/main.R", "Rscript --version", "r-base-core", overhead=64),
-    Language("racket", "main.rkt", "racket {box}/main.rkt", "racket --version", "racket", aliases=("rkt",),
-             overhead=128),
-    Language("commonlisp", "main.lisp", "sbcl --dynamic-space-size {mb}MB --script {box}/main.lisp",
-             "sbcl --version", "sbcl", aliases=("lisp", "common-lisp", "cl"), overhead=64),
-    Language("scheme", "main.scm", "guile --no-auto-compile -s {box}/main.scm", "guile --version", "guile-3.0",
+    Language("haskell", "main.hs", "{box}/main", "ghc", "ghc -v0 -O0 -outputdir {tmp} -o {box}/main {file}",
+             aliases=("hs",)),
+    Language("ocaml", "main.ml", "{box}/main", "ocaml-nox", "ocamlopt -w -a unix.cmxa str.cmxa -o {box}/main {file}",
+             aliases=("ml",), version="ocamlopt -version"),
+    Language("r", "main.R", "Rscript --vanilla {box}/main.R", "r-base-core", overhead=64),
+    Language("racket", "main.rkt", "racket {box}/main.rkt", "racket", aliases=("rkt",), overhead=128),
+    Language("commonlisp", "main.lisp", "sbcl --dynamic-space-size {mb}MB --script {box}/main.lisp", "sbcl",
+             aliases=("lisp", "common-lisp", "cl"), overhead=64),
+    Language("scheme", "main.scm", "guile --no-auto-compile -s {box}/main.scm", "guile-3.0",
              aliases=("scm", "guile"), overhead=64),
-    Language("d", "main.d", "{box}/main", "ldc2 --version", "ldc",
-             "ldc2 -O1 -od={tmp} -of={box}/main {file}", aliases=("dlang",)),
-    Language("ada", "main.adb", "{box}/main", "gnatmake --version", "gnat",
-             "gnatmake -q -D {tmp} -o {box}/main {file}", aliases=("adb",)),
-    Language("fortran", "main.f90", "{box}/main", "gfortran --version", "gfortran",
-             "gfortran -O1 -w -o {box}/main {file}", aliases=("f90",)),
-    Language("pascal", "main.pas", "{box}/main", "fpc -iV", "fp-compiler fp-units-base fp-units-rtl",
-             "fpc -v0e -l- -O1 -o{box}/main {file}", aliases=("pas", "delphi")),
-    Language("erlang", "main.erl", "escript {box}/main.erl", "erl -noshell -eval"
-             " 'io:put_chars(erlang:system_info(otp_release)),io:put_chars(\".0\"),halt().'",
-             "erlang-base", aliases=("erl",), env={"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}, overhead=64),
-    Language("elixir", "main.exs", "elixir {box}/main.exs", "elixir --version", "elixir", aliases=("ex", "exs"),
-             env={"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}, overhead=128),
-    Language("prolog", "main.pro", "swipl -q --on-error=halt -t halt {box}/main.pro", "swipl --version",
-             "swi-prolog-nox", aliases=("pro", "swipl"), env={"LANG": "C.UTF-8"}),
-    Language("nim", "main.nim", "{box}/main", "nim --version", "nim",
+    Language("d", "main.d", "{box}/main", "ldc", "ldc2 -O1 -od={tmp} -of={box}/main {file}", aliases=("dlang",)),
+    Language("ada", "main.adb", "{box}/main", "gnat", "gnatmake -q -D {tmp} -o {box}/main {file}", aliases=("adb",)),
+    Language("fortran", "main.f90", "{box}/main", "gfortran", "gfortran -O1 -w -o {box}/main {file}", aliases=("f90",)),
+    Language("pascal", "main.pas", "{box}/main", "fp-compiler fp-units-base fp-units-rtl",
+             "fpc -v0e -l- -O1 -o{box}/main {file}", aliases=("pas", "delphi"), version="fpc -iV"),
+    Language("erlang", "main.erl", "escript {box}/main.erl", "erlang-base",
+             aliases=("erl",), env=_ON_ERLANG, overhead=64,
+             version="erl -noshell -eval"
+                     " 'io:put_chars(erlang:system_info(otp_release)),io:put_chars(\".0\"),halt().'"),
+    Language("elixir", "main.exs", "elixir {box}/main.exs", "elixir",
+             aliases=("ex", "exs"), env=_ON_ERLANG, overhead=128),
+    Language("prolog", "main.pro", "swipl -q --on-error=halt -t halt {box}/main.pro", "swi-prolog-nox",
+             aliases=("pro", "swipl"), env={"LANG": "C.UTF-8"}),
+    Language("nim", "main.nim", "{box}/main", "nim",
              "nim c --hints:off --warnings:off --verbosity:0 --nimcache:{tmp}/nim -o:{box}/main {file}"),
-    Language("kotlin", "main.kt", "kotlin -cp {box} {main}", "kotlinc -version", "kotlin",
-             "kotlinc -nowarn -d {box} {file}", aliases=("kt",), env=_JVM, overhead=256),
-    Language("scala", "main.scala", "scala -cp {box} {main}", "scalac -version", "scala",
-             "scalac -nowarn -d {box} {file}", env=_JVM, overhead=256),
-    Language("clojure", "main.clj", "clojure {box}/main.clj", "clojure -e (clojure-version)", "clojure",
-             aliases=("clj",), env=_JVM, overhead=256),
-    Language("octave", "main.m", "octave-cli -q --no-init-file --no-history {box}/main.m",
-             "octave-cli --version", "octave", aliases=("matlab", "m"), overhead=128),
-    Language("sql", "main.sql", "sqlite3 -batch -bail :memory: '.read {box}/main.sql'", "sqlite3 --version",
-             "sqlite3", aliases=("sqlite",)),
-    Language("crystal", "main.cr", "{box}/main", "crystal --version", "crystal",
-             "crystal build --no-color --error-trace -o {box}/main {file}", aliases=("cr",),
-             env={"CRYSTAL_CACHE_DIR": "{tmp}"}),
-    Language("cobol", "main.cob", "{box}/main", "cobc --version", "gnucobol3",
-             "cobc -x -free -w -o {box}/main {file}", aliases=("cob",)),
-    Language("forth", "main.fs", "gforth {box}/main.fs -e bye", "gforth --version", "gforth"),
-    Language("raku", "main.raku", "raku {box}/main.raku", "raku --version", "rakudo",
-             aliases=("perl6",), overhead=128),
-    Language("coffeescript", "main.coffee", "coffee {box}/main.coffee", "coffee --version", "coffeescript",
-             aliases=("coffee",), **_NODE),
-    Language("julia", "main.jl", "julia --startup-file=no --compile=min -O0 {box}/main.jl", "julia --version", "",
+    Language("kotlin", "main.kt", "kotlin -cp {box} {main}", "kotlin", "kotlinc -nowarn -d {box} {file}",
+             aliases=("kt",), version="kotlinc -version", **_ON_JVM),
+    Language("scala", "main.scala", "scala -cp {box} {main}", "scala", "scalac -nowarn -d {box} {file}",
+             version="scalac -version", **_ON_JVM),
+    Language("clojure", "main.clj", "clojure {box}/main.clj", "clojure", aliases=("clj",),
+             version="clojure -e (clojure-version)", **_ON_JVM),
+    Language("octave", "main.m", "octave-cli -q --no-init-file --no-history {box}/main.m", "octave",
+             aliases=("matlab", "m"), overhead=128),
+    Language("sql", "main.sql", "sqlite3 -batch -bail :memory: '.read {box}/main.sql'", "sqlite3", aliases=("sqlite",)),
+    Language("crystal", "main.cr", "{box}/main", "crystal",
+             "crystal build --no-color --error-trace -o {box}/main {file}",
+             aliases=("cr",), env={"CRYSTAL_CACHE_DIR": "{tmp}"}),
+    Language("cobol", "main.cob", "{box}/main", "gnucobol3", "cobc -x -free -w -o {box}/main {file}", aliases=("cob",)),
+    Language("forth", "main.fs", "gforth {box}/main.fs -e bye", "gforth"),
+    Language("raku", "main.raku", "raku {box}/main.raku", "rakudo", aliases=("perl6",), overhead=128),
+    Language("coffeescript", "main.coffee", "coffee {box}/main.coffee", "coffeescript",
+             aliases=("coffee",), **_ON_NODE),
+    Language("julia", "main.jl", "julia --startup-file=no --compile=min -O0 {box}/main.jl", "",
              aliases=("jl",), overhead=256),
-    Language("swift", "main.swift", "{box}/main", "swiftc --version", "",
-             "swiftc -module-cache-path {tmp} -o {box}/main {file}"),
-    Language("zig", "main.zig", "{box}/main", "zig version", "",
-             "zig build-exe --cache-dir {tmp} --global-cache-dir {tmp} -femit-bin={box}/main {file}"),
-    Language("dart", "main.dart", "{box}/main", "dart --version", "",
-             "dart compile exe -o {box}/main {file}"),
+    Language("swift", "main.swift", "{box}/main", "", "swiftc -module-cache-path {tmp} -o {box}/main {file}"),
+    Language("zig", "main.zig", "{box}/main", "",
+             "zig build-exe --cache-dir {tmp} --global-cache-dir {tmp} -femit-bin={box}/main {file}",
+             version="zig version"),
+    Language("dart", "main.dart", "{box}/main", "", "dart compile exe -o {box}/main {file}"),
 )
 # fmt: on
 LANGUAGES: dict[str, Language] = {language.name: language for language in _TABLE}
 _NAMES = {alias: lang.name for lang in _TABLE for alias in (lang.name, *lang.aliases)}
-# What the tests of public problems call beside the language: Debian package -> a file that it brings.
-_NODE_LIBRARIES = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
-_LIBRARIES: dict[str, dict[str, str]] = {
-    "javascript": _NODE_LIBRARIES,
-    "typescript": _NODE_LIBRARIES,
-    "perl": {
-        "libdata-compare-perl": "/usr/share/perl5/Data/Compare.pm",
-        "libtest-deep-perl": "/usr/share/perl5/Test/Deep.pm",
-    },
-    "lua": {"lua-unit": "/usr/share/lua/5.4/luaunit.lua"},
-    "go": {"golang-github-stretchr-testify-dev": "/usr/share/gocode/src/github.com/stretchr/testify/go.mod"},
-}
 
 
 def _libraries(name: str, here: bool) -> list[str]:
     """The packages of a language's libraries that are here, or that are not."""
-    return [package for package, path in _LIBRARIES.get(name, {}).items() if os.path.exists(path) is here]
+    return [package for package, path in LANGUAGES[name].libraries.items() if os.path.exists(path) is here]
 
 
 def canonical(name: str) -> str:
@@ -285,6 +288,54 @@ def canonical(name: str) -> str:
         return _NAMES[name.strip().lower()]
     except KeyError:
         raise ValueError(f"unknown language {name!r}; known: {', '.join(LANGUAGES)}") from None
+
+
+# Strings, characters and comments, as Java, Kotlin and Scala write them. In time proportional to the text.
+_NO_CODE = re.compile(
+    r'"""(?:\\[\s\S]|[^\\])*?(?:"""|\Z)|"(?:\\[\s\S]|[^"\\])*"?|`[^`]*`?'
+    r"|'(?:\\.[^'\n]*|[^\\'\n])'|//.*|/\*[\s\S]*?(?:\*/|\Z)"
+)
+_MAIN_CLASS = re.compile(
+    r"[{}]|(?:\bpublic\s[\w\s]{0,99}?)?\b(?:class|record|enum|interface|object)\s+(?P<name>\w+)"
+    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\bvoid\s+main\s*\([^)]{0,99}|\bdef\s+main\s*\(|\b(?:extends|with)\s+App\b)"
+)
+
+
+def _main_class(code: str) -> tuple[str | None, str]:
+    """The public class in Java or Scala, if there is one, and that to be run: the one whose main method takes strings
+    and is static, else one with any main method, and of several the public one, else the first."""
+    depth, current, found = 0, None, {}  # found: by class how good its main method is, and whether it is public
+    for token in _MAIN_CLASS.finditer(code):
+        if token[0] in "{}":
+            depth += 1 if token[0] == "{" else -1
+        elif token["name"] and depth == 0:
+            current = token["name"]
+            found.setdefault(current, (0, token[0].startswith("public")))
+        elif token["main"] and current:
+            weak = "void" in token[0] and not ("static" in token[0] and "String" in token[0])
+            found[current] = max(found[current][0], 1 if weak else 2), found[current][1]
+    public = next((name for name, (_, is_public) in found.items() if is_public), None)
+    return public, max(found, key=found.get, default="Main")
+
+
+def _source_name(language: Language, program: str) -> tuple[str, str]:
+    """File name and, on the JVM, the class to be run; some languages tie them to the text. A name longer than a
+    file's may be is cut: the compiler says what is wrong."""
+    stem, suffix = os.path.splitext(language.file)
+    if language.name == "ada" and (unit := re.search(r"^[ \t]*procedure\s+(\w+)\s+is\b", program, re.M)):
+        stem = unit[1].lower()
+    if language.name not in ("java", "kotlin", "scala"):
+        return _cut(stem) + suffix, ""
+    code = _NO_CODE.sub(" ", program)
+    public, main = (None, "MainKt") if language.name == "kotlin" else _main_class(code)
+    stem = public or main if language.name == "java" else stem
+    package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
+    return _cut(stem) + suffix, f"{package[1]}.{main}" if package else main
+
+
+def _cut(name: str) -> str:
+    """The first 240 bytes, or a little less: a file's name has at most 255."""
+    return name.encode()[:240].decode(errors="ignore")
 
 
 def _tools(language: Language) -> list[str]:
@@ -341,7 +392,8 @@ def _version(name: str) -> str:
     """What a language's toolchain says of itself; where there is none, what would bring it."""
     if name not in installed():
         return f"- ({_missing(LANGUAGES[name])})"
-    tool, *arguments = shlex.split(LANGUAGES[name].version)
+    first, *_ = toolchain(name)
+    tool, *arguments = shlex.split(LANGUAGES[name].version or f"{first} --version")
     command = [toolchain(name)[tool], *arguments]
     tcl = "puts [info patchlevel]"  # it has no flag for that; the others don't read
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -542,7 +594,6 @@ class Result:
     tests: tuple[TestResult, ...] = ()
     compile: TestResult | None = None
     level: str = ""  # confinement in force, from LEVELS
-    accounting: str = ""  # how memory was watched: "cgroup v1", "cgroup v2" or "polling"
     message: str = ""
 
     @property
@@ -552,12 +603,24 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------
-# Messages between the caller and a helper: two lengths, a JSON header, raw bytes
+# Messages between the caller and a helper: a line of JSON, then raw bytes
 
 
 def _message(header: dict, *blobs: bytes) -> bytes:
     head = json.dumps({**header, "blobs": [len(blob) for blob in blobs]}).encode()
-    return struct.pack("!I", len(head)) + head + b"".join(blobs)
+    return b"\n".join([head, b"".join(blobs)])
+
+
+def _receive(stream: BinaryIO) -> tuple[dict, list[bytes]]:
+    """The next message. Raises EOFError where the other side has gone."""
+    if not (line := stream.readline()).endswith(b"\n"):
+        raise EOFError("the other side has gone")
+    header = json.loads(line)
+    sizes = header.pop("blobs")
+    blobs = [stream.read(size) for size in sizes]
+    if [len(blob) for blob in blobs] != sizes:
+        raise EOFError("the other side has gone")
+    return header, blobs
 
 
 def _encode(text: str) -> bytes:
@@ -565,22 +628,6 @@ def _encode(text: str) -> bytes:
     with contextlib.suppress(UnicodeEncodeError):
         return text.encode("utf-8", "surrogateescape")
     return text.encode("utf-8", "surrogatepass")
-
-
-def _receive_exactly(sock: socket.socket, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        part = sock.recv(min(count - len(data), 1 << 20))
-        if not part:
-            raise EOFError("the other side has gone")
-        data += part
-    return bytes(data)
-
-
-def _receive(sock: socket.socket) -> tuple[dict, list[bytes]]:
-    (length,) = struct.unpack("!I", _receive_exactly(sock, 4))
-    header = json.loads(_receive_exactly(sock, length))
-    return header, [_receive_exactly(sock, size) for size in header.pop("blobs")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -689,25 +736,25 @@ _ONLY = {
 # Not done, but answered with success: a runtime may ask for its threads, a program for others'.
 _IGNORED = {"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "setpriority": (141, 140),
             "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30)}  # fmt: skip
-# Where no mount namespace hides the host's files: refused, or asked of the warden, which does it in the program's place
-# to files of its own. Of fchmodat2 libc does without.
+# Where no mount namespace hides the host's files: refused, or asked of the runner, which does it in the program's place
+# to files of its own. Libc does without fchmodat2 and openat2, whose flags are in memory.
 _HOST_REFUSED = {
     "socket": (41, 198), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "pidfd_send_signal": (424, 424),
 }  # fmt: skip
-_FCHMODAT2 = (452, 452)
-_ATTRIBUTES = {"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "utimensat": (280, 88)}
-# Asked of the warden where Landlock can't keep signals inside (before its version 6).
+_ATTRIBUTES = {"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "utimensat": (280, 88),
+               "truncate": (76, 45)}  # fmt: skip
+# Asked of the runner where Landlock can't keep signals inside (before its version 6).
 _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
                "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}  # fmt: skip
-# Asked of the warden where no control group counts what is mapped.
+# Asked of the runner, which counts it: memory that is shared is in use while it is mapped nowhere.
 _MMAP = {"mmap": (9, 222)}
+_HOST_LACKING = {"fchmodat2": (452, 452), "openat2": (437, 437)}
 _ASKED = {numbers[_ARCH or 0]: name for name, numbers in (_ATTRIBUTES | _SIGNALLING | _MMAP).items()}
 _SECCOMP, _NOTICE, _REPLY = (317, 277), 0xC0502100, 0xC0182101  # the last two are requests to ioctl
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _NEWEST = 462  # mseal; what the kernel has learnt since is lacking here until someone has judged it
-# Before version 3 Landlock does not see files being shortened: by name, or on opening for reading.
-_TRUNCATE, _OPEN, _OPENAT, _OPENAT2 = (76, 45), (2, None), (257, 56), (437, 437)
+_OPEN, _OPENAT = (2, None), (257, 56)
 
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_BITS, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
@@ -727,53 +774,41 @@ def _only(index: int, values: Iterable[int], error: int) -> list[tuple]:
     return [_argument(index), *tests, (_RETURN, 0, 0, 0x00050000 | error)]
 
 
-def _rules(host: bool, signals: bool, truncate: bool, maps: bool) -> dict[int | None, list[tuple]]:
+def _rules(host: bool, signals: bool) -> dict[int | None, list[tuple]]:
     """What the filter does at each system call that is not simply allowed. host: the host's files are in sight;
-    signals, maps: ask about them; truncate: files may be shortened."""
+    signals: ask about them."""
     tables = [(_REFUSED, _REFUSE), (_UNSUPPORTED, _UNSUPPORT), (_IGNORED, _IGNORE)]
     if host:
-        tables += [(_HOST_REFUSED, _REFUSE), ({"": _FCHMODAT2}, _LACK), (_ATTRIBUTES, _ASK)]
+        tables += [(_HOST_REFUSED, _REFUSE), (_HOST_LACKING, _LACK), (_ATTRIBUTES, _ASK)]
     if signals:
         tables += [(_SIGNALLING, _ASK)]
     rules = {numbers[_ARCH]: _only(*rule) for numbers, *rule in _ONLY.values()}
     rules |= {numbers[_ARCH]: [answer] for table, answer in tables for numbers in table.values()}
-    if host:  # a pair of datagram sockets may send to any other
+    if host:
+        # A pair of datagram sockets may send to any other.
         stream = [_argument(1), (_AND, 0, 0, 15), (_JUMP_EQUAL, 1, 0, 1), (_JUMP_EQUAL, 0, 1, 5), _PERMIT, _REFUSE]
         rules[_ONLY["socketpair"][0][_ARCH]] = [_argument(0), (_JUMP_EQUAL, 1, 0, 1), _REFUSE, *stream]
-    if maps:
-        rules[_MMAP["mmap"][_ARCH]] = [_argument(3), (_JUMP_BITS, 0, 1, 1), _ASK, _PERMIT]  # MAP_SHARED
-    rules[_CLONE[_ARCH]] = [_argument(0), (_JUMP_BITS, 0, 1, _NEW_ALL | _NEW_TIME), _REFUSE, _PERMIT]
-    rules[_CLONE3[_ARCH]] = [_LACK]  # libc falls back to clone
-    if not truncate:
-        rules[_TRUNCATE[_ARCH]] = [_REFUSE]
-        rules[_OPENAT2[_ARCH]] = [_LACK]  # its flags are in memory
+        # Before version 3 Landlock does not see files being shortened on opening for reading.
         for numbers, index in ((_OPEN, 1), (_OPENAT, 2)):
             both = (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE)
             neither = [(_JUMP_EQUAL, 1, 0, os.O_TRUNC), (_JUMP_EQUAL, 0, 1, os.O_TRUNC | os.O_ACCMODE)]
             rules[numbers[_ARCH]] = [_argument(index), both, *neither, _REFUSE, _PERMIT]
+    rules[_MMAP["mmap"][_ARCH]] = [_argument(3), (_JUMP_BITS, 0, 1, 1), _ASK, _PERMIT]  # MAP_SHARED
+    rules[_CLONE[_ARCH]] = [_argument(0), (_JUMP_BITS, 0, 1, _NEW_ALL | _NEW_TIME), _REFUSE, _PERMIT]
+    rules[_CLONE3[_ARCH]] = [_LACK]  # libc falls back to clone
     rules.pop(None, None)
     return rules
 
 
-def _search(rules: list[tuple[int, list[tuple]]]) -> list[tuple]:
-    """A binary search for the number loaded: the filter runs at every system call."""
-    if len(rules) <= 2:
-        found = [[(_JUMP_EQUAL, 0, len(body), number), *body] for number, body in rules]
-        return [*itertools.chain(*found), _PERMIT]
-    middle = len(rules) // 2
-    below, above = _search(rules[:middle]), _search(rules[middle:])
-    return [(_JUMP_GREATER_EQUAL, len(below), 0, rules[middle][0]), *below, *above]
-
-
 @functools.cache
-def _filter(host: bool = False, signals: bool = False, truncate: bool = True, maps: bool = False):
-    """The struct sock_fprog, to be given to _seccomp; arguments as for _rules. Foreign calling conventions, which number
-    the calls differently, end the program."""
+def _filter(host: bool = False, signals: bool = False):
+    """The struct sock_fprog, to be given to _seccomp; arguments as for _rules. Foreign calling conventions, which
+    number the calls differently, end the program."""
     start = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[_ARCH]), _KILL]
     x32 = [(_JUMP_GREATER_EQUAL, 0, 1, 0x40000000), _KILL] if _ARCH == 0 else []
-    body = _search(sorted(_rules(host, signals, truncate, maps).items()))
     young = [(_JUMP_GREATER_EQUAL, 0, 1, _NEWEST + 1), _LACK]
-    code = [*start, (_LOAD, 0, 0, 0), *x32, *young, *body]
+    rules = [[(_JUMP_EQUAL, 0, len(body), number), *body] for number, body in _rules(host, signals).items()]
+    code = [*start, (_LOAD, 0, 0, 0), *x32, *young, *itertools.chain(*rules), _PERMIT]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(text)))
     program.text = text  # keeps it alive
@@ -813,128 +848,7 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Control groups, where they may be written
-
-
-# Names of the limit on memory, of the count of kills, of the processor time used (in version 1 nanoseconds, then
-# "usage_usec" and microseconds) and of the file to join by, by version. In version 1 a single thread joins at once;
-# through cgroup.procs the kernel first waits for all processors to pass through it (5 to 15 ms).
-_GROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.oom_control", "cpuacct.usage", "tasks"),
-    2: ("memory.max", "memory.events", "cpu.stat", "cgroup.procs"),
-}
-
-
-class _Group:
-    """The control group of one helper's programs. Its files are opened before privileges are
-    given up, so that it can be used from inside the confinement."""
-
-    def __init__(self, version: int, memory: Path, pids: Path, cpu: Path):
-        self.version, self.places = version, {memory, pids, cpu}
-        limit, events, usage, members = _GROUP_FILES[version]
-        self.limit = os.open(memory / limit, os.O_WRONLY | os.O_CLOEXEC)
-        self.events = os.open(memory / events, os.O_RDONLY | os.O_CLOEXEC)
-        self.usage = os.open(cpu / usage, os.O_RDONLY | os.O_CLOEXEC)
-        self.processes = os.open(pids / "pids.max", os.O_WRONLY | os.O_CLOEXEC)
-        self.members = [os.open(place / members, os.O_WRONLY | os.O_CLOEXEC) for place in self.places]
-        self.limits: tuple = ()
-        swap = memory / "memory.swap.max"
-        if swap.exists():
-            swap.write_text("0")
-
-    def begin(self, memory: int, processes: int) -> bool:
-        """Sets the limits for the next program; False if what it was built to is larger. memory: bytes."""
-        if self.limits != (memory, processes):
-            try:
-                os.pwrite(self.limit, str(memory).encode(), 0)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                return False
-            os.pwrite(self.processes, str(processes).encode(), 0)
-            self.limits = memory, processes
-        self.kills_before, self.used_before = self.kills(), self.used()
-        return True
-
-    def join(self) -> None:
-        """Moves the calling process, which has one thread, in."""
-        for member in self.members:
-            os.write(member, b"0")
-
-    def kills(self) -> int:
-        """Processes killed so far for want of memory."""
-        found = re.search(rb"oom_kill (\d+)", os.pread(self.events, 4096, 0))
-        return int(found[1])
-
-    def used(self) -> float:
-        """Processor time so far, seconds, also of processes that have ended and nobody waited for."""
-        found = re.search(rb"\d+", os.pread(self.usage, 4096, 0))
-        return int(found[0]) / (1e9 if self.version == 1 else 1e6)
-
-
-def _remove_groups(places: Iterable[Path | None]) -> None:
-    """Those that there are and that have no process left."""
-    for place in filter(None, places):
-        with contextlib.suppress(OSError):
-            place.rmdir()
-
-
-def _own_cgroups() -> dict[str, tuple[Path, Path]]:
-    """Where each controller is mounted by custom, and this process's group there; "" stands for version 2."""
-    own = {}
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        for name in controllers.split(","):
-            top = Path("/sys/fs/cgroup", name)
-            own[name] = top, top / path.lstrip("/")
-    return own
-
-
-def _owner_gone(path: Path) -> bool:
-    """Whether the process whose number is in a name such as sandbox-123 has ended."""
-    owner = re.search(r"-(\d+)", path.name)
-    return owner is not None and not Path("/proc", owner[1]).exists()
-
-
-def _make_directory(top: Path, own: Path, *probes: str) -> Path | None:
-    """A new group under the process's own, or else under the nearest parent that allows it."""
-    for parent in (own, *own.parents):
-        _remove_groups(filter(_owner_gone, parent.glob("sandbox-*")))
-        switch = parent / "cgroup.subtree_control"  # version 1 has none
-        if switch.exists():
-            with contextlib.suppress(OSError):  # may be on already
-                switch.write_text("+memory +pids")
-        place = parent / f"sandbox-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            place.mkdir()
-            if all((place / probe).exists() for probe in probes):
-                return place
-            place.rmdir()
-        if parent == top:
-            break
-    return None
-
-
-def _make_group() -> _Group | None:
-    """None where control groups can't be had."""
-    own = _own_cgroups()
-    version, places = 2, [None]
-    if {"memory", "pids", "cpuacct"} <= own.keys():
-        probes = {"memory": _GROUP_FILES[1][0], "pids": "pids.max", "cpuacct": "cpuacct.usage"}
-        version, places = 1, [_make_directory(*own[name], probe) for name, probe in probes.items()]
-    elif "" in own:
-        places = [_make_directory(*own[""], _GROUP_FILES[2][0], "pids.max")] * 3
-    if all(places):
-        with contextlib.suppress(OSError):
-            return _Group(version, *places)
-    _remove_groups(places)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------
-# The helper: a nurse outside the confinement, which only clears up, and the warden, which runs
-# the programs. Under `namespaces` the warden is process 1 of the programs' own world, so that
-# they can neither signal it nor outlive it.
+# The runner: starts programs, one at a time, watches them, and ends all that they have started
 
 _TICK = 0.02  # seconds between looks at memory and processor time
 _CORES = os.cpu_count() or 1
@@ -942,7 +856,7 @@ _STACK = 64  # MB
 _PROCESSORS = 8  # that a program may use
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
 _FILES = 4096  # in the scratch directory
-_CLOSE_RANGE = 436
+_DESCRIPTORS = 256  # that a process may have: nothing counts what sockets hold
 _OUT_OF_MEMORY = re.compile(
     rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
     rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
@@ -956,25 +870,29 @@ def _patience(wall: float) -> float:
 
 
 @dataclass
-class _Watch:
-    """What is known of a program while it runs."""
+class _Run:
+    """A program that runs, and what is known of it."""
 
-    step: dict
-    streams: dict[int, bytearray]  # what was read so far from stdout and stderr, by descriptor
-    start: float
-    trouble: str = ""  # why the program could not be started
-    listener: int | None = None  # where the program's filter asks
-    shared: int = 0  # bytes of memory mapped to be shared, ever, where no control group counts it
+    step: dict  # its command and limits, see _Job.step
+    began: float  # on the monotonic clock
+    pid: int
+    streams: dict[int, bytearray]  # read so far from stdout and stderr, by descriptor
+    listener: int | None  # where its filter asks
+    trouble: str  # why it could not be started
     verdict: str = ""
     message: str = ""
-    memory: int = 0
+    code: int = 0  # at the end: its exit code, or minus the signal's number
+    memory: int = 0  # most bytes seen
+    shared: int = 0  # bytes of memory mapped to be shared, ever
+    cpu: float = 0.0  # at the end: seconds of processor time, of all processes
+    times: dict[int, float] = field(default_factory=dict)  # seconds of processor time by process, ended ones' too
     patience: float = 0.0  # seconds added to the wall limit
     ran: float = -1.0  # seconds, at the last look past the wall limit
-    times: dict[int, float] = field(default_factory=dict)  # seconds of processor time by process, ended ones' too
+    had_waited: float = field(default_factory=lambda: _schedule(os.getpid())[1])  # the runner, before the program
 
     def due(self) -> float:
         """When the wall limit is reached."""
-        return self.start + self.step["wall"] + self.patience
+        return self.began + self.step["wall"] + self.patience
 
     def end(self, verdict: str, message: str) -> None:
         if not self.verdict:
@@ -994,16 +912,27 @@ class _Watch:
             return False
         return bool(part)
 
+    def close(self) -> None:
+        """Reads what is left in the pipes, and closes all."""
+        for fd in self.streams:
+            while self.read(fd):
+                pass
+            os.close(fd)
+        if self.listener is not None:
+            os.close(self.listener)
+
     def excused(self, members: list[int]) -> bool:
-        """Whether a program past its wall limit only waited for a busy processor. Waiting is
-        counted once it is over: one that is ready and hasn't run since the last look, waits."""
+        """Whether a program past its wall limit only waited for a busy processor, or for the runner, which reads
+        what it writes. Waiting is counted once it is over: one that is ready and hasn't run since the last look,
+        waits."""
         schedules = _each(_schedule, members)
         ran = sum(schedule[0] for schedule in schedules)
         ready = any(schedule[2] for schedule in schedules)
         starved = ready and (self.ran < 0 or ran == self.ran)
-        self.ran, self.patience = ran, max((schedule[1] for schedule in schedules), default=0.0)
+        waited = max((schedule[1] for schedule in schedules), default=0.0)
+        self.ran, self.patience = ran, waited + _schedule(os.getpid())[1] - self.had_waited
         now, longest = time.monotonic(), self.step["wall"] + _patience(self.step["wall"])
-        return now < self.start + longest and (starved or now < self.due())
+        return now < self.began + longest and (starved or now < self.due())
 
     def used(self, members: list[int]) -> float:
         """Processor time, seconds, from /proc: at least that of each process at the last look that saw it, and at
@@ -1013,9 +942,9 @@ class _Watch:
         return max(sum(self.times.values()), sum(own + waited for _, own, waited in ticks))
 
 
-def _stat(place: str | Path) -> list[str]:
+def _stat(place: str | Path) -> list[bytes]:
     """Of a process or thread, what follows its name, which may hold any bytes; its state comes first."""
-    return Path(place, "stat").read_text("latin-1").rpartition(")")[2].split()
+    return Path(place, "stat").read_bytes().rpartition(b")")[2].split()
 
 
 def _ticks(pid: int) -> tuple[int, float, float]:
@@ -1024,9 +953,9 @@ def _ticks(pid: int) -> tuple[int, float, float]:
     return pid, user + system, sum(waited)
 
 
-def _kilobytes(place: Path, names: str) -> int:
+def _kilobytes(place: Path, names: bytes) -> int:
     """Bytes, the sum of these lines."""
-    return sum(int(kb) for kb in re.findall(rf"(?:{names}):\s+(\d+)", place.read_text("latin-1"))) << 10
+    return sum(int(kb) for kb in re.findall(rb"(?:%s):\s+(\d+)" % names, place.read_bytes())) << 10
 
 
 def _memory(pid: int, *, fair: bool = False) -> int:
@@ -1035,9 +964,9 @@ def _memory(pid: int, *, fair: bool = False) -> int:
     thread = Path(f"/proc/{pid}/task", max(os.listdir(f"/proc/{pid}/task"), key=int))  # the first may have ended
     with contextlib.suppress(PermissionError):
         if fair:
-            pages = _kilobytes(thread / "smaps_rollup", "Pss_Anon|Pss_Shmem|SwapPss")
-            return pages + _kilobytes(thread / "status", "VmPTE")
-    return _kilobytes(thread / "status", "RssAnon|RssShmem|VmSwap|VmPTE")
+            pages = _kilobytes(thread / "smaps_rollup", b"Pss_Anon|Pss_Shmem|SwapPss")
+            return pages + _kilobytes(thread / "status", b"VmPTE")
+    return _kilobytes(thread / "status", b"RssAnon|RssShmem|VmSwap|VmPTE")
 
 
 def _same_memory(pid: int, other: int) -> bool:
@@ -1046,17 +975,12 @@ def _same_memory(pid: int, other: int) -> bool:
     return _libc.syscall(_REFUSED["kcmp"][_ARCH or 0], pid, other, kinds_of_memory, 0, 0) == 0
 
 
-def _peek(memory: BinaryIO, address: int, count: int) -> bytes:
-    """Of a process's memory, or a part of that where it ends."""
-    return os.pread(memory.fileno(), count, address & (1 << 63) - 1)
-
-
 def _schedule(pid: int) -> tuple[float, float, bool]:
     """Seconds that a process's threads ran, the longest that one of them was ready but had no
     processor, and whether one is running or ready now."""
     threads = list(Path(f"/proc/{pid}/task").iterdir())
     times = [list(map(int, (thread / "schedstat").read_text().split())) for thread in threads]
-    ready = any(_stat(thread)[0] == "R" for thread in threads)
+    ready = any(_stat(thread)[0] == b"R" for thread in threads)
     return sum(ran for ran, *_ in times) / 1e9, max(waited for _, waited, _ in times) / 1e9, ready
 
 
@@ -1066,6 +990,18 @@ def _each(measure: Callable, pids: Iterable) -> list:
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has just ended
             values.append(measure(pid))
     return values
+
+
+def _deaths(kill_all: Callable[[], None]) -> Iterator[tuple]:
+    """Of every child, and of those that were left to this process by their parents' death, until the kernel knows of
+    none: (process, wait status, resources used)."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            kill_all()
+            death = os.wait4(-1, 0)
+            while death[0]:
+                yield death
+                death = os.wait4(-1, os.WNOHANG)
 
 
 def _sealed(data: bytes) -> int:
@@ -1080,8 +1016,8 @@ def _sealed(data: bytes) -> int:
     return source
 
 
-def _set_limits(step: dict, files: int) -> None:
-    """Limits per process, beside those on all processes together that the warden keeps. files: open at a time."""
+def _set_limits(step: dict) -> None:
+    """Limits per process, beside those on all processes together that the runner keeps."""
     mb, cpu = 1 << 20, int(step["cpu"]) + 2
     for name, value in (
         ("CORE", 0),
@@ -1089,7 +1025,7 @@ def _set_limits(step: dict, files: int) -> None:
         ("MEMLOCK", 64 << 10),
         ("CPU", cpu),
         ("FSIZE", step["files"] * mb),
-        ("NOFILE", files),
+        ("NOFILE", _DESCRIPTORS),
         ("NPROC", step["processes"]),
         # Address space is cheap and runtimes reserve much of it; what is used is watched.
         ("DATA", (step["memory"] + _RESERVE) * mb),
@@ -1120,49 +1056,20 @@ def _classify(code: int, stderr: bytes, full: bool, late: bool) -> tuple[str, st
 _NO_STREAMS = (b"", b"")
 
 
-class _Warden:
-    """Runs steps, one at a time. What differs between the levels is in the subclasses."""
+class _Runner:
+    """What the runners of all levels do. A level's own adds its directories (new_box, close_box, new_scratch,
+    end_scratch, stored_too_much), its processes (members, kill_all) and its confinement (filter, confine)."""
 
-    def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
-        self.sock, self.group = sock, group
+    def __init__(self, sock: socket.socket, settings: dict):
+        self.sock, self.requests = sock, sock.makefile("rb")
         self.box, self.tmp = settings["box"], settings["tmp"]  # directories as the programs see them
         _prctl(_PR_NO_NEW_PRIVS, 1)
-
-    @property
-    def files(self) -> int:
-        """Descriptors that a process may have: without a group nothing counts what sockets hold."""
-        return 1024 if self.group else 256
-
-    # Of the subclasses:
-    def new_box(self) -> None: ...
-    def close_box(self) -> None: ...
-    def new_scratch(self, step: dict) -> None: ...
-    def end_scratch(self) -> None: ...
-    def confine(self, step: dict) -> None: ...
-    def members(self) -> list[int]: ...
-    def kill_all(self) -> None: ...
-
-    def filter(self): ...
-    def set_attributes(self, step: dict, pid: int, name: str, arguments: list[int]) -> int: ...
-
-    def as_program(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()  # the warden and its programs are one user
-
-    def is_file(self, pid: int, arguments: list[int]) -> bool:
-        """Whether a call of mmap maps a file, and no memory."""
-        anonymous, fd = arguments[3] & 0x20, ctypes.c_int(arguments[4]).value
-        with contextlib.suppress(OSError), self.as_program():
-            return not anonymous and os.path.isfile(f"/proc/{pid}/fd/{fd}")
-        return False
-
-    def stored_too_much(self, step: dict) -> bool:
-        return False  # where the file systems are sized
 
     def serve(self) -> None:
         """Answers requests until the caller goes."""
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                request, blobs = _receive(self.sock)
+                request, blobs = _receive(self.requests)
                 try:
                     reply, streams = self.answer(request, blobs[0])
                 except OSError as error:
@@ -1181,49 +1088,42 @@ class _Warden:
 
     def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple]:
         """Runs one program to its end and clears up after it."""
-        if self.group and not self.group.begin(step["memory"] << 20, step["processes"]):
-            return {"verdict": "memory_limit", "message": f"{step['memory']} MB, by the program's file"}, _NO_STREAMS
         self.new_scratch(step)
-        source, out, err, (trouble, theirs) = _sealed(stdin), os.pipe(), os.pipe(), socket.socketpair()
-        watch = _Watch(step, {out[0]: bytearray(), err[0]: bytearray()}, time.monotonic())
-        for reads, writes in (out, err):
-            os.set_blocking(reads, False)  # the kernel may hold the other end when all processes have gone
-            os.fchmod(writes, 0o666)  # to be opened as /dev/stdout by whatever user
-        trouble.setblocking(False)
-        program_filter = self.filter()
+        run = self.start(step, stdin)
+        try:
+            if not run.trouble:
+                self.watch(run)
+        finally:
+            self.reap(run)
+            run.close()
+            self.end_scratch()
+        return self.report(run)
+
+    def start(self, step: dict, stdin: bytes) -> _Run:
+        """Returns when the new process has turned into the program, or could not."""
+        source, out, err, (ours, theirs) = _sealed(stdin), os.pipe(), os.pipe(), socket.socketpair()
+        began, program_filter = time.monotonic(), self.filter()
         pid = os.fork()
         if pid == 0:
             self.become(step, (source, out[1], err[1]), theirs, program_filter)
-        theirs.close()
-        for fd in (source, out[1], err[1]):
-            os.close(fd)
-        try:
-            self.watch(pid, watch, trouble)
-        finally:
-            status, cpu = self.reap(pid, watch)
-            while self.hear(watch, trouble):
-                pass
-            for fd in watch.streams:
-                while watch.read(fd):  # what is left in the pipe
-                    pass
-                os.close(fd)
-            trouble.close()
-            if watch.listener is not None:
-                os.close(watch.listener)
-            self.end_scratch()
-        return self.report(watch, os.waitstatus_to_exitcode(status), cpu)
+        for end in (source, out[1], err[1], theirs.detach()):
+            os.close(end)
+        for pipe, _ in (out, err):
+            os.set_blocking(pipe, False)  # the kernel may hold the other end when all processes have gone
+        listener, trouble = None, b""
+        with ours:
+            while (said := socket.recv_fds(ours, 1 << 12, 1))[0]:
+                trouble, listener = trouble + said[0].strip(b"\0"), (*said[1], listener)[0]
+        streams = {out[0]: bytearray(), err[0]: bytearray()}
+        return _Run(step, began, pid, streams, listener, trouble.decode("utf-8", "replace"))
 
     def become(self, step: dict, streams: tuple[int, int, int], trouble: socket.socket, program_filter) -> None:
-        """In the new process: gives up all it can and turns into the program. Whatever can't be
-        done is reported; the program doesn't start without it."""
+        """In the new process: gives up all it can and turns into the program, which closes `trouble`. Whatever can't
+        be done is said there; the program doesn't start without it."""
         try:
             os.setsid()
-            if self.group:
-                self.group.join()
             for target, fd in enumerate(streams):
                 os.dup2(fd, target)
-            every, on_exec = 0xFFFFFFFF, 4
-            _syscall("close_range", _CLOSE_RANGE, 3, every, on_exec)
             os.chdir(step["cwd"])
             self.confine(step)
             if program_filter:
@@ -1239,120 +1139,100 @@ class _Warden:
             trouble.send(f"{type(error).__name__}: {error}".encode())
             os._exit(127)
 
-    def hear(self, watch: _Watch, trouble: socket.socket) -> bool:
-        """Takes what a new process has to say before it is the program: where its filter asks, or what went wrong."""
-        try:
-            text, fds, _, _ = socket.recv_fds(trouble, 1 << 12, 1)
-        except BlockingIOError:
-            return False
-        watch.trouble += text.decode("utf-8", "replace").strip("\0")
-        watch.listener = fds[0] if fds else watch.listener
-        return bool(text)
-
-    def watch(self, pid: int, watch: _Watch, trouble: socket.socket) -> None:
+    def watch(self, run: _Run) -> None:
         """Collects output and answers the filter until the program ends or a limit is passed."""
-        alive, poll = os.pidfd_open(pid), select.poll()
-        for fd in (*watch.streams, alive, trouble.fileno()):
-            poll.register(fd, select.POLLIN)
+        alive, poll = os.pidfd_open(run.pid), select.poll()
+        for fd in (*run.streams, alive, run.listener):
+            if fd is not None:
+                poll.register(fd, select.POLLIN)
         poll.register(self.sock, select.POLLRDHUP)
-        next_look = watch.start + _TICK
+        next_look = run.began + _TICK
         try:
-            while not watch.verdict:
+            while not run.verdict:
                 ready = dict(poll.poll(max(0, next_look - time.monotonic()) * 1000))
                 if self.sock.fileno() in ready:
                     raise EOFError("the caller has gone")
                 if alive in ready:
                     return
                 for fd, events in ready.items():
-                    if fd == trouble.fileno():
-                        poll.unregister(fd)
-                        if self.hear(watch, trouble) and watch.listener is not None:
-                            poll.register(watch.listener, select.POLLIN)
-                    elif fd == watch.listener and events & select.POLLIN:
-                        self.decide(watch)
-                    elif fd == watch.listener or not watch.read(fd):
+                    if fd == run.listener and events & select.POLLIN:
+                        self.decide(run)
+                    elif fd == run.listener or not run.read(fd):
                         poll.unregister(fd)
                 if time.monotonic() >= next_look:
-                    self.look(watch)
-                    next_look = min(time.monotonic() + _TICK, max(watch.due(), time.monotonic() + _TICK / 4))
+                    self.look(run)
+                    next_look = min(time.monotonic() + _TICK, max(run.due(), time.monotonic() + _TICK / 4))
         finally:
             os.close(alive)
 
-    def decide(self, watch: _Watch) -> None:
+    def decide(self, run: _Run) -> None:
         """Answers a system call about which the filter asks."""
         call, go_on = bytearray(80), 1
-        with contextlib.suppress(OSError):  # the caller has been killed meanwhile
-            fcntl.ioctl(watch.listener, _NOTICE, call)
+        with contextlib.suppress(OSError):  # the process has been killed meanwhile
+            fcntl.ioctl(run.listener, _NOTICE, call)
             number_of_call, pid, _, number, _, _, *arguments = struct.unpack("=QIIiIQ6Q", call)
             error, name = 0, _ASKED[number]
             if name in _MMAP:
-                watch.shared += 0 if self.is_file(pid, arguments) else arguments[1]
+                run.shared += 0 if self.maps_file(pid, arguments) else arguments[1]
             elif name in _SIGNALLING:
-                target = ctypes.c_int(arguments[0]).value
-                error = 0 if target in (0, *self.members()) else errno.EPERM
+                error = 0 if self.is_own(ctypes.c_int(arguments[0]).value) else errno.EPERM
             else:
-                error, go_on = self.set_attributes(watch.step, pid, name, arguments), 0
-            fcntl.ioctl(watch.listener, _REPLY, struct.pack("=QqiI", number_of_call, 0, -error, go_on and not error))
+                error, go_on = self.set_attributes(run.step, pid, name, arguments), 0
+            fcntl.ioctl(run.listener, _REPLY, struct.pack("=QqiI", number_of_call, 0, -error, go_on and not error))
 
-    def look(self, watch: _Watch) -> None:
+    def maps_file(self, pid: int, arguments: list[int]) -> bool:
+        """Whether a call of mmap maps a file, and no memory."""
+        anonymous, fd = arguments[3] & 0x20, ctypes.c_int(arguments[4]).value
+        return not anonymous and os.path.isfile(f"/proc/{pid}/fd/{fd}")
+
+    def look(self, run: _Run) -> None:
         """Ends the watch if the program has passed a limit."""
-        step, elapsed = watch.step, time.monotonic() - watch.start
-        members = self.members()
-        if time.monotonic() > watch.due() and not watch.excused(members):
-            watch.end("time_limit", f"{step['wall']} s by the clock")
-        if elapsed * _CORES > step["cpu"] and self.used(watch, members) > step["cpu"]:
-            watch.end("time_limit", f"{step['cpu']} s of processor time")
-        if self.short_of_memory(watch, members):
-            watch.end("memory_limit", f"{step['memory']} MB")
+        step, elapsed, members = run.step, time.monotonic() - run.began, self.members()
+        if time.monotonic() > run.due() and not run.excused(members):
+            run.end("time_limit", f"{step['wall']} s by the clock")
+        if elapsed * _CORES > step["cpu"] and run.used(members) > step["cpu"]:
+            run.end("time_limit", f"{step['cpu']} s of processor time")
+        if self.short_of_memory(run, members):
+            run.end("memory_limit", f"{step['memory']} MB")
         if self.stored_too_much(step):
-            watch.end("output_limit", f"more than {step['files']} MB in files")
+            run.end("output_limit", f"more than {step['files']} MB in files")
 
-    def used(self, watch: _Watch, members: list[int]) -> float:
-        return self.group.used() - self.group.used_before if self.group else watch.used(members)
-
-    def short_of_memory(self, watch: _Watch, members: list[int]) -> bool:
+    def short_of_memory(self, run: _Run, members: list[int]) -> bool:
         """Whether the run uses more than its limit; looks closely, at what is shared, only where it may."""
-        limit, used = watch.step["memory"] << 20, max(watch.shared, sum(_each(_memory, members)))
+        limit, used = run.step["memory"] << 20, max(run.shared, sum(_each(_memory, members)))
         if used > limit:
             owners: list[int] = []
             for pid in members:
                 if not any(_same_memory(pid, owner) for owner in owners):
                     owners.append(pid)
-            with self.as_program():
-                used = max(watch.shared, sum(_each(functools.partial(_memory, fair=True), owners)))
-        watch.memory = max(watch.memory, used)
-        return used > limit or self.group_killed()
+            used = max(run.shared, sum(_each(functools.partial(_memory, fair=True), owners)))
+        run.memory = max(run.memory, used)
+        return used > limit
 
-    def group_killed(self) -> bool:
-        return self.group is not None and self.group.kills() > self.group.kills_before
+    def reap(self, run: _Run) -> None:
+        """Ends every process that is left."""
+        for pid, status, usage in _deaths(self.kill_all):
+            if pid == run.pid:
+                run.code = os.waitstatus_to_exitcode(status)
+            run.cpu += usage.ru_utime + usage.ru_stime
+            run.memory = max(run.memory, usage.ru_maxrss << 10)
 
-    def reap(self, pid: int, watch: _Watch) -> tuple[int, float]:
-        """Ends every process that is left. Wait status of the program; processor time of all."""
-        statuses, cpu = {}, 0.0
-        for done, status, usage in _deaths(self.kill_all):
-            statuses[done] = status
-            cpu += usage.ru_utime + usage.ru_stime
-            watch.memory = max(watch.memory, usage.ru_maxrss << 10)
-        if self.group_killed():
-            watch.end("memory_limit", f"{watch.step['memory']} MB")
-        return statuses[pid], cpu
-
-    def report(self, watch: _Watch, code: int, cpu: float) -> tuple[dict, tuple]:
+    def report(self, run: _Run) -> tuple[dict, tuple]:
         """What is sent back of a program that has ended: (verdict and figures, its streams)."""
-        out, err = map(bytes, watch.streams.values())
-        if watch.trouble:
-            watch.verdict, watch.message = "internal_error", watch.trouble
+        out, err = map(bytes, run.streams.values())
+        if run.trouble:
+            run.verdict, run.message = "internal_error", run.trouble
         else:
-            full, late = watch.memory > 0.75 * (watch.step["heap"] << 20), cpu > watch.step["cpu"]
-            watch.end(*_classify(code, err, full, late))
+            full, late = run.memory > 0.75 * (run.step["heap"] << 20), run.cpu > run.step["cpu"]
+            run.end(*_classify(run.code, err, full, late))
         outcome = {
-            "verdict": watch.verdict,
-            "message": watch.message,
-            "exit_code": code if code >= 0 else None,
-            "signal": _signal_name(-code) if code < 0 else "",
-            "wall": time.monotonic() - watch.start,
-            "cpu": cpu,
-            "memory": watch.memory,
+            "verdict": run.verdict,
+            "message": run.message,
+            "exit_code": run.code if run.code >= 0 else None,
+            "signal": _signal_name(-run.code) if run.code < 0 else "",
+            "wall": time.monotonic() - run.began,
+            "cpu": run.cpu,
+            "memory": run.memory,
         }
         return outcome, (out, err)
 
@@ -1405,8 +1285,7 @@ def _build_root(top: str, paths: Iterable[str]) -> None:
     for name in _DEVICES:
         Path(f"{top}/dev/{name}").touch()
         _mount(f"/dev/{name}", f"{top}/dev/{name}", "", _MS_BIND)
-    links = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}
-    for name, number in links.items():
+    for name, number in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
         os.symlink(f"/proc/self/fd{number}", f"{top}/dev/{name}")
     os.symlink("/tmp", f"{top}/dev/shm")
     for name, text in _MADE_UP.items():
@@ -1436,7 +1315,7 @@ def _die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _enter_namespaces(top: str, paths: Iterable[str], sock: socket.socket) -> None:
+def _enter_namespaces(top: str, paths: Iterable[str]) -> None:
     """Returns in a new process: the first of its own process namespace, in a private root."""
     _die_with_parent()
     as_root = os.geteuid() == 0
@@ -1453,9 +1332,7 @@ def _enter_namespaces(top: str, paths: Iterable[str], sock: socket.socket) -> No
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
     if not as_root:
         _build_root(top, paths)
-    pid = os.fork()
-    if pid:
-        sock.close()
+    if pid := os.fork():
         os.waitpid(pid, 0)
         os._exit(0)
     _die_with_parent()
@@ -1479,12 +1356,15 @@ def _settle(top: str) -> None:
     _prctl(_PR_SET_DUMPABLE, 0)  # programs share our user: keep them out of /proc/1
 
 
-class _NamespaceWarden(_Warden):
+class _NamespaceRunner(_Runner):
     """Process 1 of a world that it alone outlives: work directories are file systems of their
     own and kill(-1) reaches every program."""
 
     def filter(self):
-        return _filter(maps=not self.group)
+        return _filter()
+
+    def confine(self, step: dict) -> None:
+        _set_limits(step)
 
     def new_box(self) -> None:
         with contextlib.suppress(OSError):
@@ -1495,14 +1375,14 @@ class _NamespaceWarden(_Warden):
         _read_only(self.box, recursive=False)
 
     def new_scratch(self, step: dict) -> None:
-        size = f"size={step['files']}m,nr_inodes=4096,mode=755"
+        size = f"size={step['files']}m,nr_inodes={_FILES},mode=755"
         _mount("tmpfs", self.tmp, "tmpfs", _MS_NOSUID | _MS_NODEV, size)
 
     def end_scratch(self) -> None:
         _unmount(self.tmp)
 
-    def confine(self, step: dict) -> None:
-        _set_limits(step, self.files)
+    def stored_too_much(self, step: dict) -> bool:
+        return False  # the file systems are sized
 
     def members(self) -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
@@ -1529,25 +1409,13 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _end_descendants(pid: int) -> None:
+def _end_descendants() -> None:
     """Those that a look finds. Stopped first, so that they don't multiply meanwhile."""
-    pids = _descendants(pid)
+    pids = _descendants(os.getpid())
     for number in (signal.SIGSTOP, signal.SIGKILL):
-        for each in pids:
+        for pid in pids:
             with contextlib.suppress(OSError):
-                os.kill(each, number)
-
-
-def _deaths(kill_all: Callable[[], None]) -> Iterator[tuple]:
-    """Of every child, and of those that were left to this process by their parents' death, until the kernel knows of
-    none: (process, wait status, resources used)."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            kill_all()
-            death = os.wait4(-1, 0)
-            while death[0]:
-                yield death
-                death = os.wait4(-1, os.WNOHANG)
+                os.kill(pid, number)
 
 
 def _tasks_of(uid: int) -> int:
@@ -1587,127 +1455,96 @@ def _below(directory: str) -> Iterator[os.DirEntry]:
                     places.append(entry.path)
 
 
-def _remove_all(directory: str) -> None:
-    """Removes a directory, if it is there, with what is in it, whatever its modes. No program may be running in it.
-    Directories are first moved to the top: they may be nested more deeply than a path can tell."""
-    if not os.path.isdir(directory):
-        return
-    os.chmod(directory, 0o755)
-    places = [directory]
-    for place in places:  # grows on the way
-        for entry in list(os.scandir(place)):
-            if entry.is_dir(follow_symlinks=False):
-                os.chmod(entry.path, 0o700)
-                places.append(f"{directory}/{os.urandom(16).hex()}")
-                os.rename(entry.path, places[-1])
-            else:
-                os.unlink(entry.path)
-    for place in reversed(places):
-        os.rmdir(place)
+def _peek(memory: BinaryIO, address: int, count: int) -> bytes:
+    """Of a process's memory, or a part of that where it ends."""
+    return os.pread(memory.fileno(), count, address & (1 << 63) - 1)
 
 
-class _LandlockWarden(_Warden):
-    """Adopts what its programs leave, and kills by descent. As root, programs get a user id that
-    no one else has; otherwise they are kept from signalling by Landlock (from version 6 on) or
-    by allowing signals to the program's own process only. At level `none` all that is left out."""
+class _LandlockRunner(_Runner):
+    """Adopts what its programs leave, and kills by descent. Programs are kept from signalling others, this process
+    among them, by Landlock (from version 6 on) or by having to ask. At level `none` all that is left out."""
 
-    def __init__(self, sock: socket.socket, group: _Group | None, settings: dict):
-        super().__init__(sock, group, settings)
+    def __init__(self, sock: socket.socket, settings: dict):
+        super().__init__(sock, settings)
         self.confined, self.workers = settings["level"] == "landlock", settings["workers"]
-        self.uid = _spare_uid() if os.geteuid() == 0 and self.confined else None
+        self.own_user = settings["own_user"]  # that nobody else is
         readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
         self.readable = list(filter(os.path.exists, readable))
         # In memory that processes share a user of its own reaches of others' files what any user may.
-        self.common = [path for path in ("/dev/shm",) if self.uid and os.path.isdir(path)]
-        os.chmod(settings["home"], 0o711)
+        self.common = [path for path in ("/dev/shm",) if self.own_user and os.path.isdir(path)]
         _prctl(_PR_SUBREAPER, 1)
-        version = _landlock_version() if self.confined else 0
-        self.signals, self.truncate = version < 6 and not self.uid, version >= 3
+        self.signals = self.confined and _landlock_version() < 6
 
-    @contextlib.contextmanager
-    def as_program(self) -> Iterator[None]:
-        """What is done in here the kernel allows only if it allows it to the program's user."""
-        if self.uid:
-            os.setegid(self.uid)
-            os.seteuid(self.uid)
-        try:
-            yield
-        finally:
-            if self.uid:
-                os.seteuid(0)
-                os.setegid(0)
+    def filter(self):
+        return _filter(True, self.signals) if self.confined else None
+
+    def confine(self, step: dict) -> None:
+        # The kernel counts all processes of a user: those there are, and what every worker may start.
+        crowd = 1 if self.own_user else _tasks_of(os.getuid()) + step["processes"] * (self.workers - 1)
+        _set_limits({**step, "processes": step["processes"] + crowd})
+        if self.confined:
+            _landlock([*self.readable, self.box], self.writable(step))
 
     def writable(self, step: dict) -> set[str]:
         """Directories; a compiler works in the box."""
         return {self.tmp, step["cwd"], *self.common}
 
+    def is_own(self, target: int) -> bool:
+        """Whether a number given to kill or its like stands for processes, a thread or a group of the program's."""
+        groups = (-group for group in _each(os.getpgid, self.members()))
+        return target in (0, *groups) or any(os.path.exists(f"/proc/{p}/task/{target}") for p in self.members())
+
     def set_attributes(self, step: dict, pid: int, name: str, arguments: list[int]) -> int:
-        """Changes a file's mode or times in a program's place if the program may write there; 0 or an error's number."""
+        """Changes a file's mode, times or length in a program's place, if that may write there; 0, or the error's
+        number."""
         working_directory, no_follow = -100, 0x100
         here, text, value, flags = {
-            "chmod": (working_directory, *arguments), "fchmod": (arguments[0], 0, *arguments[1:])
-        }.get(name, arguments)[:4]  # fmt: skip
+            "fchmod": (arguments[0], 0, *arguments[1:]),
+            **dict.fromkeys(("chmod", "truncate"), (working_directory, *arguments)),
+        }.get(name, arguments)[:4]
         here = ctypes.c_int(here).value
         place = f"/proc/{pid}/" + ("cwd" if here == working_directory else f"fd/{here}")
         try:
-            with self.as_program(), open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            with open(f"/proc/{pid}/mem", "rb", 0) as memory:
                 if text:
                     path = os.fsdecode(_peek(memory, text, 4096).split(b"\0")[0])
                     place = os.path.join(place, re.sub("^/proc/self/", f"/proc/{pid}/", path))
                 times = _peek(memory, value, 32) if name == "utimensat" and value else None
-                no_link = os.O_NOFOLLOW if name == "utimensat" and flags & no_follow else 0
-                with _held(place, no_link, self.writable(step)) as file:
-                    if name == "utimensat":
-                        _checked(name, _libc.utimensat(working_directory, file.encode(), times, 0))
-                    else:
-                        os.chmod(file, value & 0o777)
+            no_link = os.O_NOFOLLOW if name == "utimensat" and flags & no_follow else 0
+            with _held(place, no_link, self.writable(step)) as file:
+                if name == "utimensat":
+                    _checked(name, _libc.utimensat(working_directory, file.encode(), times, 0))
+                elif name == "truncate":
+                    os.truncate(file, ctypes.c_long(value).value)
+                else:
+                    os.chmod(file, value & 0o777)
         except OSError as error:
             return error.errno
         return 0
 
-    def filter(self):
-        return _filter(True, self.signals, self.truncate, not self.group) if self.confined else None
-
-    def new_directory(self, path: str) -> None:
-        """In place of the old one, whose attributes may have been changed."""
-        _remove_all(path)
-        os.mkdir(path)
-        if self.uid:
-            os.chown(path, self.uid, self.uid)
-
     def new_box(self) -> None:
         self.new_directory(self.box)
+
+    def close_box(self) -> None:
+        pass  # no program may write there
 
     def new_scratch(self, step: dict) -> None:
         self.new_directory(self.tmp)
 
-    def shared(self) -> list[os.DirEntry]:
-        """What the programs' user has there."""
-        entries = [entry for top in self.common for entry in os.scandir(top)]
-        owners = _each(lambda entry: (entry.stat(follow_symlinks=False).st_uid, entry), entries)
-        return [entry for owner, entry in owners if owner == self.uid]
+    def new_directory(self, path: str) -> None:
+        """In place of the old one, whose attributes may have been changed."""
+        _remove(path)
+        os.mkdir(path)
 
     def end_scratch(self) -> None:
-        _remove_all(self.tmp)
-        for entry in self.shared():
-            _remove_all(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        for path in (self.tmp, *(entry.path for entry in self.shared())):
+            _remove(path)
 
-    def confine(self, step: dict) -> None:
-        """In the program's own process, before it starts: limits, and at this level Landlock."""
-        # The kernel counts all processes of a user: those there are, and what every worker may start.
-        crowd = 0 if self.uid else _tasks_of(os.getuid()) + step["processes"] * (self.workers - 1)
-        _set_limits({**step, "processes": step["processes"] + crowd}, self.files)
-        if not self.confined:
-            return
-        _landlock([*self.readable, self.box], self.writable(step))
-        if self.uid:
-            _drop_to(self.uid)
-
-    def members(self) -> list[int]:
-        return _descendants(os.getpid())
-
-    def kill_all(self) -> None:
-        _end_descendants(os.getpid())
+    def shared(self) -> list[os.DirEntry]:
+        """What the programs' user has in common directories."""
+        entries = [entry for top in self.common for entry in os.scandir(top)]
+        owners = _each(lambda entry: (entry.stat(follow_symlinks=False).st_uid, entry), entries)
+        return [entry for owner, entry in owners if owner == os.getuid()]
 
     def stored_too_much(self, step: dict) -> bool:
         """Or so deep that looking would take long: a path can have 4096 bytes."""
@@ -1717,41 +1554,57 @@ class _LandlockWarden(_Warden):
             sizes |= {(file.st_dev, file.st_ino): file.st_blocks * 512 for file in found}
             if len(entry.path) > 1024 or len(sizes) > _FILES:
                 return True
-        with self.as_program():  # files that are open but have no name any more
-            paths = [path for pid in self.members() for path in glob.glob(f"/proc/{pid}/fd/*")]
-            found = [file for file in _each(os.stat, paths) if stat.S_ISREG(file.st_mode) and not file.st_nlink]
+        # files that are open but have no name any more
+        paths = [path for pid in self.members() for path in glob.glob(f"/proc/{pid}/fd/*")]
+        found = [file for file in _each(os.stat, paths) if stat.S_ISREG(file.st_mode) and not file.st_nlink]
         sizes |= {(file.st_dev, file.st_ino): file.st_blocks * 512 for file in found}
         return sum(sizes.values()) > step["files"] << 20
 
+    def members(self) -> list[int]:
+        return _descendants(os.getpid())
+
+    kill_all = staticmethod(_end_descendants)
+
 
 # ---------------------------------------------------------------------------------------------
-# The nurse
+# The helper's and the runner's lives
 
 
-def _warden(sock: socket.socket, group: _Group | None, settings: dict) -> None:
-    """The rest of a warden's life."""
+def _remove(path: str) -> None:
+    """Removes a file, or a directory with what is in it, whatever its modes. No program may be running in it. By rm,
+    which neither follows links nor minds depth, and which root needs no modes for."""
+    for remove in (os.unlink, os.rmdir):  # which will do for most
+        with contextlib.suppress(OSError):
+            remove(path)
+    delete, quiet = ["rm", "-rf", path], [(os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_WRONLY, 0)]
+    for command in (delete, ["chmod", "-R", "u+rwx", path], delete):
+        if os.path.lexists(path):
+            os.waitpid(os.posix_spawnp(command[0], command, os.environ, file_actions=quiet), 0)
+
+
+def _runner(sock: socket.socket, settings: dict) -> None:
+    """The rest of a runner's life."""
     level = settings["level"]
+    settings["own_user"] = level == "landlock" and os.geteuid() == 0
     try:
         if _ARCH is None and level != "none":
             raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
-            _enter_namespaces(settings["home"], settings["paths"], sock)
-        kind = _NamespaceWarden if level == "namespaces" else _LandlockWarden
-        warden = kind(sock, group, settings)
-        # A file in the box is read, which a closed directory above it would forbid.
-        trial = {**vars(Limits()), "heap": 1, "argv": ["/bin/sh", f"{warden.box}/trial"], "env": {}, "cwd": warden.tmp}
-        warden.answer({"op": "open", "file": "trial", "step": None}, b":")
-        outcome, streams = warden.execute(trial, b"")
-        if outcome["verdict"] != "ok" and group:
-            warden.group = None  # who may make a group need not be allowed to move processes into it
-            outcome, streams = warden.execute(trial, b"")
+            _enter_namespaces(settings["home"], settings["paths"])
+        elif settings["own_user"]:
+            os.chown(settings["home"], uid := _spare_uid(), uid)
+            _drop_to(uid)
+        runner = (_NamespaceRunner if level == "namespaces" else _LandlockRunner)(sock, settings)
+        runner.new_box()
+        trial = {**vars(Limits()), "heap": 1, "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": runner.tmp}
+        outcome, streams = runner.execute(trial, b"")
         if outcome["verdict"] != "ok":
             raise OSError(f"{outcome['message']} {streams[1].decode('utf-8', 'replace')}".strip())
     except OSError as error:
         sock.sendall(_message({"refused": str(error)}))
         return
-    sock.sendall(_message({"accounting": f"cgroup v{warden.group.version}" if warden.group else "polling"}))
-    warden.serve()
+    sock.sendall(_message({}))
+    runner.serve()
 
 
 def _few(processors: Iterable[int]) -> list[int]:
@@ -1759,32 +1612,30 @@ def _few(processors: Iterable[int]) -> list[int]:
     return sorted(processors, key=lambda _: os.urandom(8))[:_PROCESSORS]
 
 
-def _helper(fd: int) -> None:
-    """The helper process, from its start to its end."""
+def _helper(fd: int, settings: dict) -> None:
+    """A helper's life. fd: of the socket to the caller, which its runner takes over."""
     os.umask(0o022)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
     os.sched_setaffinity(0, _few(os.sched_getaffinity(0)))
-    sock = socket.socket(fileno=fd)
-    sock.set_inheritable(False)
-    settings, _ = _receive(sock)
-    group = _make_group() if settings["cgroups"] else None
+    with contextlib.suppress(OSError):  # where memory runs out, programs go before the caller
+        Path("/proc/self/oom_score_adj").write_text("1000")
     _prctl(_PR_SUBREAPER, 1)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _warden(sock, group, settings)
-        finally:
-            os._exit(0)
-    sock.close()
-    os.waitpid(pid, 0)
-    for _ in _deaths(functools.partial(_end_descendants, os.getpid())):
-        pass
-    with contextlib.suppress(OSError):
-        _remove_all(settings["home"])
-    if group:
-        _remove_groups(group.places)
+    if pid := os.fork():
+        os.close(fd)
+        os.waitpid(pid, 0)
+        for _ in _deaths(_end_descendants):
+            pass
+        _remove(settings["home"])
+        return
+    os.set_inheritable(fd, False)
+    try:
+        _runner(socket.socket(fileno=fd), settings)
+    except Exception as error:  # a fault of ours: the caller learns only that the other side has gone
+        print(f"sandbox helper: {error!r}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1795,7 +1646,12 @@ _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8", "USER": "user"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
-_AHEAD = 1 << 15  # bytes of a request that a socket surely holds while the helper is busy
+
+
+def _owner_gone(path: Path) -> bool:
+    """Whether the process whose number is in a name such as parallel-sft-123-x has ended."""
+    owner = re.search(r"-(\d+)", path.name)
+    return owner is not None and not Path("/proc", owner[1]).exists()
 
 
 class _Refused(Exception):
@@ -1818,125 +1674,37 @@ def _visible_paths() -> list[str]:
     return sorted({str(_cache_root()), *map(_home_of, tools)})
 
 
-# Strings, characters and comments, as Java, Kotlin, Scala, Go and Rust write them. In time proportional to the text.
-_NO_CODE = re.compile(
-    r'"""(?:\\[\s\S]|[^\\])*?(?:"""|\Z)|\bb?r(#*)"[\s\S]*?(?:"\1|\Z)|"(?:\\[\s\S]|[^"\\])*"?|`[^`]*`?'
-    r"|'(?:\\.[^'\n]*|[^\\'\n])'|//.*|/\*[\s\S]*?(?:\*/|\Z)"
-)
-_MAIN_CLASS = re.compile(
-    r"[{}]|(?:\bpublic\s[\w\s]{0,99}?)?\b(?:class|record|enum|interface|object)\s+(?P<name>\w+)"
-    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\bvoid\s+main\s*\([^)]{0,99}|\bdef\s+main\s*\(|\b(?:extends|with)\s+App\b)"
-)
-
-
-def _code(program: str) -> str:
-    return _NO_CODE.sub(" ", program)
-
-
-def _main_class(code: str) -> tuple[str | None, str]:
-    """The public class in Java or Scala, if there is one, and that to be run: the one whose main method takes strings
-    and is static, else one with any main method, and of several the public one, else the first."""
-    depth, current, found = 0, None, {}  # found: by class how good its main method is, and whether it is public
-    for token in _MAIN_CLASS.finditer(code):
-        if token[0] in "{}":
-            depth += 1 if token[0] == "{" else -1
-        elif token["name"] and depth == 0:
-            current = token["name"]
-            found.setdefault(current, (0, token[0].startswith("public")))
-        elif token["main"] and current:
-            weak = "void" in token[0] and not ("static" in token[0] and "String" in token[0])
-            found[current] = max(found[current][0], 1 if weak else 2), found[current][1]
-    public = next((name for name, (_, is_public) in found.items() if is_public), None)
-    return public, max(found, key=found.get, default="Main")
-
-
-def _source_name(language: Language, program: str) -> tuple[str, str]:
-    """File name and, on the JVM, the class to be run; some languages tie them to the text. A name longer than a
-    file's may be is cut: the compiler says what is wrong."""
-    stem, suffix = os.path.splitext(language.file)
-    if language.name == "ada" and (unit := re.search(r"^[ \t]*procedure\s+(\w+)\s+is\b", program, re.M)):
-        stem = unit[1].lower()
-    if language.name not in ("java", "kotlin", "scala"):
-        return _cut(stem) + suffix, ""
-    code = _code(program)
-    public, main = (None, "MainKt") if language.name == "kotlin" else _main_class(code)
-    stem = public or main if language.name == "java" else stem
-    package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
-    return _cut(stem) + suffix, f"{package[1]}.{main}" if package else main
-
-
-def _cut(name: str) -> str:
-    """The first 240 bytes, or a little less: a file's name has at most 255."""
-    return name.encode()[:240].decode(errors="ignore")
-
-
-# How the reports of the runners of unit tests begin, and end if all is well. A program that leaves before, lacks it.
-_REPORTS = {
-    "go": (r"^PASS\n\Z", r"^PASS\n\Z"),
-    "rust": (r"^\nrunning \d+ tests?\n", r"^test result: ok\. [1-9]\d* passed; .*\n\n\Z"),
-}
-_MAIN = {"go": r"\bfunc\s+main\s*\(", "rust": r"\bfn\s+main\s*\((?!\s*\)\s*{\s*})"}
-_UNIT_TEST = {"go": r"\bfunc\s+(Test\w*)\s*\(\s*\w+\s+\*testing\.T\s*\)", "rust": r"#\[(test)\]"}
-
-
-def _unit_tests(language: Language, program: str) -> list[str]:
-    """The unit tests to be run in place of a program that has no main function, or an empty one."""
-    if language.name not in _MAIN or re.search(_MAIN[language.name], code := _code(program)):
-        return []
-    return re.findall(_UNIT_TEST[language.name], code)
-
-
-def _with_test_runner(language: Language, program: str) -> tuple[str, str]:
-    """The program, and flags for its compiler, which make its unit tests run if it has such."""
-    tests = _unit_tests(language, program)
-    if tests and language.name == "rust":
-        return program, " --test"
-    if tests:
-        listed = ",".join(f'{{"{name}", {name}}}' for name in tests)
-        match_all = "func(_, _ string) (bool, error) { return true, nil }"
-        call = f"testing.Main({match_all}, []testing.InternalTest{{{listed}}}, nil, nil)"
-        program += f"\nfunc main() {{ {call} }}\n"
-    return program, ""
-
-
-def _remove(homes: Iterable[Path]) -> None:
-    """What a helper was kept from removing. By rm, which neither follows links nor minds depth."""
-    if left := [home for home in homes if home.exists()]:
-        subprocess.run(["rm", "-rf", *left], stderr=subprocess.DEVNULL)
-
-
-class _Worker:
+class _Helper:
     """One helper process and the talk with it; used by one thread at a time."""
 
-    def __init__(self, level: str, cgroups: bool, workers: int = 1):
+    def __init__(self, level: str, workers: int = 1):
         self.sock, theirs = socket.socketpair()
+        self.answers = self.sock.makefile("rb")
         self.home = os.path.realpath(tempfile.mkdtemp(prefix=f"parallel-sft-{os.getpid()}-"))
         root = "" if level == "namespaces" else self.home
         self.places = {"box": f"{root}/box", "tmp": f"{root}/tmp"}  # as the programs see them
         here = Path(__file__).resolve()
+        settings = {"level": level, "workers": workers, "paths": _visible_paths(), "home": self.home, **self.places}
         code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); from {here.stem} import _helper"
         library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", f"{code}; _helper({theirs.fileno()})", "sandbox helper"],
+                [sys.executable, "-I", "-S", "-c", f"{code}; _helper({theirs.fileno()}, {settings})", "sandbox helper"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"LD_LIBRARY_PATH": library_path} if library_path else {},
                 start_new_session=True,
             )
-        settings = {"level": level, "cgroups": cgroups, "workers": workers, "paths": _visible_paths()}
-        settings |= {"home": self.home, **self.places}
-        hello, *_ = self.ask(_message(settings), 60)
+        hello, *_ = self.ask(b"", 60)
         if "refused" in hello:
             self.close()
             raise _Refused(hello["refused"])
-        self.accounting = hello["accounting"]
 
-    def ask(self, messages: bytes, seconds: float) -> tuple:
-        """Sends requests, if any; the next answer: (header, stdout, stderr). Raises OSError or EOFError."""
+    def ask(self, request: bytes, seconds: float) -> tuple:
+        """The answer: (header, stdout, stderr). Raises OSError or EOFError."""
         self.sock.settimeout(seconds)
-        self.sock.sendall(messages)
-        header, blobs = _receive(self.sock)
+        self.sock.sendall(request)
+        header, blobs = _receive(self.answers)
         return header, *blobs
 
     def close(self) -> None:
@@ -1944,28 +1712,29 @@ class _Worker:
         where the caller has forked: its children hold copies."""
         with contextlib.suppress(OSError):  # the helper has gone
             self.sock.shutdown(socket.SHUT_RDWR)
+        self.answers.close()
         self.sock.close()
         try:
             self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        _remove([Path(self.home)])
+        _remove(self.home)
 
 
 @functools.cache
-def best_level(cgroups: bool = True) -> str:
+def best_level() -> str:
     """The strongest confinement that works here. Raises OSError saying what was refused."""
     refusals = []
     for level in LEVELS[:2]:
         try:
-            _Worker(level, cgroups).close()
+            _Helper(level).close()
             return level
         except (_Refused, OSError, EOFError) as error:
             refusals.append(f"{level}: {error}")
     raise OSError(
-        f"no confinement can be had here ({'; '.join(refusals)}); run as root, or where Linux allows user namespaces or "
-        "has Landlock (5.13); level='none' runs programs with the caller's rights"
+        f"no confinement can be had here ({'; '.join(refusals)}); run as root, or where Linux allows user namespaces "
+        "or has Landlock (5.13); level='none' runs programs with the caller's rights"
     )
 
 
@@ -1982,82 +1751,62 @@ class _Job:
     expires: float  # on the monotonic clock
     level: str
 
-    def step(self, worker: _Worker, line: str, limits: Limits, cwd: str) -> dict:
+    def step(self, helper: _Helper, line: str, limits: Limits, cwd: str) -> dict:
         """What a helper needs to know to run one of the language's command lines. cwd: "box" or "tmp"."""
         language, tools = self.language, toolchain(self.language.name, self.level)
         source, main = _source_name(language, self.program)
-        fill = {**worker.places, "file": f"{worker.places['box']}/{source}", "main": main}
+        fill = {**helper.places, "file": f"{helper.places['box']}/{source}", "main": main}
         fill |= {"mb": limits.memory, "cache": cache(language.name, self.level)}
         path = dict.fromkeys([*map(os.path.dirname, tools.values()), *_PATH])
         env = {**_ENV, "PATH": ":".join(path), **language.env}
         step = {**vars(limits), "heap": limits.memory, "memory": limits.memory + language.overhead}
-        step["cwd"] = worker.places[cwd]
+        step["cwd"] = helper.places[cwd]
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
         step["argv"] = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
         return step
 
-    def compile(self, worker: _Worker) -> TestResult:
-        """Writes the program into the worker's box and compiles it."""
+    def compile(self, helper: _Helper) -> TestResult:
+        """Writes the program into the helper's box and compiles it."""
         language, wall, processes = self.language, self.limits.compile_wall, max(self.limits.processes, 256)
         limits = Limits(wall, 2 * wall, self.limits.compile_memory, output=1 << 20, processes=processes, files=256)
-        program, flags = _with_test_runner(language, self.program)
-        step = self.step(worker, language.compile + flags, limits, "box") if language.compile else None
-        name, _ = _source_name(language, program)
-        request = _message({"op": "open", "file": name, "step": step}, _encode(program))
-        result, _ = self.ask(worker, request, wall)
+        step = self.step(helper, language.compile, limits, "box") if language.compile else None
+        name, _ = _source_name(language, self.program)
+        request = _message({"op": "open", "file": name, "step": step}, _encode(self.program))
+        result, _ = self.ask(helper, request, wall)
         if result.verdict == "runtime_error":
             result = replace(result, verdict="compile_error")
         return result
 
-    def requests(self, worker: _Worker) -> Iterator[bytes]:
-        """What makes a helper run the program on each test."""
-        step = self.step(worker, self.language.run, self.limits, "tmp")
+    def run(self, helper: _Helper) -> Iterator[TestResult]:
+        """Runs the program on each test and compares its output here, in the caller."""
+        step = self.step(helper, self.language.run, self.limits, "tmp")
         for test in self.tests:
-            argv, stdin = [*step["argv"], *map(str, test.get("args", ()))], test.get("stdin", "")
-            yield _message({"op": "test", "step": {**step, "argv": argv}}, _encode(stdin))
-
-    def run(self, worker: _Worker) -> Iterator[TestResult]:
-        """Runs the program on each test and compares its output here, in the caller. Unless a failure is to end
-        it all, the helper has the next request before it answers, and needn't wait for the caller."""
-        requests, sent = itertools.chain(self.requests(worker), [b""]), False
-        for test, (request, following) in zip(self.tests, itertools.pairwise(requests), strict=True):
-            early = not self.stop_at_failure and len(following) <= _AHEAD
-            messages = (b"" if sent else request) + (following if early else b"")
-            result, stdout = self.ask(worker, messages, self.limits.wall)
-            sent = early
-            if result.verdict == "ok" and not self.right(test, stdout):
+            argv = [*step["argv"], *map(str, test.get("args", ()))]
+            request = _message({"op": "test", "step": {**step, "argv": argv}}, _encode(test.get("stdin", "")))
+            result, stdout = self.ask(helper, request, self.limits.wall)
+            if result.verdict == "ok" and not self.checker(test, stdout):
                 result = replace(result, verdict="wrong_answer")
             yield result
             if result.verdict != "ok" and self.stop_at_failure:
                 return
 
-    def right(self, test: dict, stdout: str) -> bool:
-        """Asks the checker. Unit tests that pass say so, in words that differ by language and even
-        by run: the checker sees what was printed before."""
-        if _unit_tests(self.language, self.program):
-            begin, end = (re.search(part, stdout, re.M) for part in _REPORTS[self.language.name])
-            if not (begin and end and begin.start() <= end.start()):
-                return False
-            stdout = stdout[: begin.start()]
-        return self.checker(test, stdout)
-
-    def ask(self, worker: _Worker, messages: bytes, wall: float) -> tuple[TestResult, str]:
-        """The helper's next answer, and the whole of stdout for the checker. Raises OSError or EOFError where
+    def ask(self, helper: _Helper, request: bytes, wall: float) -> tuple[TestResult, str]:
+        """The helper's answer, and the whole of stdout for the checker. Raises OSError or EOFError where
         the sandbox failed."""
         seconds = min(wall + _patience(wall) + _GRACE, self.expires - time.monotonic())
-        answer, out, err = worker.ask(messages, max(0.001, seconds))
+        answer, out, err = helper.ask(request, max(0.001, seconds))
         if answer["verdict"] == "internal_error":
             raise OSError(answer["message"])
         stdout, stderr = (stream.decode("utf-8", "replace") for stream in (out, err))
         keep = self.limits.keep
         return TestResult(**answer, stdout=stdout[:keep], stderr=stderr[:keep]), stdout
 
-    def grade(self, worker: _Worker) -> Result:
+    def grade(self, helper: _Helper) -> Result:
         """Compiles once, then runs the tests."""
-        built = self.compile(worker)
-        tests = tuple(self.run(worker)) if built.verdict == "ok" else ()
+        built = self.compile(helper)
+        tests = tuple(self.run(helper)) if built.verdict == "ok" else ()
         first = next((result for result in (built, *tests) if result.verdict != "ok"), built)
-        return Result(first.verdict, self.language.name, tests, built, self.level, worker.accounting, first.message)
+        return Result(first.verdict, self.language.name, tests, built, self.level, first.message)
 
 
 class Sandbox:
@@ -2065,20 +1814,18 @@ class Sandbox:
 
     workers: programs run at a time; by default the processors that this process may use.
     level:   of confinement, from LEVELS; by default the strongest that works here. Raises
-             RuntimeError where none does; `none` has to be asked for. ValueError where
-             namespaces would hide the toolchains' caches.
-    cgroups: whether to use control groups where they may be written."""
+             OSError where none does; `none` has to be asked for. ValueError where
+             namespaces would hide the toolchains' caches."""
 
-    def __init__(
-        self, workers: int | None = None, limits: Limits = Limits(), level: str | None = None, cgroups: bool = True
-    ):
+    def __init__(self, workers: int | None = None, limits: Limits = Limits(), level: str | None = None):
         if level not in (None, *LEVELS):
             raise ValueError(f"unknown level {level!r}; known: {', '.join(LEVELS)}")
         if level == "none":
             warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
-        self.limits, self.cgroups = limits, cgroups
-        _remove(filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")))
-        self.level = level or best_level(cgroups)
+        self.limits = limits
+        for home in filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")):
+            _remove(str(home))
+        self.level = level or best_level()
         if self.level == "namespaces" and _cache_root().is_relative_to("/tmp"):
             raise ValueError(
                 f"{_cache_root()}: programs have a /tmp of their own; set XDG_CACHE_HOME to a directory elsewhere"
@@ -2164,22 +1911,22 @@ class Sandbox:
                 result = failed("internal_error", message=str(error))
         return result
 
-    def _worker(self, fresh: bool) -> _Worker:
+    def _worker(self, fresh: bool) -> _Helper:
         """One that is idle, if there is one, unless it has to be fresh: those that are idle may have died together."""
         with contextlib.suppress(queue.Empty):
             if not fresh:
                 return self._idle.get_nowait()
-        return _Worker(self.level, self.cgroups, self._workers)
+        return _Helper(self.level, self._workers)
 
     def _attempt(self, job: _Job, fresh: bool) -> Result:
         _warm(job.language.name, self.level)
-        worker = self._worker(fresh)
+        helper = self._worker(fresh)
         try:
-            result = job.grade(worker)
+            result = job.grade(helper)
         except BaseException:
-            worker.close()
+            helper.close()
             raise
-        self._idle.put(worker)
+        self._idle.put(helper)
         return result
 
 
@@ -2203,11 +1950,6 @@ def _cmd_toolchains(options) -> int:
     return 0
 
 
-def _open_sandbox(options) -> Sandbox:
-    limits = Limits(wall=options.wall, cpu=options.cpu, memory=options.memory)
-    return Sandbox(options.workers, limits, options.level)
-
-
 def _json_lines(path: str, parse: Callable[[object], object]) -> list:
     """Raises ValueError naming file and line."""
     rows = []
@@ -2228,25 +1970,27 @@ def _field(row: object, name: str, kind: type, *default) -> object:
     return value
 
 
-def _parse_test(row: object, harness: bool = False) -> dict:
-    given = {} if harness and isinstance(row, dict) and "stdout" not in row else {"stdout": _accepted(row)}
-    return {**row, **given, "stdin": _field(row, "stdin", str, ""), "args": _field(row, "args", list, [])}
-
-
-def _accepted(row: object) -> str | list:
-    """A test's stdout: a text, or a list of accepted ones."""
-    value = row.get("stdout") if isinstance(row, dict) else None
-    several = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-    return value if several else _field(row, "stdout", str)
+def _parse_test(row: object, stdout: bool = True) -> dict:
+    """stdout: whether it has to say what is to be printed: a text, or a list of accepted ones."""
+    given = row.get("stdout") if isinstance(row, dict) else None
+    several = isinstance(given, list) and given and all(isinstance(text, str) for text in given)
+    if not several and (stdout or given is not None):
+        _field(row, "stdout", str)
+    return {**row, "stdin": _field(row, "stdin", str, ""), "args": _field(row, "args", list, [])}
 
 
 def _parse_program(row: object) -> tuple:
+    """Its id, and what Sandbox.submit takes."""
     program, language = _field(row, "program", str), canonical(_field(row, "language", str))
     own = demands(row).harness
     if own and language not in own:
         raise ValueError(f"field 'harness': has none for {language}; there are {', '.join(own)}")
-    tests = [_parse_test(test, bool(own)) for test in _field(row, "tests", list, *[[{}]] * bool(own))]
-    return row.get("id"), (program, language, tests, row)
+    tests = _field(row, "tests", list, [{}]) if own else _field(row, "tests", list)
+    return row.get("id"), (program, language, [_parse_test(test, not own) for test in tests], row)
+
+
+def _open_sandbox(options) -> Sandbox:
+    return Sandbox(options.workers, Limits(options.wall, options.cpu, options.memory), options.level)
 
 
 def _cmd_run(options) -> int:

@@ -133,10 +133,10 @@ def overshoot(box: sandbox.Sandbox, program: str, limits: sandbox.Limits) -> flo
 
 def bench_sandbox(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
-    with sandbox.Sandbox(1, level=options.level, cgroups=not options.no_cgroups) as box:
+    with sandbox.Sandbox(1, level=options.level) as box:
         first = [box.run(PROGRAMS[name], name, tests_of(1)) for name in PROGRAMS]
         assert all(result.passed for result in first), first
-        print(f"level {first[0].level}, {first[0].accounting}, {cores} cores, one program at a time")
+        print(f"level {first[0].level}, {cores} cores, one program at a time")
         print("language  tests  sandbox runs/s  naive runs/s  ratio")
         for name in PROGRAMS:
             for count in (1, 10):
@@ -183,7 +183,6 @@ def traces() -> dict[str, object]:
         "processes": len(list(Path("/proc").glob("[0-9]*/stat"))),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": Path("/proc/self/mounts").read_text().count("\n"),
-        "control groups": len(list(Path("/sys/fs/cgroup").rglob("sandbox-*"))),
         "temporary files": len(os.listdir(tempfile.gettempdir())),
         "resident MB": int(status.split("VmRSS:")[1].split()[0]) >> 10,
     }
@@ -586,7 +585,6 @@ def main() -> None:
     add = commands.add_parser("sandbox", help="sandbox.py against subprocess.run")
     add.add_argument("--repeats", type=int, default=15, help="measurements per figure (%(default)s)")
     add.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
-    add.add_argument("--no-cgroups", action="store_true", help="do without control groups")
     add.set_defaults(call=bench_sandbox)
     add = commands.add_parser("soak", help="many runs, and what they leave")
     add.add_argument("--runs", type=int, default=10_000, help="(%(default)s)")
