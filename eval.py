@@ -69,7 +69,7 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
-from model import PREFILL_TOKENS, Config, Llama, generate, wide
+from model import PREFILL_TOKENS, ROWS, Config, Llama, generate, wide
 from sft import DTYPES, World, collate, fitting, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
@@ -100,12 +100,12 @@ class Rollout:
 
 def sample(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[tuple[dict, str]], max_new_tokens: int,
-    temperature: float, samples: int = 1, seed: int = 0, rows: int = 512, progress: Callable[[int], object] | None = None,
+    temperature: float, samples: int = 1, seed: int = 0, rows: int = 0, progress: Callable[[int], object] | None = None,
     **truncation,
 ) -> list[Rollout]:  # fmt: skip
     """`samples` ungraded rollouts for each task (record, PL), those of one task side by side.
 
-    `rows` responses are written at a time, which bounds the memory of the key/value cache. No tasks, as
+    `rows` responses are written at a time, as `generate` says. No tasks, as
     on a rank for which none are left, give no rollouts. truncation: top_k and top_p of `generate`.
     """
     if not tasks:
@@ -194,7 +194,7 @@ def outcome(record: dict, language: str, verdicts: Sequence[str], by: str) -> Ou
 
 def evaluate(
     model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box: sandbox.Sandbox, world: World, *,
-    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "kind", seed: int = 0, rows: int = 512,
+    max_new_tokens: int, temperature: float = 0.0, samples: int = 1, by: str = "kind", seed: int = 0, rows: int = 0,
     known: dict | None = None, name: str | None = None, **truncation,
 ) -> list[Outcome]:  # fmt: skip
     """The outcome of every record in every PL, shared out over the ranks; `name` heads a progress bar.
@@ -743,7 +743,7 @@ class Settings:
     top_k: int = flag(0, "draw the samples from the TOP_K likeliest tokens; 0 means all", least=0)
     top_p: float = flag(1.0, "draw the samples from the likeliest tokens of TOP_P probability together; 1 means all")
     max_new_tokens: int = flag(320, "token budget of a response", least=1)
-    rows: int = flag(512, "responses to write at a time: less needs less memory", least=1)
+    rows: int = flag(0, "responses to write at a time; 0: what a GPU's free memory holds, 512 on a CPU", least=0)
     workers: int = flag(0, "programs to run at once; 0 means one a core", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     seed: int = flag(0, "seed of the samples")
@@ -809,7 +809,7 @@ def measure(s: Settings, world: World, models: dict[str, Path], records: list[di
     shared = {"max_new_tokens": s.max_new_tokens, "by": s.by, "seed": s.seed, "rows": s.rows, "known": {}}
     with open_sandbox(s, world) as box:
         for name, checkpoint in models.items():
-            model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
+            model, tokenizer = open_checkpoint(checkpoint, world, s)
             job = (model, tokenizer, records, languages, box, world)
             greedy[name] = evaluate(*job, name=name, **shared)
             chosen[name] = choose(model, tokenizer, records, languages, world, s.by)
@@ -830,7 +830,7 @@ def measure_representations(
         own = records if view == "programs" else [r for r in records if r.get("kind") == records[0].get("kind")]
         own, titles, before = distinct(own, languages), parts(roles, languages, view), len(cells)
         for name, checkpoint in models.items():
-            model, tokenizer = open_checkpoint(checkpoint, world, world.dtype(s.precision), s.format)
+            model, tokenizer = open_checkpoint(checkpoint, world, s)
             rows = {p: [rows_of(tokenizer, r, p) for r in own] for p in languages}
             pairs = compare({p: represent(model, texts) for p, texts in rows.items()})
             layer = shown(model.config.num_hidden_layers)
@@ -958,7 +958,7 @@ def write_programs(s: Settings) -> None:
     files = {path: data.read_records(path) for path in paths}
     languages, out, left, tasks = present_languages([*map(sandbox.canonical, s.to)]), Path(s.keep), Counter(), []
     with World(s.device) as world, open_sandbox(s, world) as box:
-        model, tokenizer = open_checkpoint(*find_models(s).values(), world, world.dtype(s.precision), s.format)
+        model, tokenizer = open_checkpoint(*find_models(s).values(), world, s)
         done, limit = read_ledger(out / "ledger.txt"), model.config.max_position_embeddings - s.max_new_tokens
         for record, language in itertools.product(itertools.chain(*files.values()), languages):
             given = [p for p in (s.source, *record["solutions"]) if p in record["solutions"]]
@@ -975,7 +975,7 @@ def write_programs(s: Settings) -> None:
             print(f"{len(tasks)} to write" + "".join(f"; {n} left out: {why}" for why, n in left.items()))
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
             data.write_atomically(out / "ledger.txt", lambda p: p.write_text(text, encoding="utf-8"))
-        batch = max(1, s.rows // s.samples) * world.size
+        batch = max(1, (s.rows or ROWS) // s.samples) * world.size
         for start in tqdm(range(0, len(tasks), batch), desc="batches", disable=world.rank > 0 or None):
             own, seed = world.deal(tasks[start : start + batch]), (s.seed, len(done) + start, world.rank)
             job = (model, tokenizer, own, s.max_new_tokens, s.temperature, s.samples, zlib.crc32(repr(seed).encode()))

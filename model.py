@@ -40,24 +40,23 @@ import itertools
 import json
 import math
 import os
-import re
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-
-from data import write_atomically
 
 IGNORE = -100  # a target that does not count
 CHUNK = 512  # positions per chunk of log-probs: 512 x 128,256 float32 logits are 263 MB
@@ -65,6 +64,7 @@ KEPT = 1 << 22  # so many logits (16 MB) are kept for the backward pass, more ar
 GPU_CHUNK = 4096  # the positions of a chunk on a GPU, where larger products are faster: 1.05 GB in bfloat16
 STRIDE = 4  # decoding steps between two looks at which rows have finished
 PREFILL_TOKENS = 16384  # prompt tokens per prefill pass, which bounds its activations
+ROWS = 512  # responses written at a time on a CPU
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---------------------------------------------------------------------------------------------
@@ -75,8 +75,6 @@ SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attentio
 # What a config.json means by leaving a field out: LlamaConfig's defaults, which are not ours.
 ABSENT = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": None}
-# The names of a model's safetensors, its shards, their index, and of what is not written to its end.
-WEIGHTS = re.compile(r"\.?model((-[0-9a-f]+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 # The one value of each of these fields that this file computes; it may also be absent or null.
 SUPPORTED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
@@ -147,8 +145,7 @@ class Config:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes folder/config.json in transformers 4's form, which version 5 reads as well."""
         fields = {name: value for name, value in SUPPORTED.items() if value is not None}
-        text = json.dumps(fields | asdict(self), indent=2) + "\n"
-        write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text))
+        (Path(folder) / "config.json").write_text(json.dumps(fields | asdict(self), indent=2) + "\n")
 
 
 def read_fields(raw: dict) -> dict:
@@ -1238,10 +1235,10 @@ def check_request(
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"{top_k=}, {top_p=}: give a top_k of 0 (all) or more, a top_p above 0 and up to 1 (all)")
     limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
-    if not prompts or min(samples, rows) < 1 or temperature < 0 or not 0 < max_new_tokens < limit:
+    if not prompts or samples < 1 or min(rows, temperature) < 0 or not 0 < max_new_tokens < limit:
         raise ValueError(
             f"{len(prompts)} prompts, {samples=}, {rows=}, {temperature=}, {max_new_tokens=}: give at least "
-            f"one prompt, sample and row, a temperature from 0 up, and 1 to {limit - 1} new tokens"
+            f"one prompt and sample, rows and a temperature from 0 up, and 1 to {limit - 1} new tokens"
         )
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
@@ -1251,6 +1248,20 @@ def check_request(
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise ValueError(f"prompt {i} has a token outside 0 .. {vocab - 1}")
+
+
+def fitting_rows(model: Llama, length: int) -> int:
+    """How many rows of `length` tokens to write at a time: `ROWS` on a CPU, on a GPU what its free memory holds.
+
+    A fifth is left for the prompts' activations; a row has 32 bytes for each logit, which top-p sorts.
+    """
+    config, weight = model.config, model.head()
+    if not weight.is_cuda:
+        return ROWS
+    torch.cuda.empty_cache()  # what earlier work has left counts as free
+    column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    return max(1, int(0.8 * free / (length * column + 32 * config.vocab_size)))
 
 
 def collect(drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion]) -> None:
@@ -1276,17 +1287,17 @@ def generate(
     samples: int = 1,
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
-    rows: int = 512,
+    rows: int = 0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Completion]:
     """Samples `samples` completions of each prompt: prompt 0's first, then prompt 1's, ...
 
     temperature 0 is greedy. `generator` lives on the model's device; None is torch's global one.
-    progress(n) hears of n newly finished completions (a tqdm bar's `update`). At most `rows` rows
-    are sampled at a time, a finished one making place for the next; the cache is allocated for
+    progress(n) hears of n newly finished completions (a tqdm bar's `update`). At most `rows` rows (0:
+    `fitting_rows`) are sampled at a time, a finished one making place for the next; the cache is allocated for
     them at the longest prompt + max_new_tokens (512 rows of 1024 tokens: 64 GiB for Llama-3.1-8B in
-    bfloat16). The model computes the same in train and eval mode, so its mode is left alone. top_k and
+    bfloat16). How many decides which numbers of `generator` a row gets. The model computes the same in train and eval mode, so its mode is left alone. top_k and
     top_p as in `truncate`; not for RL, whose trainer scores all tokens. ValueError for a request it cannot
     serve.
     """
@@ -1296,7 +1307,9 @@ def generate(
         return sample(truncate(logits, temperature, top_k, top_p), temperature, generator)
 
     done = [Completion([], [], False) for _ in range(len(prompts) * samples)]
-    batch = Rows(model, min(rows, len(done)), max(map(len, prompts)) + max_new_tokens, draw, generator)
+    length = max(map(len, prompts)) + max_new_tokens
+    rows = min(rows or fitting_rows(model, length), len(done))
+    batch = Rows(model, rows, length, draw, generator)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=batch.token.device)
     waiting, live = deque(range(len(done))), []  # live[r]: the completion that row r is writing
     while waiting or live:
@@ -1334,99 +1347,120 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_weights(path: Path, shapes: dict, device, dtype) -> tuple[dict, dict[str, str]]:
-    """The tensors of one memory-mapped file that fit `shapes`, and what is wrong with the others.
-
-    dtype None: that of the first.
-    """
-    state, wrong = {}, {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older files hold the rotary frequencies, which follow from config.json
-            part, wanted = file.get_slice(name), shapes.get(name)
-            found, kind = tuple(part.get_shape()), part.get_dtype()
-            if found != wanted:
-                other = f"config.json says {wanted}" if wanted else "which the model does not have"
-                wrong[name] = f"{found} in {path.name}, {other}"
-            elif kind not in DTYPES:
-                wrong[name] = f"{kind} in {path.name}, but only {', '.join(DTYPES)} are implemented"
-            else:
-                dtype = dtype or getattr(torch, DTYPES[kind])
-                # A copy of its own: a view would keep the file mapped, at its odd alignment.
-                state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-    return state, wrong
+def stored(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """(file, name, part to be sliced) of each tensor, memory-mapped; ValueError names a file that is cut short."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if not name.endswith("rotary_emb.inv_freq"):  # of older files; config.json gives them
+                        yield path, name, file.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
 
-def load(folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = None) -> Llama:
-    """The model in a Hugging Face folder: config.json, and safetensors in one file or in shards.
+def check_weights(folder: Path, model: Llama, twin: bool) -> list[str]:
+    """The dtypes of the tensors in `folder`; ValueError if they do not fit `model`. twin: there may be a tied head."""
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    extra, wrong, kinds = {HEAD: shapes[EMBED]} if twin else {}, {}, {}
+    for path, name, part in stored(folder):
+        found, kinds[name], wanted = tuple(part.get_shape()), part.get_dtype(), (shapes | extra).get(name)
+        if found != wanted:
+            other = f"config.json says {wanted}" if wanted else "which the model does not have"
+            wrong[name] = f"{found} in {path.name}, {other}"
+        elif kinds[name] not in DTYPES:
+            wrong[name] = f"{kinds[name]} in {path.name}, but only {', '.join(DTYPES)} are implemented"
+    wrong |= {name: "missing" for name in shapes if name not in kinds}
+    if wrong:
+        lines = [f"  {name}: {what}" for name, what in sorted(wrong.items())]
+        raise ValueError("\n".join([f"{folder}: weights do not fit config.json; correct either:", *lines]))
+    return [DTYPES[kind] for kind in kinds.values()]
+
+
+def whole(x: Tensor) -> Tensor:
+    """x itself, put together on every rank if it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_rows(weight: Tensor) -> tuple[Tensor, slice]:
+    """What this rank holds of a parameter, and which of its rows those are."""
+    if not isinstance(weight, DTensor):
+        return weight, slice(None)
+    [chunk] = weight.__create_chunk_list__()
+    return weight.to_local(), slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+
+
+@torch.no_grad()
+def load(
+    folder: str | os.PathLike, device="cpu", dtype: torch.dtype | None = None, shard: Callable[[Llama], Any] | None = None
+) -> Llama:  # fmt: skip
+    """The model in a Hugging Face folder: config.json, and safetensors in one file or several.
 
     Tensors go one by one from the memory-mapped file to `device` and `dtype` (None: config.json's, else
-    that of the first tensor, as in transformers). FileNotFoundError for a missing file; ValueError that
+    that of the first tensor, as in transformers). `shard` may split the model over ranks before any memory is
+    taken; each then reads its own rows alone. FileNotFoundError for a missing file; ValueError that
     names every missing, unexpected or misshapen tensor, or the file that is cut short.
     """
     folder = Path(folder)
     with torch.device("meta"):
         model = Llama(Config.load(folder))
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    dtype = dtype or getattr(torch, model.config.torch_dtype or "", None)
-    twin = {HEAD: shapes[EMBED]} if model.config.tie_word_embeddings else {}
-    state, wrong = {}, {}
-    for path in weight_files(folder):
-        try:
-            found, unfit = read_weights(path, shapes | twin, device, dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-        dtype = dtype or next((weight.dtype for weight in found.values()), None)
-        state, wrong = state | found, wrong | unfit
-    wrong |= {name: "missing" for name in shapes if name not in state | wrong}
-    if twin and EMBED in state and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBED]):
-        wrong[HEAD] = f"differs from {EMBED}, but tie_word_embeddings is true"
-    if wrong:
-        lines = [f"  {name}: {what}" for name, what in sorted(wrong.items())]
-        raise ValueError("\n".join([f"{folder}: weights do not fit config.json; correct either:", *lines]))
-    model.load_state_dict(state, assign=True)
+    twin, copy = model.config.tie_word_embeddings, None
+    kinds = check_weights(folder, model, twin)
+    model.to(dtype or getattr(torch, model.config.torch_dtype or kinds[0]))
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
+    weights = {name: own_rows(weight) for name, weight in model.named_parameters()}
+    for _, name, part in stored(folder):
+        own, rows = weights.get(name, weights[EMBED])
+        own = own if name in weights else (copy := torch.empty_like(own))
+        if len(own):  # of few rows some ranks have none
+            own.copy_(part[rows])
+    if copy is not None and not torch.equal(copy, weights[EMBED][0]):
+        raise ValueError(f"{folder}: {HEAD} differs from {EMBED}, but tie_word_embeddings is true; correct either")
     return model
 
 
-def split_shards(state: dict[str, Tensor], limit: float) -> list[dict[str, Tensor]]:
-    """Consecutive tensors, as many as fit `limit` bytes together, and at least one."""
-    shards, room = [], 0
-    for name, weight in state.items():
-        if weight.nbytes > room:
-            shards.append({})
+def split_files(sizes: dict[str, int], limit: float) -> list[list[str]]:
+    """Consecutive names, as many as fit `limit` bytes together, and at least one."""
+    files, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            files.append([])
             room = limit
-        shards[-1][name] = weight
-        room -= weight.nbytes
-    return shards
+        files[-1].append(name)
+        room -= size
+    return files
 
 
-def save(model: Llama, folder: str | os.PathLike, shard_bytes: float = 5e9) -> None:
-    """Writes config.json and safetensors into `folder`, leaving its other files alone.
+@torch.no_grad()
+def save(model: Llama, folder: str | os.PathLike, file_bytes: float = 5e9, dtype: torch.dtype | None = None) -> None:
+    """Writes config.json and safetensors into `folder`, which holds no weights yet (else ValueError), as `dtype`.
 
-    Killed at any moment it leaves the old weights or the new ones, never a mixture. A single file is
-    renamed into place. Shards get names that are not in use; they count once their index is renamed
-    into place and a model.safetensors from before, which would win over the index, is gone. config.json
-    goes first: a model of another shape or other rotary positions wants a folder of its own.
+    Of several ranks, which all call it, the first writes, a file's tensors at a time. What must not be found
+    half-written is for the caller to rename.
     """
-    folder, state = Path(folder), model.state_dict()
-    model.config.torch_dtype = str(model.head().dtype).removeprefix("torch.")
-    # What a killed save left included, finished or not.
-    old = [path for path in folder.glob("*") if WEIGHTS.fullmatch(path.name)]
-    shards = split_shards(state, shard_bytes)
-    tag = f"-{time.time_ns():x}" if old else ""
-    names = [f"model{tag}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    model.config.save(folder)
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {key: weight.contiguous().cpu() for key, weight in shard.items()}
-        write_atomically(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
-    if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(weight.nbytes for weight in state.values())
-        index = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2)
-        names.append("model.safetensors.index.json")
-        write_atomically(folder / names[-1], lambda path: path.write_text(index))
-    for path in old:
-        if path.name not in names:
-            path.unlink(missing_ok=True)  # an unfinished one may have become a file of ours
+    folder, weights = Path(folder), model.state_dict()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and any(folder.glob("*.safetensors*")):
+        raise ValueError(f"{folder}: holds weights; give another folder, or delete them")
+    dtype = dtype or next(iter(weights.values())).dtype
+    sizes = {name: dtype.itemsize * weight.numel() for name, weight in weights.items()}
+    files = split_files(sizes, file_bytes)
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    model.config.torch_dtype = str(dtype).removeprefix("torch.")
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.save(folder)
+    for file, keys in zip(names, files, strict=True):
+        tensors = {}
+        for key in keys:
+            weight = whole(weights[key].to(dtype))
+            tensors |= {key: weight.contiguous().cpu()} if first else {}
+        if first:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if first and len(files) > 1:
+        places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
+        index = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(index)

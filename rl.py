@@ -46,7 +46,7 @@ import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
 from eval import Rollout, choose_records, count_untested, estimate, evaluate, grade, open_sandbox, sample
-from model import IGNORE, Llama
+from model import IGNORE, Llama, whole
 from sft import (
     Hardware,
     Learner,
@@ -56,11 +56,9 @@ from sft import (
     fitting,
     flops,
     open_checkpoint,
-    shard_model,
     starting_point,
     to_device,
     trained_tokens,
-    whole,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -134,7 +132,9 @@ class Settings(Hardware):
     dual_clip: float = flag(0.0, "most that the ratio counts where the advantage is negative; 0: no limit", least=0)
     kl: float = flag(0.0, "weight of the KL divergence from the starting model; 0: off", least=0)
     kl_estimator: str = flag("k3", "how a token's KL divergence is estimated", choices=("k2", "k3"))
-    rows: int = flag(512, "responses to write at a time, on each rank: less needs less memory", least=1)
+    rows: int = flag(
+        0, "responses to write at a time, on each rank; 0: what a GPU's free memory holds, 512 on a CPU", least=0
+    )
     workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     eval_every: int = flag(20, "steps between two evaluations", least=1)
@@ -245,7 +245,7 @@ class Sampler:
     def refresh(self) -> None:
         if self.model is not self.learner.model:
             for copy, weight in zip(self.model.parameters(), self.learner.model.parameters(), strict=True):
-                copy.copy_(whole(weight))
+                copy.copy_(whole(weight.to(copy.dtype)))
 
 
 def measure(
@@ -410,15 +410,13 @@ def train(s: Settings, world: World) -> None:
     with Run(s.out, s, world) as run:
         if run.finished():
             return
-        checkpoint, optimizer = run.start("rl", "dev")
+        newest = run.start("rl", "dev")
         start = starting_point(s.model, "run `python sft.py` first, or name a checkpoint with --model")
-        source, reference = checkpoint or start, None
-        if s.kl:
-            reference, _ = open_checkpoint(start, world, torch.float32, s.format)
-            reference = shard_model(reference, world, world.dtype(s.precision) or torch.float32, s.shard)
-        model, tokenizer = open_checkpoint(source, world, torch.float32, s.format)
+        reference = open_checkpoint(start, world, s, train=True)[0] if s.kl else None
+        model, tokenizer = open_checkpoint(newest or start, world, s, train=True)
         learner = Learner(model, world, s, weight_decay=0.0, pad=tokenizer.pad)
-        learner.restore(optimizer)
+        if newest:
+            learner.restore(newest)
         loop(s, run, learner, tokenizer, reference)
 
 

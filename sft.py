@@ -5,9 +5,9 @@
     python sft.py --mixture source        # the arm without parallel programs, into runs/source
     torchrun --nproc-per-node 8 sft.py --model DIR --data DIR     # the same on 8 GPUs
 
-A run folder holds `step-N` checkpoint folders (weights and tokenizer in Hugging Face's layout, and
-trainer.pt), metrics.jsonl, settings.json, and summary.json once the run is finished. Called again, a
-run goes on from its newest checkpoint, on any number of ranks; Ctrl-C saves one first.
+A run folder holds `step-N`, the newest checkpoint (weights and tokenizer in Hugging Face's layout, trainer.json,
+and in trainer/ the masters and moments, each rank's part in a file), metrics.jsonl, settings.json, and summary.json
+once the run is finished. Called again, a run goes on from there, on any number of ranks; Ctrl-C saves first.
 
 Our choices, where the Parallel-SFT paper leaves freedom or is silent:
 
@@ -20,7 +20,8 @@ Our choices, where the Parallel-SFT paper leaves freedom or is silent:
 4. A micro-batch is one row of whole sequences, packed without any padding; no sequence sees another.
 5. Many ranks are FSDP2 (`fully_shard`) on a mesh of replicas x shards: with --shard 1 every rank holds
    the whole model, which is data parallelism as in DDP; with --shard 0 one copy is split over all.
-   Masters, gradients and optimizer are float32; with bfloat16 the weights are cast as they are gathered.
+   Masters, gradients and optimizer are float32; with bfloat16 the weights are cast as they are gathered,
+   and so are the checkpoint's; the masters are the trainer's own.
 
 Axes: T tokens of a packed row; V vocabulary.
 """
@@ -49,16 +50,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict as states
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import data
 from data import FORMATS, Mixture, Tokenizer, flag
-from model import IGNORE, Config, Llama, load, save
+from model import IGNORE, Config, Llama, load, save, whole
 
 Row = tuple[list[int], int]  # token ids, and the index of the first that is trained
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens, targets, start: see `collate`
@@ -199,18 +199,19 @@ class World:
         return items[self.rank :: self.size]
 
 
-def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> Llama:
-    """`model`, its parameters split over groups of `shard` ranks and replicated over the groups.
+def shard_model(model: Llama, world: World, s: "Hardware") -> Llama:
+    """`model`, its parameters split over groups of `s.shard` ranks and replicated over the groups.
 
-    FSDP2: every block, and what is outside of the blocks, is gathered (cast to `dtype`) when it is
+    FSDP2: every block, and what is outside of the blocks, is gathered (cast to what `s` computes in) when it is
     needed and forgotten after; gradients are reduced in the parameters' own dtype, the masters'. One
     process that computes in that needs none of it and gets `model` as it is. shard 0 means all ranks.
     ValueError if it does not divide them.
     """
-    master, shard = model.head().dtype, shard or world.size
+    master, shard = next(model.parameters()).dtype, s.shard or world.size
+    dtype = world.dtype(s.precision) or master
     if world.size % shard:
         raise ValueError(f"--shard {shard}: does not divide the number of ranks, {world.size}")
-    if world.size == 1 and dtype == master:
+    if isinstance(model, FSDPModule) or (world.size == 1 and dtype == master):
         return model
     mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicas", "shards"))
     for module in (*model.model.layers, model):
@@ -222,42 +223,16 @@ def shard_model(model: Llama, world: World, dtype: torch.dtype, shard: int) -> L
 # Optimizer
 
 
-class CompactAdamW(torch.optim.AdamW):
-    """torch's AdamW with both moments stored in bfloat16: 4 bytes a parameter instead of 8.
-
-    They are widened to float32, one parameter at a time, for the step itself. Rounding (2^-9) stalls a
-    second moment only within 7% of where it tends to, since beta2 = 0.95 moves it a twentieth of the
-    way at each step; with torch's default of 0.999 it would hardly move at all.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update; `closure` is there because torch passes it, and is not called."""
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state, zeros = self.state[p], torch.zeros_like
-                count = state.setdefault("step", torch.zeros(()))
-                m, v = (state[n].to(p.dtype) if n in state else zeros(p) for n in ("exp_avg", "exp_avg_sq"))
-                names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
-                beta1, beta2 = group["betas"]
-                options = {n: group[n] for n in names} | {"beta1": beta1, "beta2": beta2}
-                adamw([p], [p.grad], [m], [v], [], [count], foreach=False, **options)
-                state["exp_avg"], state["exp_avg_sq"] = m.bfloat16(), v.bfloat16()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # which widens them to the parameters' type
-        for state in self.state.values():
-            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].bfloat16(), state["exp_avg_sq"].bfloat16()
-
-
-def make_optimizer(model: Llama, lr: float, weight_decay: float, compact: bool = False) -> torch.optim.AdamW:
+def make_optimizer(model: Llama, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices, but neither norms nor embeddings."""
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or "embed_tokens" in n]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if compact:
-        return CompactAdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for p in model.parameters():  # its first step would make them; but a checkpoint may come before it
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -282,7 +257,6 @@ class Hardware:
     shard: int = flag(0, "ranks that share a copy of the weights: 1 is data parallelism, 0 means all", least=0)
     micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
-    optimizer_state: str = flag("float32", "AdamW's moments; bfloat16 saves 4 bytes a parameter", choices=DTYPES)
     clip: float = flag(1.0, "largest global gradient norm; 0 sets no limit", least=0)
 
 
@@ -293,11 +267,11 @@ class Learner:
     """
 
     def __init__(self, model: Llama, world: World, s: Hardware, weight_decay: float, pad: int):
-        self.dtype = world.dtype(s.precision) or model.head().dtype  # it computes in this
+        self.dtype = world.dtype(s.precision) or next(model.parameters()).dtype  # it computes in this
         for block in model.model.layers:
             block.recompute = s.recompute
-        self.model = shard_model(model, world, self.dtype, s.shard)
-        self.optimizer = make_optimizer(self.model, 0.0, weight_decay, s.optimizer_state == "bfloat16")
+        self.model = shard_model(model, world, s)
+        self.optimizer = make_optimizer(self.model, weight_decay)
         self.world, self.s, self.pad = world, s, pad
 
     def micro_batches(self, rows: Sequence[Row], shared: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
@@ -334,29 +308,34 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> tuple[Llama, dict]:
-        """The whole model and optimizer state on the CPU; on rank 0 alone, where they are put together."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Each parameter's master and moments by its name, this rank's part of them: not copies."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what is outside of the blocks stays gathered after a forward pass without a backward
-        options, optimizer = states.StateDictOptions(full_state_dict=True, cpu_offload=True), {}
-        if self.optimizer.state:  # else the getter would make one, by a step that counts
-            optimizer = states.get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        with torch.device("meta"):
-            model = Llama(self.model.config)
-        if weights := states.get_model_state_dict(self.model, options=options):
-            model.load_state_dict(weights, assign=True)
-        return model, optimizer
+        return {name: {"master": p.detach(), **self.optimizer.state[p]} for name, p in self.model.named_parameters()}
 
-    def restore(self, optimizer: dict | None) -> None:
-        """Takes up an optimizer state from `state`, of any number of ranks, if there is one."""
-        if optimizer:
-            options = states.StateDictOptions(full_state_dict=True)
-            states.set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+    def save(self, folder: Path) -> None:
+        """Writes the weights, as they are computed with, and `state` into `folder`. All ranks call it, and `restore`."""
+        state = self.state()
+        save(self.model, folder, dtype=self.dtype)
+        checkpoint.save(state, checkpoint_id=folder / "trainer")
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what `save` wrote, on any number of ranks."""
+        try:
+            checkpoint.load(self.state(), checkpoint_id=folder / "trainer")
+        except CheckpointException as error:
+            raise broken(folder / "trainer", error) from None
 
 
-def whole(x: Tensor) -> Tensor:
-    """x itself, put together on every rank if it is sharded."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def cause(error: BaseException) -> BaseException:
+    """`error`, or, of torch.distributed.checkpoint's, what went wrong on the first rank that failed."""
+    return next(iter(getattr(error, "failures", {0: (error, None)}).values()))[0]
+
+
+def broken(path: Path, error: BaseException) -> ValueError:
+    """That `path`, part of a checkpoint, cannot be read."""
+    return ValueError(f"{path}: not whole ({cause(error)}); delete {path.parent}, or give another --out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,13 +368,15 @@ def starting_point(folder: str | Path, advice: str) -> Path:
     return checkpoint
 
 
-def open_checkpoint(folder: Path, world: World, dtype: torch.dtype | None, format: str) -> tuple[Llama, Tokenizer]:
-    """The model and the tokenizer in `folder`; ValueError if they do not belong together.
+def open_checkpoint(folder: Path, world: World, s, train: bool = False) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer in `folder`, as the settings `s` want them; ValueError if they do not belong together.
 
+    To `train` it is float32 and sharded, and each rank reads its own rows alone; else it is whole.
     The model's config gets the tokenizer's size, beyond which no id is drawn or scored, and its stop tokens: that of
     a base model names no end of a turn, and other engines would not stop where the checkpoints saved from it do.
     """
-    tokenizer, model = Tokenizer(folder, format), load(folder, world.device, dtype)
+    how = (torch.float32, lambda model: shard_model(model, world, s)) if train else (world.dtype(s.precision),)
+    tokenizer, model = Tokenizer(folder, s.format), load(folder, world.device, *how)
     if tokenizer.size > (rows := model.config.vocab_size):
         raise ValueError(f"{tokenizer.path}: has {tokenizer.size} tokens, the model {rows}; take the model's own")
     model.config.tokenizer_size = tokenizer.size
@@ -423,7 +404,7 @@ def fitting(
             text = "" if budget else data.answer(programs, languages) or record["answer"]
             texts = record["prompt"], *record.get("prompts", {}).values(), data.statement(record, *languages)
             prompt = max(texts, key=len)  # any of them may be asked
-            around = data.ask(prompt, languages) + FORMATS[tokenizer.format]
+            around = data.ask(prompt, languages) + tokenizer.template
             if len((around + text).encode()) + budget > limit:
                 length, new = len(tokenizer.prompt(prompt, languages)), budget or len(tokenizer.encode(text)) + 1
                 if length + new > limit:
@@ -507,39 +488,44 @@ class Run:
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
-    def start(self, *splits: str, files: Sequence[Path] = ()) -> tuple[Path | None, dict | None]:
-        """(newest checkpoint folder, its optimizer's state), or (None, None) for a new run. It reads `splits` and `files`.
+    def start(self, *splits: str, files: Sequence[Path] = ()) -> Path | None:
+        """The newest checkpoint, from which to go on, or None for a new run, which reads `splits` and `files`.
 
         ValueError if the checkpoint was made with other settings or other data: it would not be the same run.
         """
         self.lock()
         self.data = digest(self.settings.data, splits, *files)
-        checkpoint, state = newest_checkpoint(self.out), {"optimizer": None, "metrics_bytes": 0}
-        if len(seen := set(self.world.gather([checkpoint and checkpoint.name]))) > 1:
+        newest, metrics = newest_checkpoint(self.out), 0
+        if len(seen := set(self.world.gather([newest and newest.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
-        if checkpoint:
-            path = checkpoint / "trainer.pt"
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # of no narrower class for a file that is cut short
-                raise ValueError(f"{path}: not whole ({error}); delete {checkpoint}, or give another --out") from None
-            for name, old in state["settings"].items():
-                new = getattr(self.settings, name, None)
-                if old != new and name not in FREE:
-                    name = name.replace("_", "-")
-                    raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
-            if state.get("data") != self.data:
-                raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
-            self.step, self.drawn, self.tokens, self.flops = (state[n] for n in ("step", "drawn", "tokens", "flops"))
-            self.seconds.update(state["seconds"])
-            self.saved = self.step
+        if newest:
+            metrics = self.take_up(newest)
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
         if self.world.rank == 0:
             for path in self.out.glob(".step-*.tmp"):  # of a save that was killed
                 shutil.rmtree(path)
             with open(self.metrics, "ab") as file:
-                file.truncate(min(file.tell(), state["metrics_bytes"]))
-        return checkpoint, state["optimizer"]
+                file.truncate(min(file.tell(), metrics))
+        return newest
+
+    def take_up(self, folder: Path) -> int:
+        """Goes to where the run was at a checkpoint; returns the bytes of its metrics."""
+        path = folder / "trainer.json"
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise broken(path, error) from None
+        settings = json.loads(json.dumps(asdict(self.settings)))  # as they look after that
+        for name, old in state["settings"].items():
+            if old != (new := settings.get(name)) and name not in FREE:
+                name = name.replace("_", "-")
+                raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+        if state["data"] != self.data:
+            raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
+        self.step, self.drawn, self.tokens, self.flops = (state[n] for n in ("step", "drawn", "tokens", "flops"))
+        self.seconds.update(state["seconds"])
+        self.saved = self.step
+        return state["metrics_bytes"]
 
     def log(self, **figures) -> None:
         """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
@@ -557,32 +543,30 @@ class Run:
             data.write_atomically(self.out / name, lambda p: p.write_text(text))
 
     def save(self, learner: Learner, tokenizer: Tokenizer) -> None:
-        """Writes checkpoint step-N and removes the older ones."""
+        """Writes checkpoint step-N, each rank its part, and removes the older ones."""
         if self.step == self.saved:  # a moment ago, and nothing was learned since
             return
+        temporary = self.out / f".step-{self.step}.tmp"
         with self.phase("save"):
-            model, optimizer = learner.state()
-            self.saved = self.step
-            if self.world.rank == 0:
-                self.write(model, tokenizer, optimizer)
+            try:
+                learner.save(temporary)
+                if self.world.rank == 0:
+                    self.complete(temporary, tokenizer)
+            except (CheckpointException, SafetensorError, OSError) as error:  # of these each writer has its own
+                raise ValueError(f"{temporary}: {cause(error)}; make room, and the same command goes on") from None
+        self.saved = self.step
 
-    def write(self, model: Llama, tokenizer: Tokenizer, optimizer: dict) -> None:
-        """The files of `save`."""
-        final, temporary = self.out / f"step-{self.step}", self.out / f".step-{self.step}.tmp"
-        state = {"tokens": self.tokens, "step": self.step, "drawn": self.drawn, "optimizer": optimizer}
-        state |= {"seconds": dict(self.seconds), "flops": self.flops, "data": self.data}
+    def complete(self, temporary: Path, tokenizer: Tokenizer) -> None:
+        """Adds to what the ranks wrote where the run is, and gives it its name."""
+        state = {n: getattr(self, n) for n in ("step", "drawn", "tokens", "flops", "seconds", "data")}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
-        try:
-            save(model, temporary)
-            tokenizer.save(temporary)
-            torch.save(state, temporary / "trainer.pt")
-        except (SafetensorError, RuntimeError, OSError) as error:  # of these each writer has its own
-            raise ValueError(f"{temporary}: {error}; make room, and the same command goes on") from None
-        for path in temporary.iterdir():  # on the disk before its name says that it is whole, and older ones go
+        tokenizer.save(temporary)
+        (temporary / "trainer.json").write_text(json.dumps(state))
+        for path in temporary.glob("*.*"):  # on the disk, as trainer/ is, before its name says that it is whole
             with open(path) as file:
                 os.fsync(file.fileno())
         older = checkpoints(self.out)
-        os.replace(temporary, final)
+        os.replace(temporary, self.out / f"step-{self.step}")
         for old in older:
             shutil.rmtree(old)
 
@@ -617,10 +601,10 @@ class Settings(Hardware):
     data: str = flag("runs/data", "folder that `python data.py make` wrote; the default one is made if it is missing")
     model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
-    format: str = flag("", "prompt format (default: the starting model's; chat if it has none)", choices=tuple(FORMATS))
-    tokens: int = flag(0, "tokens to train on, prompts included; 0: 1,600,000 for base, else 1,000,000", least=0)
+    format: str = flag("", "prompt format (default: the starting model's own)", choices=tuple(FORMATS))
+    tokens: int = flag(0, "tokens to train on, prompts included; 0: 2,000,000 for base, else 1,000,000", least=0)
     batch: int = flag(1024, "tokens per update, over all ranks, but for the rest of the last sequence", least=1)
-    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 5e-4", least=0)
+    lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 1e-3", least=0)
     warmup: float = flag(0.05, "share of the run over which the learning rate rises", least=0, most=1)
     weight_decay: float = flag(0.1, "AdamW's decay of matrices", least=0)
     replay: float = flag(0.3, "share of an arm's examples that are base documents", least=0, most=1)
@@ -646,8 +630,8 @@ def resolve(s: Settings) -> Settings:
         s,
         model=s.model or ("" if fresh else "runs/base"),
         out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (1_600_000 if fresh else 1_000_000),
-        lr=s.lr or (3e-3 if fresh else 5e-4),
+        tokens=s.tokens or (2_000_000 if fresh else 1_000_000),
+        lr=s.lr or (3e-3 if fresh else 1e-3),
     )
 
 
@@ -788,15 +772,16 @@ def train(s: Settings, world: World) -> None:
         records = [] if base else data.read_split(s.data, "train")[: s.problems or None]
         documents = data.read_split(s.data, "base") if s.replay or base else []
         general = data.read_records(s.general, general=True) if s.general else []
-        source, optimizer = run.start("base", "train", "dev", files=[Path(s.general)] * bool(s.general))
-        if s.model and not source:
+        source = newest = run.start("base", "train", "dev", files=[Path(s.general)] * bool(s.general))
+        if s.model and not newest:
             source = starting_point(s.model, "train one with `python sft.py --mixture base`")
-        model, tokenizer = open_checkpoint(source, world, torch.float32, s.format) if source else fresh(s, world)
+        model, tokenizer = open_checkpoint(source, world, s, train=True) if source else fresh(s, world)
         shares = s.replay, s.statements, general, s.general_share if general else 0.0
         mixture = Mixture(s.mixture, records, documents, tokenizer, roles.sft, s.seed, *shares)
         mixture = choose_examples(mixture, model.config.max_position_embeddings)
         learner = Learner(model, world, s, s.weight_decay, tokenizer.pad)
-        learner.restore(optimizer)
+        if newest:
+            learner.restore(newest)
         loop(s, run, learner, mixture)
 
 

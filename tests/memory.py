@@ -35,8 +35,8 @@ MODELS = {
            "tie_word_embeddings": False},
 }  # fmt: skip
 GPUS, SIZES = (1, 2, 4, 8), (80, 141)
-# Flags to try, the first that fits wins: each costs more time or precision than the one before.
-TRIALS = [(), ("--recompute",), ("--recompute", "--optimizer-state bfloat16")]
+# Whether to --recompute: the first that fits wins.
+TRIALS = (False, True)
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,9 @@ def activations(config: Config, tokens: int, recompute: bool) -> int:
     return kept(model, tokens) + one
 
 
-def states(config: Config, ranks: int, compact: bool) -> float:
-    """Bytes a rank of float32 masters, their gradients, and AdamW's moments."""
-    parameters = sum(p.numel() for p in meta_model(config).parameters())
-    return parameters * (4 + 4 + (4 if compact else 8)) / ranks
+def states(config: Config, ranks: int) -> float:
+    """Bytes a rank of float32 masters, their gradients, and AdamW's two moments."""
+    return sum(p.numel() for p in meta_model(config).parameters()) * 16 / ranks
 
 
 def gathered(config: Config) -> float:
@@ -107,14 +106,6 @@ def gathered(config: Config) -> float:
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = sum(p.numel() for p in model.parameters()) - config.num_hidden_layers * block
     return (outside + 2 * block) * (2 + 2 + 4)
-
-
-def stepping(config: Config, ranks: int, compact: bool) -> float:
-    """Bytes a rank of the optimizer step's own tensors, when activations are gone.
-
-    torch's fused AdamW has none; the compact one widens one matrix's moments after the other, and makes its root.
-    """
-    return 12.0 * max(p.numel() for p in meta_model(config).parameters()) / ranks if compact else 0.0
 
 
 def logits(config: Config) -> float:
@@ -132,12 +123,10 @@ def sampler(config: Config, rows: int, length: int) -> float:
     return 2.0 * (weights + cache)
 
 
-def total(config: Config, stage: str, ranks: int, flags: tuple[str, ...], s: Settings) -> float:
+def total(config: Config, stage: str, ranks: int, recompute: bool, s: Settings) -> float:
     """Bytes on each rank at the worst moment; sampling and training take turns, the cache stays for neither."""
-    compact, recompute = "--optimizer-state bfloat16" in flags, "--recompute" in flags
     training = gathered(config) + activations(config, s.micro_tokens, recompute) + logits(config)
-    training = max(training, stepping(config, ranks, compact))
-    held = states(config, ranks, compact) + RESERVE
+    held = states(config, ranks) + RESERVE
     if stage == "sft":
         return held + training
     weights = sampler(config, 0, 0)
@@ -145,12 +134,9 @@ def total(config: Config, stage: str, ranks: int, flags: tuple[str, ...], s: Set
 
 
 def cell(config: Config, stage: str, ranks: int, size: int, s: Settings) -> str:
-    for flags in TRIALS:
-        if (needed := total(config, stage, ranks, flags, s)) <= size * GB:
-            short = " ".join(
-                flag.replace("--optimizer-state bfloat16", "b").replace("--recompute", "r") for flag in flags
-            )
-            return f"{needed / GB:.0f}{' ' + short if short else ''}"
+    for recompute in TRIALS:
+        if (needed := total(config, stage, ranks, recompute, s)) <= size * GB:
+            return f"{needed / GB:.0f}{' r' if recompute else ''}"
     return f"no ({needed / GB:.0f})"
 
 

@@ -5,13 +5,16 @@ torchrun --nproc-per-node 2 tests/ranks.py sft | rl | eval FLAGS     the last tw
 """
 
 import itertools
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.run
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,6 +38,17 @@ def by_length(rollouts, tokenizer, box, known=None, progress=None):
         r.verdict = "ok" if len({*r.prompt, *r.tokens}) % 2 == 0 else "wrong_answer"
 
 
+def kept(run):
+    """{parameter: its master and moments} of the newest checkpoint, the ranks' parts put together by torch."""
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(sft.newest_checkpoint(run) / "trainer", file.name)
+        return torch.load(file.name)
+
+
+def place(run):
+    return json.loads((sft.newest_checkpoint(run) / "trainer.json").read_text())
+
+
 def rows():
     """11 rows of very different lengths, so that no split of them is even."""
     g = torch.Generator().manual_seed(0)
@@ -56,7 +70,7 @@ def rollouts():
 def updated(folder, world, stage, shard, micro, dtype):
     """The learner after one update from the weights in `folder`, and the norm of its gradient, which is clipped."""
     s = (rl.Settings if stage == "rl" else Hardware)(device="cpu", shard=shard, micro_tokens=micro, clip=CLIP)
-    model = load(folder, dtype=getattr(torch, dtype))
+    model = load(folder, dtype=getattr(torch, dtype), shard=lambda model: sft.shard_model(model, world, s))
     learner = Learner(model, world, s, 0.1, PAD)
     if stage == "sft":
         sft.accumulate(learner, rows())
@@ -68,13 +82,12 @@ def updated(folder, world, stage, shard, micro, dtype):
 
 
 def outcome(learner, norm):
-    """What an update leaves, as tensors by name; on rank 0 alone.
+    """What an update leaves, as tensors by name.
 
     The moments are the clipped gradient's, whose scale AdamW's first step would hide.
     """
-    model, optimizer = learner.state()
-    moments = {f"{kind} {name}": m for name, state in optimizer.get("state", {}).items() for kind, m in state.items()}
-    return model.state_dict() | moments | {"norm": torch.tensor(norm)}
+    parts = {f"{kind} {name}": sft.whole(x) for name, state in learner.state().items() for kind, x in state.items()}
+    return parts | {"norm": torch.tensor(norm)}
 
 
 def replicas_are_equal(learner):
@@ -123,7 +136,7 @@ def fails(*_, **__):
 
 
 # Where one rank can fail alone: in the optimizer step, and when rank 0 writes a checkpoint.
-PLACES = {"step": (sft.Learner, "step"), "write": (sft.Run, "write")}
+PLACES = {"step": (sft.Learner, "step"), "write": (sft, "save")}
 
 
 def main(what, *flags):

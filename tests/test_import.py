@@ -10,13 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from test_ranks import torchrun
 
 import data
 import eval as evaluation
-import rl
 import sandbox
-import sft
 from model import Config, Llama, save
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -417,36 +415,25 @@ def way(tmp_path_factory):
     return folder
 
 
-def test_the_whole_way(way, tmp_path, monkeypatch):
-    """The README's recipe at toy size: import, verify, split, SFT, RL, evaluation."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    data.main(["import", "xcodeeval", str(way / "programs.jsonl"), str(way / "unittest_db.json"), "--out", "problems"])
-    data.main(["verify", "--data", "problems", "--keep", "kept"])
-    data.main(
-        [
-            "split",
-            "--data",
-            "kept",
-            "--out",
-            "data",
-            "--sft",
-            "python",
-            "javascript",
-            "--unseen",
-            "ruby",
-            "--held-out",
-            "0.1",
-        ]
-    )
-    common = {"data": "data", "device": "cpu"}
-    sft.main(
-        sft.Settings(model=str(way / "model"), mixture="parallel", out="runs/sft", tokens=3000, replay=0.0, **common)
-    )
-    steps = {"steps": 1, "prompts": 2, "samples": 2, "max_new_tokens": 4, "eval_tokens": 4}
-    rl.main(rl.Settings(model="runs/sft", out="runs/rl", **steps, **common))
-    evaluation.main(evaluation.Settings(models=("runs/sft", "runs/rl"), out="table", max_new_tokens=4, **common))
-    table = Path("table/table.md").read_text()
+WAY = """
+data.py import xcodeeval {way}/programs.jsonl {way}/unittest_db.json --out {out}/problems
+data.py verify --data {out}/problems --keep {out}/kept
+data.py split --data {out}/kept --out {out}/data --sft python javascript --unseen ruby --held-out 0.1
+sft.py --data {out}/data --model {way}/model --replay 0 --tokens 3000 --out {out}/sft
+rl.py --data {out}/data --model {out}/sft --steps 1 --prompts 2 --samples 2 --max-new-tokens 4 --eval-tokens 4 --out {out}/rl
+eval.py --data {out}/data --models {out}/sft {out}/rl --max-new-tokens 4 --out {out}/table
+"""
+
+
+def test_the_whole_way(way, tmp_path):
+    """The README's recipe at toy size: import, verify, split, then SFT, RL and evaluation on two ranks."""
+    for line in WAY.strip().splitlines():
+        script, *flags = line.format(way=way, out=tmp_path).split()
+        if script == "data.py":
+            data.main(flags)
+        else:
+            torchrun(*flags, "--device", "cpu", script=Path(data.__file__).with_name(script)).finish()
+    table = (tmp_path / "table/table.md").read_text()
     assert "| sft |" in table and "| rl |" in table and "ruby (unseen)" in table
 
 

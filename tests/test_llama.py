@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -109,7 +110,7 @@ def test_prompts_and_answers_are_llama31s_token_for_token(instruct, format):
     mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, STATEMENT, ["python"]).tokens
     for answered, tokens in enumerate(mine):
         ids = theirs.apply_chat_template(conversation(answered), add_generation_prompt=not answered, return_dict=False)
-        assert tokens == (ids if format == "llama3.1" else [ids[0], *ids[ids.index(ours.eot) + 1 :]])
+        assert tokens == (ids if format == "llama3.1" else [ids[0], *ids[ids.index(ours.stop) + 1 :]])
         assert tokens.count(ours.bos) == 1  # the tokenizer's own post-processor adds none
 
 
@@ -128,6 +129,7 @@ def train(model, corpus, out, **changes):
 def test_a_trained_checkpoint_opens_in_transformers(instruct, corpus, tmp_path):
     final = train(instruct, corpus, tmp_path / "run", format="llama3.1", precision="bfloat16")
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert theirs.dtype == load(final).head().dtype == torch.bfloat16
     before = AutoTokenizer.from_pretrained(instruct)
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == Config.load(instruct).eos_token_id
     assert theirs.config.rope_parameters == LlamaConfig.from_pretrained(instruct).rope_parameters
@@ -138,8 +140,9 @@ def test_a_trained_checkpoint_opens_in_transformers(instruct, corpus, tmp_path):
     assert tokenizer.apply_chat_template(said) == before.apply_chat_template(said)
     ids = tokenizer.apply_chat_template(said, return_tensors="pt")
     with torch.no_grad():
-        torch.testing.assert_close(load(final)(ids["input_ids"]), theirs(**ids).logits, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(load(final).head(), load(instruct, dtype=torch.float32).head())
+        ours = load(final, dtype=torch.float32)(ids["input_ids"])
+        torch.testing.assert_close(ours, theirs.float()(**ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(load(final).head(), load(instruct).head())
 
 
 def test_a_base_model_that_learned_to_chat_stops_in_other_engines_too(instruct, corpus, tmp_path):
@@ -158,7 +161,7 @@ def test_a_padded_vocabulary_is_drawn_from_and_scored_as_far_as_the_tokenizer_go
     theirs.save_pretrained(padded)
     (padded / "model.safetensors.index.json").unlink()
     final = train(padded, corpus, tmp_path / "run", precision="bfloat16")
-    model, tokenizer = sft.open_checkpoint(final, sft.World("cpu"), torch.float32, "")
+    model, tokenizer = sft.open_checkpoint(final, sft.World("cpu"), SimpleNamespace(precision="float32", format=""))
     assert (model.config.vocab_size, model.config.tokenizer_size) == (576, tokenizer.size) == (576, 511)
     assert AutoModelForCausalLM.from_pretrained(final).lm_head.weight.shape == (576, 32)
     tasks = [(record, "python") for record in data.read_split(corpus, "dev")[:2]]

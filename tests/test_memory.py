@@ -15,19 +15,15 @@ from model import Config, Llama, heads, rope_table
 SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_states_are_masters_gradients_and_moments(tokenizer, compact):
-    config = Config(**SHAPE)
-    kind = "bfloat16" if compact else "float32"
-    s = sft.Hardware(device="cpu", optimizer_state=kind)
+def test_states_are_masters_gradients_and_moments(tokenizer):
+    config, s = Config(**SHAPE), sft.Hardware(device="cpu")
     learner = sft.Learner(Llama(config).init_weights(0), sft.World("cpu"), s, 0.0, tokenizer.pad)
     sft.accumulate(learner, [([5, 6, 7, 8], 1)])
     gradients = sum(p.grad.nbytes for p in learner.model.parameters())
     learner.step(1e-3)
     moments = sum(x.nbytes for state in learner.optimizer.state.values() for n, x in state.items() if n != "step")
     weights = sum(p.nbytes for p in learner.model.parameters())
-    assert memory.states(config, 1, compact) == weights + gradients + moments
-    assert memory.states(config, 4, compact) == memory.states(config, 1, compact) / 4
+    assert memory.states(config, 1) == weights + gradients + moments == 4 * memory.states(config, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,25 +70,24 @@ class Peak(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("flags", memory.TRIALS, ids=" ".join)
-def test_the_table_holds_what_an_update_really_needs(monkeypatch, flags):
+@pytest.mark.parametrize("recompute", memory.TRIALS)
+def test_the_table_holds_what_an_update_really_needs(monkeypatch, recompute):
     """Two micro-batches and the step, in bfloat16: no more than the table says, and not much less."""
     for module in (model, memory):
         monkeypatch.setattr(module, "CHUNK", 32)
     monkeypatch.setattr(model, "KEPT", 0)
     shape = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "tie_word_embeddings": False}
     config, tokens = Config(**shape, num_hidden_layers=12), 96
-    chosen = {"recompute": "--recompute" in flags, "micro_tokens": tokens, "precision": "bfloat16"}
-    chosen |= {"optimizer_state": "bfloat16"} if "--optimizer-state bfloat16" in flags else {}
+    chosen = {"recompute": recompute, "micro_tokens": tokens, "precision": "bfloat16"}
     rows = [(torch.arange(tokens + 1).tolist(), 1)] * 2
     with sft.World("cpu") as world:
         learner = sft.Learner(Llama(config).init_weights(0), world, sft.Hardware(device="cpu", **chosen), 0.0, 0)
         sft.accumulate(learner, rows)
-        learner.step(1e-3)  # makes the moments
+        learner.step(1e-3)
         moments = [x for state in learner.optimizer.state.values() for x in state.values()]
         with Peak([*learner.model.parameters(), *moments]) as peak:
             del moments
             sft.accumulate(learner, rows)
             learner.step(1e-3)
-    expected = memory.total(config, "sft", 1, flags, memory.Settings(micro_tokens=tokens)) - memory.RESERVE
+    expected = memory.total(config, "sft", 1, recompute, memory.Settings(micro_tokens=tokens)) - memory.RESERVE
     assert 0.8 * expected < peak.most <= expected

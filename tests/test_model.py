@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -453,7 +454,7 @@ def test_a_stop_token_counts_wherever_the_block_ends():
         ([[1]], {"max_new_tokens": 256}, "max_new_tokens=256"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"samples": 0}, "samples=0"),
-        ([[1]], {"rows": 0}, "rows=0"),
+        ([[1]], {"rows": -1}, "rows=-1"),
         ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
@@ -468,6 +469,20 @@ def test_requests_that_cannot_be_served(prompts, options, message):
 def test_the_longest_prompt_is_served():
     [completion] = generate(tiny(), [[1] * 252], 4, [])
     assert len(completion.tokens) == 4
+
+
+def test_the_default_rows_are_512_on_a_cpu_and_fill_a_gpu(monkeypatch):
+    """There four fifths of what is free holds them and not one more; the GPU is made up."""
+    ours, length = tiny(), 40
+    row = model_py.Rows(ours, 1, length, None, None).cache.nbytes + 32 * TINY["vocab_size"]
+    assert model_py.fitting_rows(ours, length) == 512
+    gpu = SimpleNamespace(is_cuda=True, device="cuda:0", element_size=lambda: 4)
+    monkeypatch.setattr(ours, "head", lambda: gpu)
+    for free in (row, 1_000_000, 10**9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        rows = model_py.fitting_rows(ours, length)
+        assert rows == 1 or rows * row <= 0.8 * free
+        assert (rows + 1) * row > 0.8 * free
 
 
 # ---------------------------------------------------------------------------------------------
@@ -622,7 +637,7 @@ def test_missing_files_are_named(tmp_path):
     Config().save(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load(tmp_path)
-    save(tiny(), tmp_path, shard_bytes=2e4)
+    save(tiny(), tmp_path, file_bytes=2e4)
     shard = sorted(tmp_path.glob("model-*"))[1]
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
@@ -663,7 +678,7 @@ def test_a_second_copy_of_tied_embeddings_must_be_equal(tmp_path):
     assert "lm_head.weight" not in load(tmp_path).state_dict()
     state["lm_head.weight"][3, 5] += 1
     save_file(state, path)
-    with pytest.raises(ValueError, match=r"lm_head\.weight: differs"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
         load(tmp_path)
 
 
@@ -730,56 +745,8 @@ def test_loaded_weights_are_trainable_and_their_own(tmp_path):
     assert load(tmp_path, dtype=torch.float64).head().dtype == torch.float64
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("before", [5e9, 2e4], ids=["single before", "sharded before"])
-@pytest.mark.parametrize("after", [5e9, 2e4], ids=["single after", "sharded after"])
-def test_a_save_that_is_killed_leaves_the_old_model_or_the_new(tmp_path, monkeypatch, before, after):
-    """Killed before each of its renames and removals in turn, and halfway through each file."""
-    old, new = tiny(seed=1), tiny(seed=2)
-    replace, unlink, calls, outcomes = os.replace, os.unlink, [], []
-    theirs = ("tokenizer.json", "model_lora.safetensors", "model.safetensors.bak")
-
-    def dying(action):
-        def act(*paths, **options):
-            calls.append(action)
-            if len(calls) == limit:
-                if action is replace:
-                    os.truncate(paths[0], os.path.getsize(paths[0]) // 2)
-                raise Killed
-            return action(*paths, **options)
-
-        return act
-
-    def remove(path, missing_ok=False):
-        if len(calls) < limit and path.exists():  # the dead clear nothing up
-            dying(unlink)(path)
-
-    for limit in range(1, 100):
-        folder = tmp_path / str(limit)
-        save(old, folder, before)
-        for name in theirs:
-            (folder / name).write_text("theirs")
-        calls.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", dying(replace))
-            patch.setattr(type(folder), "unlink", remove)
-            try:
-                save(new, folder, after)
-                finished = True
-            except Killed:
-                finished = False
-        found = load(folder)
-        assert same(found, old) or same(found, new)
-        outcomes.append(same(found, new))
-        save(new, folder, after)  # and the next save repairs what is left
-        assert same(load(folder), new)
-        assert all((folder / name).read_text() == "theirs" for name in theirs)
-        expected = {"config.json", "model.safetensors", *theirs} if after == 5e9 else None
-        assert not expected or {path.name for path in folder.iterdir()} == expected
-        assert not list(folder.glob(".*.tmp"))
-        if finished:
-            break
-    assert outcomes == sorted(outcomes) and outcomes[-1] and not outcomes[0]
+def test_a_folder_with_weights_is_not_written_into(tmp_path):
+    save(tiny(seed=1), tmp_path, file_bytes=2e4)
+    with pytest.raises(ValueError, match="holds weights; give another folder, or delete them"):
+        save(tiny(seed=2), tmp_path)
+    assert same(load(tmp_path), tiny(seed=1))

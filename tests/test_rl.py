@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import ranks
 import torch
 from ranks import by_length
 
@@ -460,11 +461,11 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     monkeypatch.setattr(rl, "step_once", real_step)
     saved = sft.newest_checkpoint(tmp_path / "cut")
     assert saved.name == "step-2" and calls == drawn[: len(calls)]
-    before = torch.load(saved / "trainer.pt")["drawn"]
+    before = ranks.place(saved)["drawn"]
     calls.clear()
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
     assert 0 < before < len(drawn) and calls == drawn[before:]
-    whole, cut = (torch.load(sft.newest_checkpoint(tmp_path / n) / "trainer.pt") for n in ("whole", "cut"))
+    whole, cut = (ranks.place(tmp_path / n) for n in ("whole", "cut"))
     assert whole["flops"] == cut["flops"] > 0 and whole["drawn"] == cut["drawn"] == len(drawn)
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -493,7 +494,7 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
             for i in range(samples):
                 right = i % 2 or (samples == 1 and "phrase" not in record)
                 program = record["solutions"][language] if right else "print('no')"
-                ids = [*tok.encode(data.answer({language: program}, [language])), tok.eot]
+                ids = [*tok.encode(data.answer({language: program}, [language])), tok.stop]
                 prompt = tok.prompt(data.statement(record, language), [language])
                 rollouts.append(Rollout(record, language, prompt, ids, [-1.0] * len(ids), True))
         return rollouts
