@@ -1,5 +1,6 @@
 # make demo        the whole pipeline on a CPU, set-up included: two arms, one seed; prints the transfer table
 # make study       four arms, six seeds, hours: what the README reports; goes on where it stopped
+# make smollm2     the pipeline from SmolLM2-135M-Instruct, hours on a CPU
 # make test        ruff and pytest, set-up included
 # make toolchains  the compilers and interpreters that Debian packages (as root)
 # make clean       forget the demo's and the study's runs and the environment
@@ -9,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 
-.PHONY: demo study references run gates test tests-with-sandboxes tests-beside interpreters toolchains clean
+.PHONY: demo smollm2 study references run gates test tests-with-sandboxes tests-beside interpreters toolchains clean
 .DELETE_ON_ERROR:
 .SECONDARY: # nothing that took long is removed as a step on the way
 
@@ -48,6 +49,8 @@ RUN ?= runs/demo
 SEED ?= 0
 ARMS ?= source parallel
 SPLIT ?= test
+# A script that writes a pre-trained model's folder, in place of training base.
+PRETRAINED ?=
 # Further flags of each stage, and the threads of an arm, beside which another one may run.
 CORPUS ?=
 BASE ?=
@@ -66,7 +69,7 @@ $(DATA)/languages.json: | .venv/installed
 
 $(RUN)/base/summary.json: $(DATA)/languages.json
 	@$(ANEW)
-	$(PY) sft.py --mixture base --seed $(SEED) --data $(DATA) --out $(@D) $(BASE)
+	$(if $(PRETRAINED),$(PY) $(PRETRAINED) $(@D) && touch $@,$(PY) sft.py --mixture base --seed $(SEED) --data $(DATA) --out $(@D) $(BASE))
 
 $(ARMS:%=$(RUN)/%/summary.json): export OMP_NUM_THREADS = $(THREADS)
 $(ARMS:%=$(RUN)/%/summary.json): $(RUN)/%/summary.json: $(RUN)/base/summary.json
@@ -91,6 +94,15 @@ demo: interpreters .venv/installed-plots
 	@if [ -f results/study/joined.md ]; then \
 	echo "That was one seed. The study, over $$(ls results/study/seed-*.json | wc -l) seeds:"; \
 	sed '/^$$/,$$d' results/study/joined.md; else echo "That was one seed; the study has not run yet (make study)."; fi
+
+# --- the same from a model that was really pre-trained, sized for two hours on two cores; on a GPU give SFT, RL and EVAL
+
+smollm2: interpreters .venv/installed-tests
+	@$(MAKE) --no-print-directory --jobs=2 run RUN=runs/smollm2 PRETRAINED=tests/smollm2.py \
+		SFT="$(or $(SFT),--replay 0 --tokens 100000 --batch 2048 --lr 1e-4)" \
+		RL="$(or $(RL),--steps 15 --prompts 8 --samples 8 --informative 4 --rounds 2 --lr 1e-5 --warmup 3 --max-new-tokens 128 --eval-problems 5)" \
+		EVAL="$(or $(EVAL),--problems 10)"
+	@cat runs/smollm2/eval/table.md
 
 # --- the study: two seeds at a time, each with a thread of its own
 
@@ -134,7 +146,7 @@ $(STUDY)/seed-%.json: | .venv/installed
 
 # Files that start no sandbox run beside the others, which count what sandboxes leave on the machine; of these
 # come first the tests that wait for time limits more than they compute.
-BESIDE := $(patsubst %,tests/test_%.py,kernels llama memory model sft)
+BESIDE := $(patsubst %,tests/test_%.py,chat kernels llama memory model sft)
 FIRST := $(wildcard tests/test_sandbox*.py)
 OTHERS := $(filter-out $(BESIDE) $(FIRST),$(wildcard tests/test_*.py))
 

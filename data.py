@@ -57,13 +57,14 @@ import pickle
 import random
 import re
 import shutil
+import string
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -1437,7 +1438,7 @@ class CorpusSettings:
     asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
-    weak: int = flag(120, "documents of base with a reserved wording, all in the source PL", least=0)
+    weak: int = flag(130, "documents of base with a reserved wording, all in the source PL", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
         "operations whose reserved wordings RL, dev and test use",
@@ -1674,112 +1675,234 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
 
 # What the template of Llama 3.1's Instruct models puts before every conversation.
 SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-TURNS = (
-    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-# The prompt formats, as templates that other engines read too: Llama 3's chat, the same with 3.1's system
-# turn, and plain text for a base model, which never saw the chat's special tokens. `Tokenizer.prompt`
-# writes the same ids (tested).
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"  # how a role's turn begins and ends
+CHATML = "<|im_start|>{}\n", "<|im_end|>\n"
+BOS, EOS = "{{ bos_token }}", "{{ eos_token }}"  # the tokens of these roles
+
+
+class Format(NamedTuple):
+    """A prompt format: what stands before a statement and between it and the answer, and the token that ends that.
+
+    `template` writes the same for other engines (tested), for conversations of any length.
+    """
+
+    before: str
+    between: str
+    stop: str
+    template: str
+
+
+def chat(begin: str, end: str, opening: str) -> Format:
+    """The format of a conversation of turns, `opening` before the first."""
+    turn, answer = begin.format("{{ m['role'] }}") + "{{ m['content'] | trim }}" + end, begin.format("assistant")
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+    return Format(opening + begin.format("user"), end + answer, end.strip(), opening + turns)
+
+
+# Llama 3's chat, the same with 3.1's system turn, ChatML (SmolLM2 and others), and plain text for a base model, which
+# never saw a chat's special tokens.
 FORMATS = {
-    "chat": "{{ bos_token }}" + TURNS,
-    "llama3.1": f"{{{{ bos_token }}}}<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>" + TURNS,
-    "plain": "{{ bos_token }}### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
-    "{% for m in messages[1:] %}{{ m['content'] | trim }}<|end_of_text|>{% endfor %}",
-}
+    "chat": chat(*LLAMA3, BOS),
+    "llama3.1": chat(*LLAMA3, BOS + LLAMA3[0].format("system") + SYSTEM + LLAMA3[1]),
+    "chatml": chat(*CHATML, ""),
+    "plain": Format(
+        f"{BOS}### Problem\n", "\n\n### Solution\n", EOS,
+        BOS + "### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
+        "{% for m in messages[1:] %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
+    ),
+}  # fmt: skip
 
 
-# Every byte that UTF-8 has and a composed letter, between white space: read and written back so, any text is.
-PROBE = map(chr, [*range(0x800), *range(0x800, 0xD800, 97), *range(0xE000, 0x110000, 997)])
-PROBE = f" \n{''.join(PROBE)}e\u0301\n "
+def own_format(template: str) -> dict[str, Format]:
+    """{name: the format} that a model's own chat template writes; empty if that can't be told.
+
+    A template may put a system turn of its own before a conversation that has none, as SmolLM2's does.
+    """
+    text = template.replace("\\n", "\n")
+    if SYSTEM.partition("\n")[0] in text:
+        return {"llama3.1": FORMATS["llama3.1"]._replace(template=template)}
+    for name, (begin, end) in {"chat": LLAMA3, "chatml": CHATML}.items():
+        system, answer = begin.format("system"), begin.format("assistant")
+        own = re.search(re.escape(system) + r"[^{}+\\]*?" + re.escape(end), text)
+        if (own or system not in text) and re.search(re.escape(answer) + r"""['"{]""", text):
+            opening = BOS * ("bos_token" in text or "<|begin_of_text|>" in text) + (own[0] if own else "")
+            return {name: chat(begin, end, opening)._replace(template=template)}
+    return {}
+
+
+def contents(value) -> list[str]:
+    """The special tokens that a field of a folder's files names: a text, an object with `content`, or several."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [value["content"]] if "content" in value else value.values()
+    return [name for part in value for name in contents(part)] if isinstance(value, Iterable) else []
+
+
+# Characters of all kinds and a composed letter, between white space: read and written back so.
+PROBE = f" \n{string.printable}ünïcödé e\u0301 漢 \U0001f600\n "
 
 
 class Tokenizer:
-    """A Llama-3 tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
+    """A byte-level tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
     ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
     left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
-    `format` "" takes the one that the folder was saved with, else chat. Attributes: `bos`, `eos` (end
-    of a document), `eot` (end of a turn), `stop` (ends an answer: eot in a chat, eos in plain text),
-    `pad` (differs from each of them and is never trained), `stops` (eot, eos and, where there is one, eom:
-    Llama 3.1's end of a message that calls a tool).
+    `format` "" takes the one that the folder was saved with, else that of its chat template, else the chat that it has
+    the tokens of. Attributes: `bos` (begins a document), `eos` (ends one) and `pad` (never trained) as the folder names
+    them, else as Llama 3 does; `stop` (ends an answer: the end of a turn in a chat, eos in plain text); `stops` (all that
+    may end one: also the end of a message that calls a tool, and what generation_config.json or config.json names).
     """
 
     def __init__(self, folder: str | Path, format: str = ""):
         self.path = Path(folder) / "tokenizer.json"
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
-        config = self.path.with_name("tokenizer_config.json")
+        model = self._read(self.path.name).get("model")
+        if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # in which the library panics
+            raise ValueError(f"{self.path}: has a continuing_subword_prefix; use a byte-level tokenizer")
         try:
-            self.text = (path := self.path).read_text(encoding="utf-8")
+            self.text = self.path.read_text(encoding="utf-8")
             self.core = tokenizers.Tokenizer.from_str(self.text)
-            self.config = {**json.loads((path := config).read_text(encoding="utf-8"))} if config.exists() else {}
-            added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
-            for i, token in self.config.get("added_tokens_decoder", {}).items():
-                if added.get(i, {}) | token != added.get(i):
-                    raise ValueError(f"added_tokens_decoder: {token} is not what {self.path.name} has as {i}")
         except Exception as error:  # of no narrower class from tokenizers
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{self.path}: {error}") from None
         if self.core.truncation or self.core.padding:
             self.core.no_truncation()
             self.core.no_padding()
             self.text = self.core.to_str(pretty=True)
-        names = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
-        self.bos, self.eos, self.start, self.end, self.eot = map(self._special, names)
-        self.pad = self._special("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-        self.format = format or str(self.config.get("prompt_format", "chat"))
-        if self.format not in FORMATS:
-            raise ValueError(f"prompt format {self.format!r}: there are {', '.join(FORMATS)}")
-        self.stop = self.eos if self.format == "plain" else self.eot
-        eom = self.core.token_to_id("<|eom_id|>")
-        self.stops = (self.eot, self.eos, *([] if eom is None else [eom]))
-        self.size = self.core.get_vocab_size()
+        self.size, self.config = self.core.get_vocab_size(), self._config()
+        self._set_format(format)
         self._check()
+
+    def _read(self, name: str) -> dict:
+        """The object in the folder's file `name`; {} if there is none."""
+        path = self.path.with_name(name)
+        try:
+            return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _config(self) -> dict:
+        """tokenizer_config.json, with the older files that transformers reads where it lists no added tokens.
+
+        ValueError for a token that tokenizer.json has not, or not so: transformers would add it.
+        """
+        config = self._read("tokenizer_config.json")
+        added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
+        if "added_tokens_decoder" not in config:
+            config |= self._read("special_tokens_map.json")
+            for name, i in self._read("added_tokens.json").items():
+                if added.get(str(i), {}).get("content") != name:
+                    raise ValueError(
+                        f"{self.path.parent}: added_tokens.json: {name!r} is not what {self.path.name} has as {i}"
+                    )
+        try:
+            for i, token in config.get("added_tokens_decoder", {}).items():
+                if added.get(i, {}) | token != added.get(i):
+                    raise ValueError(f"{token} is not what {self.path.name} has as {i}")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.path.parent}: tokenizer_config.json: added_tokens_decoder: {error}") from None
+        names = {token["content"] for token in added.values()}
+        roles = {role: contents(value) for role, value in config.items() if role.endswith(("_token", "special_tokens"))}
+        if missing := [f"{name!r}, the folder's {role}" for role in roles for name in roles[role] if name not in names]:
+            raise ValueError(f"{self.path}: its added tokens lack {missing[0]}; use the model's own tokenizer")
+        return config
+
+    def _special(self, *names: str) -> int:
+        """The id of the first of the names that there is."""
+        for name in names:
+            if (token := self.core.token_to_id(name)) is not None:
+                return token
+        raise ValueError(
+            f"{self.path}: has no token {' or '.join(names)}; use one of Llama 3's or ChatML's, or --format plain"
+        )
+
+    def _template(self) -> str:
+        """The folder's own chat template, "" if it has none."""
+        path, template = self.path.with_name("chat_template.jinja"), self.config.get("chat_template") or ""
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        if isinstance(template, list):
+            template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get(
+                "default", "none"
+            )
+        return str(template)
+
+    def _set_format(self, format: str) -> None:
+        """Sets the format and the special tokens; `parts` is its prompt as ids of these and texts, a NUL for the statement."""
+        own = own_format(template := self._template())
+        tokens = "chat" if self.core.token_to_id("<|im_start|>") is None else "chatml"
+        self.format = format or str(self.config.get("prompt_format", next(iter(own), "" if template else tokens)))
+        if self.format not in FORMATS:
+            what = f"prompt format {self.format!r}" if self.format else "its chat template is none that is known here"
+            raise ValueError(f"{self.path.parent}: {what}; choose --format {' or '.join(FORMATS)}")
+        before, between, stop, self.template = (FORMATS | own)[self.format]
+        bos, eos, pad = (contents(self.config.get(f"{role}_token"))[:1] for role in ("bos", "eos", "pad"))
+        named = (self._read("generation_config.json") or self._read("config.json")).get("eos_token_id")
+        named = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and 0 <= i < self.size]
+        turn_ends = LLAMA3[1], CHATML[1].strip(), "<|eom_id|>"  # which some folders call the end of a text
+        special = {t.content for t in self.core.get_added_tokens_decoder().values() if t.special}.difference(turn_ends)
+        ends = (
+            *(t for t in (*eos, *map(self.core.id_to_token, named)) if t in special),
+            "<|end_of_text|>",
+            "<|endoftext|>",
+            *eos,
+        )
+        self.eos = self._special(*ends)
+        self.bos = self._special(*(t for t in bos if t != "<|im_start|>"), "<|begin_of_text|>", *ends)
+        self.pad = self._special(*pad, "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", *ends)
+        pieces = re.split(r"(<\|\w+\|>|\{\{ \w+ \}\})", f"{before}\0{between}{stop}")
+        ids = {BOS: self.bos, EOS: self.eos} | {p: self._special(p) for p in pieces[1::2] if p not in (BOS, EOS)}
+        *self.parts, self.stop, _ = (ids.get(p, p) for p in pieces)
+        known = *map(self.core.token_to_id, turn_ends), self.eos, *named
+        self.stops = tuple(dict.fromkeys(i for i in known if i is not None))
 
     def _check(self) -> None:
         """ValueError unless ids below `size` are tokens, texts come back whole, and special tokens are not read in them."""
-        ids = [self.bos, self.start, self.end, self.eot, self.pad, *self.stops]
-        bos, start, end, eot, *_ = specials = [self.core.id_to_token(i) for i in ids]
+        ids = {self.bos, self.eos, self.pad, *(p for p in self.parts if isinstance(p, int))}
+        name = {i: self.core.id_to_token(i) for i in ids}
         added = self.core.get_added_tokens_decoder().values()
         text = " ".join([PROBE, *(token.content for token in added if not token.special), ""])
         self.core.encode_special_tokens = False  # as transformers reads what a template wrote
-        whole = self.core.encode(f"{bos}{start}user{end}\n\n{text}{eot}", add_special_tokens=False).ids
+        prompt = "".join(name.get(p, p) for p in self.parts).replace("\0", text)
+        whole = self.core.encode(prompt, add_special_tokens=False).ids
         self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
         faults = {
             "has ids without a token": sorted(self.core.get_vocab().values()) != list(range(self.size)),
-            "changes texts (by a normalizer, an unknown token, lstrip or rstrip of an added token, for want of a decoder)":
-                any(self.decode(self.encode(t)) != t for t in (text, text.strip())),
-            "does not mark special tokens as special": {*ids} & {*self.encode("".join(specials))},
+            "does not mark special tokens as special": ids & {*self.encode("".join(name.values()) + text.strip())},
             "reads a text by what is around it (lstrip, rstrip or single_word of a special token) or by chance (dropout)":
-                whole != [self.bos, *self._turn("user", text), self.eot],
+                whole != self._fill(text),
         }  # fmt: skip
         if found := [fault for fault, there in faults.items() if there]:
             raise ValueError(f"{self.path}: {found[0]}; use the model's own tokenizer")
 
-    def _special(self, *names: str) -> int:
-        for name in names:
-            if (token := self.core.token_to_id(name)) is not None:
-                return token
-        raise ValueError(f"{self.path}: has no token {' or '.join(names)}; use a Llama-3 tokenizer")
-
     def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
+        """Special tokens in a text are read as text. ValueError if the ids would not give it back."""
+        ids = self.core.encode(text, add_special_tokens=False).ids
+        if self.core.decode(ids, skip_special_tokens=False) != text:
+            lost = "".join(c for c in dict.fromkeys(text) if self.core.decode(self.core.encode(c).ids) != c)
+            why = (
+                f"has no tokens for {lost[:20]!r}"
+                if lost
+                else "has a normalizer, or added tokens with lstrip or rstrip"
+            )
+            raise ValueError(
+                f"{self.path}: changes texts: {why}; leave such texts out, or use the model's own tokenizer"
+            )
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without special tokens."""
-        return self.core.decode(list(tokens), skip_special_tokens=True)
+        """The text of `tokens`, special tokens written out, less a stop token at the end."""
+        end = -1 if tokens and tokens[-1] in self.stops else None
+        return self.core.decode(list(tokens[:end]), skip_special_tokens=False)
 
-    def _turn(self, role: str, content: str) -> list[int]:
-        return [self.start, *self.encode(role), self.end, *self.encode("\n\n" + content)]
+    def _fill(self, text: str) -> list[int]:
+        """The ids of `parts` with `text` for the statement."""
+        return [i for p in self.parts for i in (self.encode(p.replace("\0", text)) if isinstance(p, str) else [p])]
 
     def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
         """Everything up to where the answer in `languages` begins."""
-        if self.format == "plain":
-            return [self.bos, *self.encode(f"### Problem\n{ask(statement, languages)}\n\n### Solution\n")]
-        system = [*self._turn("system", SYSTEM), self.eot] if self.format == "llama3.1" else []
-        user = self._turn("user", ask(statement, languages))
-        return [self.bos, *system, *user, self.eot, *self._turn("assistant", "")]
+        return self._fill(ask(statement, languages))
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
@@ -1791,7 +1914,7 @@ class Tokenizer:
         config |= {name: self.config[name] for name in (*config, "model_max_length") if name in self.config}
         config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"prompt_format": self.format, "chat_template": FORMATS[self.format]}
+        config |= {"prompt_format": self.format, "chat_template": self.template}
         for name, text in {self.path.name: self.text, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
             write_atomically(Path(folder) / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
 
