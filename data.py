@@ -1793,9 +1793,8 @@ class Tokenizer:
             config |= self._read("special_tokens_map.json")
             for name, i in self._read("added_tokens.json").items():
                 if added.get(str(i), {}).get("content") != name:
-                    raise ValueError(
-                        f"{self.path.parent}: added_tokens.json: {name!r} is not what {self.path.name} has as {i}"
-                    )
+                    what = f"{name!r} is not what {self.path.name} has as {i}"
+                    raise ValueError(f"{self.path.parent}: added_tokens.json: {what}")
         try:
             for i, token in config.get("added_tokens_decoder", {}).items():
                 if added.get(i, {}) | token != added.get(i):
@@ -1813,9 +1812,8 @@ class Tokenizer:
         for name in names:
             if (token := self.core.token_to_id(name)) is not None:
                 return token
-        raise ValueError(
-            f"{self.path}: has no token {' or '.join(names)}; use one of Llama 3's or ChatML's, or --format plain"
-        )
+        mend = "use one of Llama 3's or ChatML's, or --format plain"
+        raise ValueError(f"{self.path}: has no token {' or '.join(names)}; {mend}")
 
     def _template(self) -> str:
         """The folder's own chat template, "" if it has none."""
@@ -1823,9 +1821,8 @@ class Tokenizer:
         if path.exists():
             return path.read_text(encoding="utf-8")
         if isinstance(template, list):
-            template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get(
-                "default", "none"
-            )
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default", "none")
         return str(template)
 
     def _set_format(self, format: str) -> None:
@@ -1842,12 +1839,8 @@ class Tokenizer:
         named = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and 0 <= i < self.size]
         turn_ends = LLAMA3[1], CHATML[1].strip(), "<|eom_id|>"  # which some folders call the end of a text
         special = {t.content for t in self.core.get_added_tokens_decoder().values() if t.special}.difference(turn_ends)
-        ends = (
-            *(t for t in (*eos, *map(self.core.id_to_token, named)) if t in special),
-            "<|end_of_text|>",
-            "<|endoftext|>",
-            *eos,
-        )
+        ends = *(t for t in (*eos, *map(self.core.id_to_token, named)) if t in special), "<|end_of_text|>"
+        ends = *ends, "<|endoftext|>", *eos
         self.eos = self._special(*ends)
         self.bos = self._special(*(t for t in bos if t != "<|im_start|>"), "<|begin_of_text|>", *ends)
         self.pad = self._special(*pad, "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", *ends)
@@ -1881,14 +1874,9 @@ class Tokenizer:
         ids = self.core.encode(text, add_special_tokens=False).ids
         if self.core.decode(ids, skip_special_tokens=False) != text:
             lost = "".join(c for c in dict.fromkeys(text) if self.core.decode(self.core.encode(c).ids) != c)
-            why = (
-                f"has no tokens for {lost[:20]!r}"
-                if lost
-                else "has a normalizer, or added tokens with lstrip or rstrip"
-            )
-            raise ValueError(
-                f"{self.path}: changes texts: {why}; leave such texts out, or use the model's own tokenizer"
-            )
+            why = f"has no tokens for {lost[:20]!r}" if lost else "a normalizer, or an added token's lstrip or rstrip"
+            mend = "leave such texts out, or use the model's own tokenizer"
+            raise ValueError(f"{self.path}: changes texts: {why}; {mend}")
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:

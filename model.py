@@ -925,7 +925,7 @@ def score_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-    """`score_chunk`, some rows at a time; unless they are few, logits are computed again in the backward pass, not kept."""
+    """`score_chunk`, some rows at a time; unless logits are few, the backward pass computes them again."""
     if not on_kernels(hidden) and len(hidden) * len(weight) <= KEPT:
         return score_chunk(hidden, weight, targets, temperature)
     one, size = (FusedScore.apply, GPU_CHUNK) if on_kernels(hidden) else (partial(again, score_chunk), CHUNK)
@@ -1297,9 +1297,9 @@ def generate(
     progress(n) hears of n newly finished completions (a tqdm bar's `update`). At most `rows` rows (0:
     `fitting_rows`) are sampled at a time, a finished one making place for the next; the cache is allocated for
     them at the longest prompt + max_new_tokens (512 rows of 1024 tokens: 64 GiB for Llama-3.1-8B in
-    bfloat16). How many decides which numbers of `generator` a row gets. The model computes the same in train and eval mode, so its mode is left alone. top_k and
-    top_p as in `truncate`; not for RL, whose trainer scores all tokens. ValueError for a request it cannot
-    serve.
+    bfloat16). Their number decides which of the generator's numbers a completion gets. The model computes the
+    same in train and eval mode, so its mode is left alone. top_k and top_p as in `truncate`; not for RL, whose
+    trainer scores all tokens. ValueError for a request it cannot serve.
     """
     check_request(model, prompts, max_new_tokens, samples, temperature, rows, top_k, top_p)
 

@@ -132,9 +132,7 @@ class Settings(Hardware):
     dual_clip: float = flag(0.0, "most that the ratio counts where the advantage is negative; 0: no limit", least=0)
     kl: float = flag(0.0, "weight of the KL divergence from the starting model; 0: off", least=0)
     kl_estimator: str = flag("k3", "how a token's KL divergence is estimated", choices=("k2", "k3"))
-    rows: int = flag(
-        0, "responses to write at a time, on each rank; 0: what a GPU's free memory holds, 512 on a CPU", least=0
-    )
+    rows: int = flag(0, "responses to write at a time; 0: what a GPU's free memory holds, 512 on a CPU", least=0)
     workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     eval_every: int = flag(20, "steps between two evaluations", least=1)

@@ -1748,7 +1748,6 @@ class _Job:
     limits: Limits
     stop_at_failure: bool
     checker: Checker
-    expires: float  # on the monotonic clock
     level: str
 
     def step(self, helper: _Helper, line: str, limits: Limits, cwd: str) -> dict:
@@ -1793,8 +1792,7 @@ class _Job:
     def ask(self, helper: _Helper, request: bytes, wall: float) -> tuple[TestResult, str]:
         """The helper's answer, and the whole of stdout for the checker. Raises OSError or EOFError where
         the sandbox failed."""
-        seconds = min(wall + _patience(wall) + _GRACE, self.expires - time.monotonic())
-        answer, out, err = helper.ask(request, max(0.001, seconds))
+        answer, out, err = helper.ask(request, wall + _patience(wall) + _GRACE)
         if answer["verdict"] == "internal_error":
             raise OSError(answer["message"])
         stdout, stderr = (stream.decode("utf-8", "replace") for stream in (out, err))
@@ -1856,13 +1854,11 @@ class Sandbox:
         stop_at_failure: bool = False,
         limits: Limits | None = None,
         checker: Checker | None = None,
-        deadline: float | None = None,
     ) -> "Future[Result]":
         """Queues one program and returns at once. tests: {"stdin", "stdout"}, stdout a text or a list of accepted
         ones, and, if wanted, "args"; record: its Demands count, its limits before those given; checker: in place of
-        its comparison; deadline: seconds from now after which the result is internal_error.
+        its comparison.
         Raises ValueError for an unknown language, one that a harness lacks, or demands that are none."""
-        expires = math.inf if deadline is None else time.monotonic() + deadline
         lang = LANGUAGES[canonical(language)]
         limits, own = limits or self.limits, demands(record or {})
         seconds, memory = own.time_limit, own.memory_limit
@@ -1874,7 +1870,7 @@ class Sandbox:
                 raise ValueError(f"no harness for {lang.name}; there are {', '.join(own.harness)}")
             word = secrets.token_hex(16)
             program, checker = _put(program, own.harness[lang.name], lang.name, word), _ends_with(word, checker)
-        job = _Job(program, lang, tests, limits, stop_at_failure, checker, expires, self.level)
+        job = _Job(program, lang, tests, limits, stop_at_failure, checker, self.level)
         return self._pool.submit(self._grade, job)
 
     def run(self, *job, **options) -> Result:
@@ -1903,8 +1899,6 @@ class Sandbox:
         if toolchain(job.language.name, self.level) is None:
             return failed("no_toolchain", message=_missing(job.language))
         for attempt in range(1 + _RETRIES):
-            if time.monotonic() >= job.expires:
-                return failed("internal_error", message="deadline")
             try:
                 return self._attempt(job, fresh=attempt > 0)
             except (OSError, EOFError, _Refused) as error:
@@ -1943,9 +1937,9 @@ def _cmd_languages(_) -> int:
 
 def _cmd_toolchains(options) -> int:
     wanted = [canonical(name) for name in options.languages] or list(LANGUAGES)
-    missing = [name for name in wanted if options.all or toolchain(name) is None]
+    missing = [name for name in wanted if toolchain(name) is None]
     packages = [package for name in missing for package in LANGUAGES[name].package.split()]
-    packages += [p for name in wanted for here in {False, options.all} for p in _libraries(name, here)]
+    packages += [p for name in wanted for p in _libraries(name, False)]
     print(" ".join(dict.fromkeys(packages)))
     return 0
 
@@ -2047,7 +2041,6 @@ def _parser() -> "argparse.ArgumentParser":
     add.set_defaults(call=_cmd_languages)
     add = commands.add_parser("toolchains", help="print the Debian packages of missing languages and test libraries")
     add.add_argument("languages", nargs="*", help="only of these")
-    add.add_argument("--all", action="store_true", help="also of languages that are here")
     add.set_defaults(call=_cmd_toolchains)
     add = commands.add_parser("run", help="run one program against tests")
     add.add_argument("file", help="the program; its extension names the language")

@@ -399,6 +399,7 @@ def fitting(
     """
 
     def fault(record: dict) -> str:
+        """Why it does not fit; "" if it does."""
         programs = record["solutions"] | record.get("commented", {})
         for languages in answers(record):
             text = "" if budget else data.answer(programs, languages) or record["answer"]
@@ -610,9 +611,7 @@ class Settings(Hardware):
     replay: float = flag(0.3, "share of an arm's examples that are base documents", least=0, most=1)
     statements: float = flag(0.7, "share of base documents that begin with a statement", least=0, most=1)
     general: str = flag("", 'JSONL file of general data to mix in: any {"prompt": text, "answer": text} a line')
-    general_share: float = flag(
-        0.1, "share of the examples that are from GENERAL; replay is of the rest", least=0, most=1
-    )
+    general_share: float = flag(0.1, "share of the examples that is general; replay is of the rest", least=0, most=1)
     problems: int = flag(0, "use only the first PROBLEMS training problems; 0 uses all", least=0)
     eval_every: int = flag(500, "updates between two measurements of the held-out loss", least=1)
     eval_problems: int = flag(32, "held-out problems for the loss", least=1)

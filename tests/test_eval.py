@@ -241,26 +241,22 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     assert len(rows) == len(records) * len(languages) and {o.verdicts for o in rows} == {("ok",)}
 
 
-def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer, tiny, tmp_path, monkeypatch):
-    real, asked = evaluation.evaluate, []
-    monkeypatch.setattr(evaluation, "evaluate", lambda *job, **how: asked.append(how) or real(*job, **how))
+@pytest.fixture
+def asked(corpus, tokenizer, tiny, tmp_path, monkeypatch):
+    """(settings of an evaluation with greedy answers and samples, the options of each call of `evaluate`)."""
+    real, calls = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *job, **how: calls.append(how) or real(*job, **how))
     save(tiny, tmp_path / "m")
     tokenizer.save(tmp_path / "m")
-    s = evaluation.Settings(
-        models=(f"mine={tmp_path / 'm'}",),
-        data=str(corpus),
-        out=str(tmp_path / "out"),
-        problems=2,
-        max_new_tokens=4,
-        samples=2,
-        k=(1, 2),
-        temperature=0.7,
-        top_k=50,
-        top_p=0.9,
-        device="cpu",
-    )
+    drawn = {"samples": 2, "k": (1, 2), "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    places = {"models": (f"mine={tmp_path / 'm'}",), "data": str(corpus), "out": str(tmp_path / "out")}
+    return evaluation.Settings(**places, **drawn, problems=2, max_new_tokens=4, device="cpu"), calls
+
+
+def test_command_line_writes_tables(asked, tmp_path):
+    s, calls = asked
     evaluation.main(s)
-    greedy, drawn = asked
+    greedy, drawn = calls
     assert drawn == greedy | {"samples": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
     assert not {"samples", "temperature"} & greedy.keys()
     text = (tmp_path / "out/table.md").read_text()
@@ -268,22 +264,27 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
     assert "pass@2 of 2 samples, reserved words" in text and text.count("| chance |") == 1
     whole = json.loads((tmp_path / "out/eval.json").read_text())
     assert {len(c["phrases"]) for c in whole["cells"] if "phrases" in c} <= {2}
-    own = {
-        o["id"] for o in json.loads((tmp_path / "out/outcomes.json").read_text())["outcomes"]["greedy pass@1"]["mine"]
-    }
+    outcomes = json.loads((tmp_path / "out/outcomes.json").read_text())["outcomes"]
+    own = {o["id"] for o in outcomes["greedy pass@1"]["mine"]}
     assert own == {f"test-{kind}-{i}" for kind in ("own", "source", "reserved") for i in range(2)}
-    asked.clear()
+    calls.clear()
     evaluation.main(replace(s, split="dev", samples=0, languages=("python",), out=str(tmp_path / "dev")))
-    assert len(asked) == 1 and '"dev-own-1"' in (tmp_path / "dev/outcomes.json").read_text()
-    with pytest.raises(SystemExit, match="nothing: holds no checkpoint"):
-        evaluation.main(replace(s, models=(str(tmp_path / "nothing"),)))
-    records = [r | {"solutions": {}} for r in data.read_split(corpus, "test")]
+    assert len(calls) == 1 and '"dev-own-1"' in (tmp_path / "dev/outcomes.json").read_text()
+
+
+def test_mistakes_are_said_before_anything_is_sampled(asked, corpus, tokenizer, tiny, tmp_path):
+    (s, calls), m = asked, str(tmp_path / "m")
     shutil.copytree(corpus, tmp_path / "bare")
+    records = [r | {"solutions": {}} for r in data.read_split(corpus, "test")]
     data.write_records(tmp_path / "bare/test.jsonl.gz", records)
-    shutil.copytree(tmp_path / "m", tmp_path / "mute")
+    shutil.copytree(m, tmp_path / "mute")
     (tmp_path / "mute/tokenizer.json").unlink()
     for mistake, message in [
-        ({"models": (str(tmp_path / "m"), str(tmp_path / "mute"))}, r"mute/tokenizer\.json: no such file"),
+        ({"models": (str(tmp_path / "nothing"),)}, "nothing: holds no checkpoint"),
+        ({"models": (m, str(tmp_path / "mute"))}, r"mute/tokenizer\.json: no such file"),
+        ({"models": (m, m)}, "two of one name among m, m"),
+        ({"languages": ("rust",)}, r"--languages: rust: not in .*languages\.json"),
+        ({"max_new_tokens": 4000}, r"record 'test-own-0': a prompt of \d+ tokens and 4000 new ones, the model takes"),
         ({"out": str(tmp_path / "m/config.json")}, "File exists: .*config.json"),
         ({"representations": True, "languages": ("python",)}, "name two or more with --languages"),
         ({"samples": 1}, "--k 1 2: give one or more from 1 to --samples, 1"),
@@ -292,19 +293,10 @@ def test_command_line_writes_tables_and_names_what_is_missing(corpus, tokenizer,
         ({"top_p": 0.0}, r"--top-p 0\.0: must be above 0 and at most 1"),
         ({"representations": True, "data": str(tmp_path / "bare")}, "0 problems with a program in each of python"),
     ]:
-        asked.clear()
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises((ValueError, OSError, SystemExit), match=message):
             evaluation.main(replace(s, **mistake))
-        assert not asked  # nothing was sampled for nothing
+        assert not calls
     assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
-    with pytest.raises(ValueError, match="two of one name among m, m"):
-        evaluation.main(replace(s, models=(str(tmp_path / "m"),) * 2))
-    with pytest.raises(ValueError, match=r"--languages: rust: not in .*languages\.json"):
-        evaluation.main(replace(s, languages=("rust",)))
-    with pytest.raises(
-        ValueError, match=r"record 'test-own-0': a prompt of \d+ tokens and 4000 new ones, the model takes"
-    ):
-        evaluation.main(replace(s, max_new_tokens=4000))
 
 
 def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(corpus, tiny_folder, tmp_path, capsys):

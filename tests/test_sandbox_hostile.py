@@ -134,8 +134,8 @@ def test_hostile_as_ordinary_user(level, tmp_path_factory):
 # Parts that this kernel's level would not reach
 
 
-def _in_child(work) -> int:
-    """Exit code of a forked process in which work() is called; 1 if it raises."""
+def _fork(work) -> int:
+    """The id of a forked process in which work() is called; it exits with 1 if that raises."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -144,6 +144,11 @@ def _in_child(work) -> int:
             code = 0
         finally:
             os._exit(code)
+    return pid
+
+
+def _code(pid: int) -> int:
+    """The exit code of a child."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -154,6 +159,36 @@ def _expect(number: int, call, *arguments) -> None:
         assert error.errno == number, error
     else:
         raise AssertionError(f"{call} was allowed")
+
+
+def _signal_and_alter(inside: Path, outside: Path, parent: int) -> None:
+    """What a program may do to itself and to its own files, and may not to others."""
+    tkill, answers = sandbox._SIGNALLING["tkill"][sandbox._ARCH], []
+    os.setpgid(0, 0)
+    os.kill(os.getpid(), 0)
+    os.killpg(os.getpid(), 0)
+    ask = lambda: answers.append(ctypes.CDLL(None).syscall(tkill, threading.get_native_id(), 0))  # noqa: E731
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [0]
+    for target in (parent, -parent, -1, 1):
+        _expect(errno.EPERM, os.kill, target, 0)
+    os.chdir(inside)
+    os.truncate("file", 3)
+    _expect(errno.EINVAL, os.truncate, "file", -1)
+    os.chmod("file", 0o7751)
+    os.chmod(inside, 0o711)
+    os.utime("file", (5, 6))
+    os.utime(os.open("file", os.O_RDONLY), (5, 6))
+    os.utime("link", (7, 8), follow_symlinks=False)
+    for path in (outside, "../outside/file", "link", "/proc/self/cwd/../outside", inside / "link"):
+        _expect(errno.EPERM, os.chmod, path, 0o777)
+        _expect(errno.EPERM, os.utime, path)
+        _expect(errno.EPERM, os.truncate, path, 0)
+    _expect(errno.EPERM, os.fchmod, os.open(outside / "file", os.O_RDONLY), 0o777)
+    _expect(errno.ENOENT, os.chmod, "none", 0o700)
+    assert ctypes.CDLL(None).chmod(ctypes.c_void_p(-9), 0) == -1
 
 
 def test_the_runner_allows_signals_and_attributes_inside_alone(tmp_path):
@@ -169,41 +204,9 @@ def test_the_runner_allows_signals_and_attributes_inside_alone(tmp_path):
     def work():
         sandbox._prctl(sandbox._PR_NO_NEW_PRIVS, 1)
         socket.send_fds(theirs, [b"x"], [sandbox._seccomp(sandbox._filter(host=True, signals=True))])
-        os.setpgid(0, 0)
-        os.kill(os.getpid(), 0)
-        os.killpg(os.getpid(), 0)
-        tkill, answers = sandbox._SIGNALLING["tkill"][sandbox._ARCH], []
-        ask = lambda: answers.append(ctypes.CDLL(None).syscall(tkill, threading.get_native_id(), 0))  # noqa: E731
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join()
-        assert answers == [0]
-        for target in (parent, -parent, -1, 1):
-            _expect(errno.EPERM, os.kill, target, 0)
-        os.chdir(inside)
-        os.truncate("file", 3)
-        _expect(errno.EINVAL, os.truncate, "file", -1)
-        os.chmod("file", 0o7751)
-        os.chmod(inside, 0o711)
-        os.utime("file", (5, 6))
-        os.utime(os.open("file", os.O_RDONLY), (5, 6))
-        os.utime("link", (7, 8), follow_symlinks=False)
-        for path in (outside, "../outside/file", "link", "/proc/self/cwd/../outside", inside / "link"):
-            _expect(errno.EPERM, os.chmod, path, 0o777)
-            _expect(errno.EPERM, os.utime, path)
-            _expect(errno.EPERM, os.truncate, path, 0)
-        _expect(errno.EPERM, os.fchmod, os.open(outside / "file", os.O_RDONLY), 0o777)
-        _expect(errno.ENOENT, os.chmod, "none", 0o700)
-        assert ctypes.CDLL(None).chmod(ctypes.c_void_p(-9), 0) == -1
+        _signal_and_alter(inside, outside, parent)
 
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
+    pid = _fork(work)
     theirs.close()
     runner = object.__new__(sandbox._LandlockRunner)
     runner.tmp, runner.common, runner.members = str(inside), [], lambda: [pid]
@@ -214,7 +217,7 @@ def test_the_runner_allows_signals_and_attributes_inside_alone(tmp_path):
     while not poll.poll()[0][1] & select.POLLHUP:
         runner.decide(run)
     run.close()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert _code(pid) == 0
     state = (inside / "file").stat()
     assert (state.st_mode & 0o7777, state.st_mtime, state.st_size) == (0o751, 6, 3)
     assert (inside / "link").lstat().st_mtime == 8
@@ -247,7 +250,7 @@ def test_landlock_versions(version, monkeypatch, tmp_path):
         _expect(errno.EACCES, os.open, tmp_path / "secret", os.O_RDONLY)
         _expect(errno.EACCES, os.open, "/usr/new", os.O_CREAT | os.O_WRONLY)
 
-    assert _in_child(work) == 0
+    assert _code(_fork(work)) == 0
 
 
 def test_every_refused_call_is_in_the_filter():
@@ -266,7 +269,7 @@ def test_every_refused_call_is_in_the_filter():
             assert ctypes.get_errno() == errno.ENOSYS, number
 
     assert len(rules) > 60
-    assert _in_child(work) == 0
+    assert _code(_fork(work)) == 0
 
 
 def test_cases_cover_every_kind():
