@@ -163,6 +163,18 @@ _ON_NODE = {
     "overhead": 128,
 }
 _LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
+# Ruby starts eight times faster without its gems, which this loads once a program asks for one.
+_GEMS = """autoload :Gem, "rubygems"
+module Kernel
+  plain = instance_method(:require)
+  private(define_method(:require) do |name|
+    plain.bind_call(self, name)
+  rescue LoadError
+    raise unless Object.autoload?(:Gem)
+    Gem
+    require name
+  end)
+end"""
 _CPP = "g++ -std=gnu++20 -O1 -w"
 _FAST_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData"
 _JAVA = f"-ea {_FAST_JVM} -Xshare:auto -Djava.io.tmpdir={{tmp}} -Xss256m -Xmx{{mb}}m"
@@ -208,7 +220,8 @@ _TABLE = (
     Language("rust", "main.rs", "{box}/main", "rustc",
              "rustc --edition 2021 -C opt-level=1 -A warnings -o {box}/main {file}",
              aliases=("rs",), sysroot="--print sysroot"),
-    Language("ruby", "main.rb", "ruby {box}/main.rb", "ruby", aliases=("rb",)),
+    Language("ruby", "main.rb", "ruby --disable=gems -r {cache}/gems.rb {box}/main.rb", "ruby", aliases=("rb",),
+             warm=f"echo {shlex.quote(_GEMS)} > $OUT/gems.rb"),
     Language("perl", "main.pl", "perl {box}/main.pl", "perl", aliases=("pl",),
              libraries={"libdata-compare-perl": "/usr/share/perl5/Data/Compare.pm",
                         "libtest-deep-perl": "/usr/share/perl5/Test/Deep.pm"}),

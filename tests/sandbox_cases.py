@@ -452,6 +452,7 @@ int main() {
         ("awk", 'BEGIN { if (sprintf("%d", 2^40) == "1099511627776" && gensub(/(.)x/, "\\\\1", 1, "ax") == "a") print "yes" }', ""),
         ("php", "<?php if (ctype_digit('1') && iconv('UTF-8', 'ISO-8859-1', 'a') && posix_getpid()) echo 'yes';", ""),
         ("ruby", "require 'prime'; require 'matrix'; puts 'yes' if 7.prime? && Matrix[[1]].det == 1", ""),
+        ("ruby", "Gem.ruby_version; require 'matrix'; begin; require 'none'; rescue LoadError => e; puts 'yes' if e.path == 'none'; end", ""),
         ("java", "class Menu { void main() { System.out.println(\"yes\"); } }\nclass App { public static void main(String[] a) { new Menu().main(); } }", ""),
         ("java", 'class Text { String s = """\n  {{ " \\""" public class No { static void main(String[] a) \n  """; char c = \'"\', d = \'\\\'\'; }\n'
                  'public class App { public static void main(String... a) { System.out.println("yes"); } }', ""),
