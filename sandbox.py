@@ -163,7 +163,8 @@ _ON_NODE = {
     "overhead": 128,
 }
 _LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
-# Ruby starts eight times faster without its gems, which this loads once a program asks for one.
+# Ruby starts eight times faster without its gems, which this loads once a program asks for one; messages of errors then
+# lack the hints of did_you_mean.
 _GEMS = """autoload :Gem, "rubygems"
 module Kernel
   plain = instance_method(:require)
