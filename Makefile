@@ -86,9 +86,9 @@ $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 
 # --- the demo
 
-# Smaller than the study: half of its SFT, RL of 25 steps, two arms, one seed.
+# Smaller than the study: half of its SFT, a third of its problems, two arms, one seed.
 demo: interpreters .venv/installed-plots
-	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" RL="--steps 25" EVAL=--plots
+	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" EVAL="--problems 20 --plots"
 	@cat runs/demo/eval/table.md
 	@echo "the figure: runs/demo/eval/transfer.png"
 	@if [ -f results/study/joined.md ]; then \

@@ -303,9 +303,11 @@ def rollout_figures(batch: Batch, world: World) -> dict:
 
 
 def gather_rollouts(
-    records: Sequence[dict], languages: Sequence[str], sampler: Sampler, tokenizer: Tokenizer, box, run: Run, s: Settings
+    records: Sequence[dict], languages: Sequence[str], sampler: Sampler, tokenizer: Tokenizer, box, known: dict,
+    run: Run, s: Settings,
 ) -> Batch:  # fmt: skip
-    """Samples and grades rounds of problems, this rank's share of them, until enough groups have spread."""
+    """Samples and grades rounds of problems, this rank's share of them, until enough groups have spread.
+    known: as in `grade`; later steps meet many programs of earlier ones again."""
     world, rollouts, rounds = run.world, [], 0
     sampler.refresh()
     while True:
@@ -316,7 +318,7 @@ def gather_rollouts(
             budget = (s.max_new_tokens, s.temperature, s.samples)
             new = sample(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
         with run.phase("sandbox"):
-            grade(new, tokenizer, box)
+            grade(new, tokenizer, box, known)
         rollouts, rounds, run.drawn = rollouts + new, rounds + 1, run.drawn + s.prompts
         batch = Batch.of(rollouts, s)
         enough = world.sum(batch.spread.sum().item())[0] >= s.informative
@@ -326,11 +328,11 @@ def gather_rollouts(
 
 def step_once(
     records: Sequence[dict], languages: Sequence[str], learner: Learner, sampler: Sampler, tokenizer: Tokenizer, box,
-    run: Run, s: Settings, reference: Llama | None,
+    known: dict, run: Run, s: Settings, reference: Llama | None,
 ) -> tuple[dict, str]:  # fmt: skip
     """Sample, run, learn: (figures, transcript) of the next step."""
     before = dict(run.seconds)
-    batch = gather_rollouts(records, languages, sampler, tokenizer, box, run, s)
+    batch = gather_rollouts(records, languages, sampler, tokenizer, box, known, run, s)
     figures = rollout_figures(batch, run.world)
     if run.step == 0:
         tqdm.write(provisions(figures))
@@ -381,7 +383,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
         if run.step == 0:
             run.log(held_out=evaluation())
         while run.step < s.steps and not stopping:
-            figures, text = step_once(records, taught, learner, sampler, tokenizer, box, run, s, reference)
+            figures, text = step_once(records, taught, learner, sampler, tokenizer, box, known, run, s, reference)
             run.step, run.tokens = run.step + 1, run.tokens + figures["trained_tokens"]
             bar.update()
             bar.set_postfix({k: f"{figures[k] or 0:.2g}" for k in SHOWN})

@@ -321,7 +321,7 @@ def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
     drawn = []
     monkeypatch.setattr(rl, "sample", sampler_of(spread, drawn))
     monkeypatch.setattr(rl, "grade", lambda *_: None)
-    return rl.gather_rollouts(records, languages, Mock(), None, None, run, s), drawn
+    return rl.gather_rollouts(records, languages, Mock(), None, None, {}, run, s), drawn
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_only_groups_with_spread_are_trained_and_what_was_drawn_is_logged(monkey
     monkeypatch.setattr(rl, "gather_rollouts", lambda *_: batch)
     figures = {"flops": 5.0, "trained_tokens": 7}
     monkeypatch.setattr(rl, "learn", lambda learner, *kept: seen.extend(kept) or dict(figures))
-    shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, run, s, None)
+    shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, {}, run, s, None)
     rollouts, advantage, lr, *_ = seen
     assert [r.record["number"] for r in rollouts[::4]] == trained and len(advantage) == len(trained)
     assert lr == shown["lr"] == pytest.approx(1e-3 * 4 / 8)  # the fourth step of seven that warm up

@@ -71,7 +71,7 @@ def test_sft_and_rl_teach_it_and_it_translates(folder, opened, corpus, tmp_path,
 
     monkeypatch.setattr(rl, "grade", alternately)
     run = sft.Run(tmp_path, s, world)
-    figures, text = rl.step_once(records, ["python"], learner, rl.Sampler(learner), tokenizer, None, run, s, None)
+    figures, text = rl.step_once(records, ["python"], learner, rl.Sampler(learner), tokenizer, None, {}, run, s, None)
     assert figures["drift"] < 1e-4 and figures["grad_norm"] > 0 and text.count("advantage -0.71") == 2
 
     one, keep = tmp_path / "one.jsonl", tmp_path / "more"
