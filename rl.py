@@ -123,7 +123,7 @@ class Settings(Hardware):
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
     temperature: float = flag(1.0, "temperature of the sampler, and of the distribution that is trained", least=0.01)
-    lr: float = flag(2e-4, "learning rate after warm-up", least=0)
+    lr: float = flag(1.5e-4, "learning rate after warm-up", least=0)
     warmup: int = flag(10, "steps over which the learning rate rises", least=0)
     advantage: str = flag("grpo", "what a response's reward is worth in its group", choices=tuple(ADVANTAGES))
     denominator: str = flag("tokens", "of the objective: response tokens, or responses x budget", choices=DENOMINATORS)
