@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
@@ -759,6 +760,16 @@ def test_claims_and_joined_tables_are_written(tmp_path, capsys):
     (tmp_path / "unlike.json").write_text(json.dumps({"cells": unlike}))
     evaluation.main(evaluation.Settings(join=(str(tmp_path / "unlike.json"),), out=str(tmp_path)))  # no reserved words
     assert "own words" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_the_study_gave():
+    """All claims but those of T, line by line, out of the results that are kept; or that the study has yet to run."""
+    root = Path(evaluation.__file__).parent
+    readme, seeds = (root / "README.md").read_text(), sorted((root / "results/study").glob("seed-*.json"))
+    rows = evaluation.claims([evaluation.read_cells(str(seed)) for seed in seeds]) if len(seeds) == 6 else []
+    lines = [line for line in evaluation.claims_table(rows).splitlines()[2:] if "| T of" not in line]
+    assert [line for line in readme.splitlines() if re.match(r"\| [a-d] \|", line)] == lines
+    assert ("have not run yet" in readme) == (not lines)
 
 
 # --------------------------------------------------------------------------------------------------
