@@ -41,6 +41,10 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
    Records may lack SFT PLs: what an arm shows of them is in those that they have, at least two in `parallel`.
 4. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
    it stopped.
+
+In this order: settings and files; records; the parts that PLs play; mixtures, the paper's idea (`parallel`); tokenizer
+and prompts; public data (`import`, `split`); and the embedded corpus: operations, their wordings, how each PL writes them,
+what is made of these; the command line.
 """
 
 import argparse
@@ -273,6 +277,510 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
     if path.suffix == ".gz":
         body = gzip.compress(body, mtime=0)
     write_atomically(path, lambda p: p.write_bytes(body))
+
+
+# --------------------------------------------------------------------------------------------------
+# Roles of the PLs
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The part of each PL: `sft` are shown in SFT, the first of them is the source of RL; `unseen`
+    are in the base model's data alone and only evaluated. DATA/languages.json holds them."""
+
+    sft: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    def __post_init__(self):
+        if twice := ", ".join(p for p, n in Counter(self.everything).items() if n > 1):
+            raise ValueError(f"{twice}: named twice; a PL is either an SFT one or an unseen one")
+        if not self.sft:
+            raise ValueError("'sft' names no source PL")
+
+    @property
+    def source(self) -> str:
+        return self.sft[0]
+
+    @property
+    def everything(self) -> tuple[str, ...]:
+        return self.sft + self.unseen
+
+
+def read_roles(folder: str | Path) -> Roles:
+    """The roles in `folder`/languages.json."""
+    path, form = Path(folder) / "languages.json", '{"sft": ["python", ...], "unseen": [...]}'
+    if not path.exists():
+        mend = f"run `python data.py make`, or write {form} into it, the source PL first"
+        raise FileNotFoundError(f"{path}: no such file; name another folder with --data, {mend}")
+    try:
+        raw = json.loads(path.read_text())
+        return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; it must read {form}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixtures: named iterators over records
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids; those from `start` on are trained, the stop token among them."""
+
+    tokens: list[int]
+    start: int
+
+
+def example(tokenizer: "Tokenizer", record: dict, text: str, languages: Sequence[str]) -> Example:
+    """The statement `text` and the record's answer in the tokenizer's format; trained on answer and stop token."""
+    prompt = tokenizer.prompt(text, languages)
+    response = [*tokenizer.encode(answer(record["solutions"], languages) or record["answer"]), tokenizer.stop]
+    return Example(prompt + response, len(prompt))
+
+
+def statement(record: dict, *languages: str) -> str:
+    """The record's statement as people who write in the PLs word it: each different text, one below the other."""
+    return "\n\n".join(dict.fromkeys(record.get("prompts", {}).get(p, record["prompt"]) for p in languages))
+
+
+def home(function: str, languages: Sequence):
+    """The one of `languages` that a function (a hash of it, or an id) is shown in where it is shown in one."""
+    return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Example number i of an endless mixture: `mixture[i]`, a function of the seed and i alone.
+
+    `records` are for the arm, `documents` for base and its replay. `sft` are the SFT PLs, the source PL first.
+    Each pass over the records is shuffled anew. `statements` is the share of base documents that begin with one,
+    `general_share` that of the examples that are `general` data.
+    """
+
+    name: str
+    records: Sequence[dict]
+    documents: Sequence[dict]
+    tokenizer: "Tokenizer"
+    sft: tuple[str, ...]
+    seed: int = 0
+    replay: float = 0.0
+    statements: float = 0.7
+    general: Sequence[dict] = ()
+    general_share: float = 0.0
+
+    def __getitem__(self, i: int) -> Example:
+        """Every (1 / general_share)th example is of general data, and of the rest every (1 / replay)th a base document;
+        the others are counted without them, so that neither tears a group of parallel programs apart. Each arm has
+        the same of both."""
+        before = int(i * self.general_share)
+        if int((i + 1) * self.general_share) > before:
+            record = self.general[pick(f"{self.seed} general", before, len(self.general))]
+            return example(self.tokenizer, record, record["prompt"], ())
+        i -= before
+        before = 0 if self.name == "base" else int(i * self.replay)
+        name, number = self.name, i - before
+        if name != "base" and int((i + 1) * self.replay) > before:
+            name, number = "base", before
+        return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
+
+    def answers(self, record: dict) -> list[tuple[str, ...]]:
+        """The PLs of each answer that the arm may show of a record; none if it lacks those that the arm needs."""
+        own = tuple(p for p in self.sft[: 1 if self.name == "source" else None] if p in record["solutions"])
+        if self.name == "in-context":
+            return [own] if own else []
+        return [(p,) for p in own] if len(own) > (self.name == "parallel") else []
+
+    @functools.cached_property
+    def turns(self) -> tuple[int, ...]:
+        """How many answers the arm may show of each record."""
+        return tuple(len(self.answers(record)) for record in self.records)
+
+    def record(self, i: int) -> dict:
+        """Record number i of the passes, in the same order in every arm."""
+        return self.records[pick(f"{self.seed} sft", i, len(self.records))]
+
+    def any_words(self, record: dict, languages: Sequence[str], rng: random.Random) -> str:
+        """The statement as some SFT PL's people word it: each different text is as likely.
+
+        A record with a harness states the signature in each PL that is asked for, which none of the others can replace.
+        """
+        if "harness" in record:
+            return statement(record, *languages)
+        return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffle(seed: str, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
+
+
+def pick(seed: str, i: int, count: int) -> int:
+    """Item i of an endless sequence of passes over range(count), each shuffled anew."""
+    return _shuffle(f"{seed} {i // count}", count)[i % count]
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(seed: str, turns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """One pass, in which item k has turns[k] turns in a row: (place of its item in the pass, turn) of each."""
+    return [(place, turn) for place, k in enumerate(_shuffle(seed, len(turns))) for turn in range(turns[k])]
+
+
+def base(m: Mixture, i: int, rng: random.Random) -> Example:
+    """A stand-in for pre-training: a document of one PL, on which every token is trained.
+
+    Some begin with a statement; the others have comments, where the record has commented programs.
+    """
+    record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
+    language = rng.choice(list(record["solutions"]))
+    if rng.random() < m.statements:
+        return dataclasses.replace(example(m.tokenizer, record, statement(record, language), [language]), start=1)
+    tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
+    return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
+
+
+def source(m: Mixture, i: int, rng: random.Random) -> Example:
+    """The source PL only, in the words of its community."""
+    record = m.record(i)
+    return example(m.tokenizer, record, statement(record, m.sft[0]), m.sft[:1])
+
+
+def multi(m: Mixture, i: int, rng: random.Random) -> Example:
+    """All SFT PLs, each function in one of those it has, in the words of that PL's community."""
+    record = m.record(i)
+    languages = home(record.get("function", record["id"]), m.answers(record))
+    return example(m.tokenizer, record, statement(record, *languages), languages)
+
+
+def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
+    """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
+    record = m.record(i)
+    languages = home(record.get("function", record["id"]), m.answers(record))
+    return example(m.tokenizer, record, m.any_words(record, languages, rng), languages)
+
+
+def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
+    """Each function in all SFT PLs that it has, one example after the other, with one statement for all of them."""
+    passes, i = divmod(i, sum(m.turns))
+    place, turn = _turns(f"{m.seed} sft {passes}", m.turns)[i]
+    number = passes * len(m.records) + place
+    record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
+    languages = lot.sample(m.answers(record), len(m.answers(record)))[turn]
+    return example(m.tokenizer, record, m.any_words(record, languages, lot), languages)
+
+
+def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
+    """Each function in all SFT PLs that it has in one answer."""
+    record = m.record(i)
+    [languages] = m.answers(record)
+    text = m.any_words(record, languages, rng)
+    return example(m.tokenizer, record, text, rng.sample(languages, len(languages)))
+
+
+MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer and prompt template
+
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+# Llama-3's own pre-tokenisation: contractions, words, numbers of up to three digits, punctuation, space.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
+    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, which no older config fits."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
+    tokenizer.train_from_iterator(texts, trainer)
+    (out / "tokenizer_config.json").unlink(missing_ok=True)
+    write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+
+
+# What the template of Llama 3.1's Instruct models puts before every conversation.
+SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"  # how a role's turn begins and ends
+CHATML = "<|im_start|>{}\n", "<|im_end|>\n"
+BOS, EOS = "{{ bos_token }}", "{{ eos_token }}"  # the tokens of these roles
+
+
+class Format(NamedTuple):
+    """A prompt format: what stands before a statement and between it and the answer, and the token that ends that.
+
+    `template` writes the same for other engines (tested), for conversations of any length.
+    """
+
+    before: str
+    between: str
+    stop: str
+    template: str
+
+
+def chat(begin: str, end: str, opening: str) -> Format:
+    """The format of a conversation of turns, `opening` before the first."""
+    turn, answer = begin.format("{{ m['role'] }}") + "{{ m['content'] | trim }}" + end, begin.format("assistant")
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+    return Format(opening + begin.format("user"), end + answer, end.strip(), opening + turns)
+
+
+# Llama 3's chat, the same with 3.1's system turn, ChatML (SmolLM2 and others), and plain text for a base model, which
+# never saw a chat's special tokens.
+FORMATS = {
+    "chat": chat(*LLAMA3, BOS),
+    "llama3.1": chat(*LLAMA3, BOS + LLAMA3[0].format("system") + SYSTEM + LLAMA3[1]),
+    "chatml": chat(*CHATML, ""),
+    "plain": Format(
+        f"{BOS}### Problem\n", "\n\n### Solution\n", EOS,
+        BOS + "### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
+        "{% for m in messages[1:] %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
+    ),
+}  # fmt: skip
+
+
+def own_format(template: str) -> dict[str, Format]:
+    """{name: the format} that a model's own chat template writes; empty if that can't be told.
+
+    A template may put a system turn of its own before a conversation that has none, as SmolLM2's does.
+    """
+    text = template.replace("\\n", "\n")
+    if SYSTEM.partition("\n")[0] in text:
+        return {"llama3.1": FORMATS["llama3.1"]._replace(template=template)}
+    for name, (begin, end) in {"chat": LLAMA3, "chatml": CHATML}.items():
+        system, answer = begin.format("system"), begin.format("assistant")
+        own = re.search(re.escape(system) + r"[^{}+\\]*?" + re.escape(end), text)
+        if (own or system not in text) and re.search(re.escape(answer) + r"""['"{]""", text):
+            opening = BOS * ("bos_token" in text or "<|begin_of_text|>" in text) + (own[0] if own else "")
+            return {name: chat(begin, end, opening)._replace(template=template)}
+    return {}
+
+
+def contents(value) -> list[str]:
+    """The special tokens that a field of a folder's files names: a text, an object with `content`, or several."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [value["content"]] if "content" in value else value.values()
+    return [name for part in value for name in contents(part)] if isinstance(value, Iterable) else []
+
+
+# Characters of all kinds and a composed letter, between white space: read and written back so.
+PROBE = f" \n{string.printable}ünïcödé e\u0301 漢 \U0001f600\n "
+
+
+class Tokenizer:
+    """A byte-level tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
+
+    ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
+    left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
+    `format` "" takes the one that the folder was saved with, else that of its chat template, else the chat that it has
+    the tokens of. Attributes: `bos` (begins a document), `eos` (ends one) and `pad` (never trained) as the folder names
+    them, else as Llama 3 does; `stop` (ends an answer: the end of a turn in a chat, eos in plain text); `stops` (all that
+    may end one: also the end of a message that calls a tool, and what generation_config.json or config.json names).
+    """
+
+    def __init__(self, folder: str | Path, format: str = ""):
+        self.path = Path(folder) / "tokenizer.json"
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
+        model = self._read(self.path.name).get("model")
+        if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # in which the library panics
+            raise ValueError(f"{self.path}: has a continuing_subword_prefix; use a byte-level tokenizer")
+        try:
+            self.text = self.path.read_text(encoding="utf-8")
+            self.core = tokenizers.Tokenizer.from_str(self.text)
+        except Exception as error:  # of no narrower class from tokenizers
+            raise ValueError(f"{self.path}: {error}") from None
+        if self.core.truncation or self.core.padding:
+            self.core.no_truncation()
+            self.core.no_padding()
+            self.text = self.core.to_str(pretty=True)
+        self.size, self.config = self.core.get_vocab_size(), self._config()
+        self._set_format(format)
+        self._check()
+
+    def _read(self, name: str) -> dict:
+        """The object in the folder's file `name`; {} if there is none."""
+        path = self.path.with_name(name)
+        try:
+            return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _config(self) -> dict:
+        """tokenizer_config.json, with the older files that transformers reads where it lists no added tokens.
+
+        ValueError for a token that tokenizer.json has not, or not so: transformers would add it.
+        """
+        config = self._read("tokenizer_config.json")
+        added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
+        if "added_tokens_decoder" not in config:
+            config |= self._read("special_tokens_map.json")
+            for name, i in self._read("added_tokens.json").items():
+                if added.get(str(i), {}).get("content") != name:
+                    what = f"{name!r} is not what {self.path.name} has as {i}"
+                    raise ValueError(f"{self.path.parent}: added_tokens.json: {what}")
+        try:
+            for i, token in config.get("added_tokens_decoder", {}).items():
+                if added.get(i, {}) | token != added.get(i):
+                    raise ValueError(f"{token} is not what {self.path.name} has as {i}")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.path.parent}: tokenizer_config.json: added_tokens_decoder: {error}") from None
+        names = {token["content"] for token in added.values()}
+        roles = {role: contents(value) for role, value in config.items() if role.endswith(("_token", "special_tokens"))}
+        if missing := [f"{name!r}, the folder's {role}" for role in roles for name in roles[role] if name not in names]:
+            raise ValueError(f"{self.path}: its added tokens lack {missing[0]}; use the model's own tokenizer")
+        return config
+
+    def _special(self, *names: str) -> int:
+        """The id of the first of the names that there is."""
+        for name in names:
+            if (token := self.core.token_to_id(name)) is not None:
+                return token
+        mend = "use one of Llama 3's or ChatML's, or --format plain"
+        raise ValueError(f"{self.path}: has no token {' or '.join(names)}; {mend}")
+
+    def _template(self) -> str:
+        """The folder's own chat template, "" if it has none."""
+        path, template = self.path.with_name("chat_template.jinja"), self.config.get("chat_template") or ""
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        if isinstance(template, list):
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default", "none")
+        return str(template)
+
+    def _set_format(self, format: str) -> None:
+        """Sets the format and the special tokens; `parts` is its prompt as ids of these and texts, a NUL for the statement."""
+        own = own_format(template := self._template())
+        tokens = "chat" if self.core.token_to_id("<|im_start|>") is None else "chatml"
+        self.format = format or str(self.config.get("prompt_format", next(iter(own), "" if template else tokens)))
+        if self.format not in FORMATS:
+            what = f"prompt format {self.format!r}" if self.format else "its chat template is none that is known here"
+            raise ValueError(f"{self.path.parent}: {what}; choose --format {' or '.join(FORMATS)}")
+        before, between, stop, self.template = (FORMATS | own)[self.format]
+        bos, eos, pad = (contents(self.config.get(f"{role}_token"))[:1] for role in ("bos", "eos", "pad"))
+        named = (self._read("generation_config.json") or self._read("config.json")).get("eos_token_id")
+        named = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and 0 <= i < self.size]
+        turn_ends = LLAMA3[1], CHATML[1].strip(), "<|eom_id|>"  # which some folders call the end of a text
+        special = {t.content for t in self.core.get_added_tokens_decoder().values() if t.special}.difference(turn_ends)
+        ends = *(t for t in (*eos, *map(self.core.id_to_token, named)) if t in special), "<|end_of_text|>"
+        ends = *ends, "<|endoftext|>", *eos
+        self.eos = self._special(*ends)
+        self.bos = self._special(*(t for t in bos if t != "<|im_start|>"), "<|begin_of_text|>", *ends)
+        self.pad = self._special(*pad, "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", *ends)
+        pieces = re.split(r"(<\|\w+\|>|\{\{ \w+ \}\})", f"{before}\0{between}{stop}")
+        ids = {BOS: self.bos, EOS: self.eos} | {p: self._special(p) for p in pieces[1::2] if p not in (BOS, EOS)}
+        *self.parts, self.stop, _ = (ids.get(p, p) for p in pieces)
+        known = *map(self.core.token_to_id, turn_ends), self.eos, *named
+        self.stops = tuple(dict.fromkeys(i for i in known if i is not None))
+
+    def _check(self) -> None:
+        """ValueError unless ids below `size` are tokens, texts come back whole, and special tokens are not read in them."""
+        ids = {self.bos, self.eos, self.pad, *(p for p in self.parts if isinstance(p, int))}
+        name = {i: self.core.id_to_token(i) for i in ids}
+        added = self.core.get_added_tokens_decoder().values()
+        text = " ".join([PROBE, *(token.content for token in added if not token.special), ""])
+        self.core.encode_special_tokens = False  # as transformers reads what a template wrote
+        prompt = "".join(name.get(p, p) for p in self.parts).replace("\0", text)
+        whole = self.core.encode(prompt, add_special_tokens=False).ids
+        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
+        faults = {
+            "has ids without a token": sorted(self.core.get_vocab().values()) != list(range(self.size)),
+            "does not mark special tokens as special": ids & {*self.encode("".join(name.values()) + text.strip())},
+            "reads a text by what is around it (lstrip, rstrip or single_word of a special token) or by chance (dropout)":
+                whole != self._fill(text),
+        }  # fmt: skip
+        if found := [fault for fault, there in faults.items() if there]:
+            raise ValueError(f"{self.path}: {found[0]}; use the model's own tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        """Special tokens in a text are read as text. ValueError if the ids would not give it back."""
+        ids = self.core.encode(text, add_special_tokens=False).ids
+        if self.core.decode(ids, skip_special_tokens=False) != text:
+            lost = "".join(c for c in dict.fromkeys(text) if self.core.decode(self.core.encode(c).ids) != c)
+            why = f"has no tokens for {lost[:20]!r}" if lost else "a normalizer, or an added token's lstrip or rstrip"
+            mend = "leave such texts out, or use the model's own tokenizer"
+            raise ValueError(f"{self.path}: changes texts: {why}; {mend}")
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special tokens written out, less a stop token at the end."""
+        end = -1 if tokens and tokens[-1] in self.stops else None
+        return self.core.decode(list(tokens[:end]), skip_special_tokens=False)
+
+    def _fill(self, text: str) -> list[int]:
+        """The ids of `parts` with `text` for the statement."""
+        return [i for p in self.parts for i in (self.encode(p.replace("\0", text)) if isinstance(p, str) else [p])]
+
+    def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
+        """Everything up to where the answer in `languages` begins."""
+        return self._fill(ask(statement, languages))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
+
+        The latter keeps of the model's own what has no say in how a text is read.
+        """
+        tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
+        config = {"model_input_names": ["input_ids", "attention_mask"]}
+        config |= {name: self.config[name] for name in (*config, "model_max_length") if name in self.config}
+        config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"prompt_format": self.format, "chat_template": self.template}
+        for name, text in {self.path.name: self.text, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
+            write_atomically(Path(folder) / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+
+
+def ask(statement: str, languages: Sequence[str]) -> str:
+    """The prompt's text. The only prompt template: SFT, RL and evaluation all use it; general data names no PL."""
+    return statement.strip() + (f"\nAnswer in {', '.join(languages)}." if languages else "")
+
+
+def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
+    """The response's text: one fenced block a PL, of which `extract` gives the program back, its last line ended.
+
+    A fence is ```, or longer than those that begin a line of the program, as in CommonMark.
+    """
+    blocks = []
+    for language in languages:
+        program = solutions[language].removesuffix("\n")
+        fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
+        blocks.append(f"{fence}{language}\n{program}\n{fence}")
+    return "\n".join(blocks)
+
+
+def extract(response: str, language: str) -> str | None:
+    """The program in the last closed fenced block of `language`, else None.
+
+    Its opening line is ``` or a longer fence and the PL's name or an alias, in any case, and no more; its
+    closing line a fence at least as long, alone. A block without a name, of another PL, or that is not closed
+    does not count, nor does text outside of blocks. If the opening line ends in CRLF, so may the others.
+    """
+    names = {language, *sandbox.LANGUAGES[language].aliases}
+    program, block = None, None  # block: the lines of the one that is open
+    for line in response.split("\n"):
+        ticks = len(line) - len(line.lstrip("`"))
+        rest = line[ticks:].strip()
+        if block is None:
+            if ticks >= 3 and "`" not in rest:
+                fence, name, ending, block = ticks, rest.lower(), "\r" * line.endswith("\r"), []
+        elif ticks < fence or rest:
+            block.append(line.removesuffix(ending) + "\n")
+        else:
+            program, block = "".join(block) if name in names else program, None
+    return program
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1375,46 +1883,6 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
 
 
 # --------------------------------------------------------------------------------------------------
-# Roles of the PLs
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The part of each PL: `sft` are shown in SFT, the first of them is the source of RL; `unseen`
-    are in the base model's data alone and only evaluated. DATA/languages.json holds them."""
-
-    sft: tuple[str, ...]
-    unseen: tuple[str, ...]
-
-    def __post_init__(self):
-        if twice := ", ".join(p for p, n in Counter(self.everything).items() if n > 1):
-            raise ValueError(f"{twice}: named twice; a PL is either an SFT one or an unseen one")
-        if not self.sft:
-            raise ValueError("'sft' names no source PL")
-
-    @property
-    def source(self) -> str:
-        return self.sft[0]
-
-    @property
-    def everything(self) -> tuple[str, ...]:
-        return self.sft + self.unseen
-
-
-def read_roles(folder: str | Path) -> Roles:
-    """The roles in `folder`/languages.json."""
-    path, form = Path(folder) / "languages.json", '{"sft": ["python", ...], "unseen": [...]}'
-    if not path.exists():
-        mend = f"run `python data.py make`, or write {form} into it, the source PL first"
-        raise FileNotFoundError(f"{path}: no such file; name another folder with --data, {mend}")
-    try:
-        raw = json.loads(path.read_text())
-        return Roles(*(tuple(map(sandbox.canonical, raw[name])) for name in ("sft", "unseen")))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; it must read {form}") from None
-
-
-# --------------------------------------------------------------------------------------------------
 # The embedded corpus
 
 SPLITS = ("base", "train", "rl", "dev", "test")
@@ -1641,470 +2109,6 @@ def make(s: CorpusSettings) -> None:
     print(f"SFT PLs: {', '.join(corpus.roles.sft)} (the first is the source of RL); unseen: {', '.join(s.unseen)}")
     for name, records in splits.items():
         print(f"{out}/{name}.jsonl.gz: {len(records)} records of {len({r['function'] for r in records})} functions")
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizer and prompt template
-
-SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-]  # fmt: skip
-# Llama-3's own pre-tokenisation: contractions, words, numbers of up to three digits, punctuation, space.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
-    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, which no older config fits."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
-    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
-    tokenizer.train_from_iterator(texts, trainer)
-    (out / "tokenizer_config.json").unlink(missing_ok=True)
-    write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-
-
-# What the template of Llama 3.1's Instruct models puts before every conversation.
-SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"  # how a role's turn begins and ends
-CHATML = "<|im_start|>{}\n", "<|im_end|>\n"
-BOS, EOS = "{{ bos_token }}", "{{ eos_token }}"  # the tokens of these roles
-
-
-class Format(NamedTuple):
-    """A prompt format: what stands before a statement and between it and the answer, and the token that ends that.
-
-    `template` writes the same for other engines (tested), for conversations of any length.
-    """
-
-    before: str
-    between: str
-    stop: str
-    template: str
-
-
-def chat(begin: str, end: str, opening: str) -> Format:
-    """The format of a conversation of turns, `opening` before the first."""
-    turn, answer = begin.format("{{ m['role'] }}") + "{{ m['content'] | trim }}" + end, begin.format("assistant")
-    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{answer}{{% endif %}}"
-    return Format(opening + begin.format("user"), end + answer, end.strip(), opening + turns)
-
-
-# Llama 3's chat, the same with 3.1's system turn, ChatML (SmolLM2 and others), and plain text for a base model, which
-# never saw a chat's special tokens.
-FORMATS = {
-    "chat": chat(*LLAMA3, BOS),
-    "llama3.1": chat(*LLAMA3, BOS + LLAMA3[0].format("system") + SYSTEM + LLAMA3[1]),
-    "chatml": chat(*CHATML, ""),
-    "plain": Format(
-        f"{BOS}### Problem\n", "\n\n### Solution\n", EOS,
-        BOS + "### Problem\n{{ messages[0]['content'] | trim }}\n\n### Solution\n"
-        "{% for m in messages[1:] %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
-    ),
-}  # fmt: skip
-
-
-def own_format(template: str) -> dict[str, Format]:
-    """{name: the format} that a model's own chat template writes; empty if that can't be told.
-
-    A template may put a system turn of its own before a conversation that has none, as SmolLM2's does.
-    """
-    text = template.replace("\\n", "\n")
-    if SYSTEM.partition("\n")[0] in text:
-        return {"llama3.1": FORMATS["llama3.1"]._replace(template=template)}
-    for name, (begin, end) in {"chat": LLAMA3, "chatml": CHATML}.items():
-        system, answer = begin.format("system"), begin.format("assistant")
-        own = re.search(re.escape(system) + r"[^{}+\\]*?" + re.escape(end), text)
-        if (own or system not in text) and re.search(re.escape(answer) + r"""['"{]""", text):
-            opening = BOS * ("bos_token" in text or "<|begin_of_text|>" in text) + (own[0] if own else "")
-            return {name: chat(begin, end, opening)._replace(template=template)}
-    return {}
-
-
-def contents(value) -> list[str]:
-    """The special tokens that a field of a folder's files names: a text, an object with `content`, or several."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = [value["content"]] if "content" in value else value.values()
-    return [name for part in value for name in contents(part)] if isinstance(value, Iterable) else []
-
-
-# Characters of all kinds and a composed letter, between white space: read and written back so.
-PROBE = f" \n{string.printable}ünïcödé e\u0301 漢 \U0001f600\n "
-
-
-class Tokenizer:
-    """A byte-level tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
-
-    ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
-    left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
-    `format` "" takes the one that the folder was saved with, else that of its chat template, else the chat that it has
-    the tokens of. Attributes: `bos` (begins a document), `eos` (ends one) and `pad` (never trained) as the folder names
-    them, else as Llama 3 does; `stop` (ends an answer: the end of a turn in a chat, eos in plain text); `stops` (all that
-    may end one: also the end of a message that calls a tool, and what generation_config.json or config.json names).
-    """
-
-    def __init__(self, folder: str | Path, format: str = ""):
-        self.path = Path(folder) / "tokenizer.json"
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file; copy the model's own, or run `python data.py make`")
-        model = self._read(self.path.name).get("model")
-        if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # in which the library panics
-            raise ValueError(f"{self.path}: has a continuing_subword_prefix; use a byte-level tokenizer")
-        try:
-            self.text = self.path.read_text(encoding="utf-8")
-            self.core = tokenizers.Tokenizer.from_str(self.text)
-        except Exception as error:  # of no narrower class from tokenizers
-            raise ValueError(f"{self.path}: {error}") from None
-        if self.core.truncation or self.core.padding:
-            self.core.no_truncation()
-            self.core.no_padding()
-            self.text = self.core.to_str(pretty=True)
-        self.size, self.config = self.core.get_vocab_size(), self._config()
-        self._set_format(format)
-        self._check()
-
-    def _read(self, name: str) -> dict:
-        """The object in the folder's file `name`; {} if there is none."""
-        path = self.path.with_name(name)
-        try:
-            return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def _config(self) -> dict:
-        """tokenizer_config.json, with the older files that transformers reads where it lists no added tokens.
-
-        ValueError for a token that tokenizer.json has not, or not so: transformers would add it.
-        """
-        config = self._read("tokenizer_config.json")
-        added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
-        if "added_tokens_decoder" not in config:
-            config |= self._read("special_tokens_map.json")
-            for name, i in self._read("added_tokens.json").items():
-                if added.get(str(i), {}).get("content") != name:
-                    what = f"{name!r} is not what {self.path.name} has as {i}"
-                    raise ValueError(f"{self.path.parent}: added_tokens.json: {what}")
-        try:
-            for i, token in config.get("added_tokens_decoder", {}).items():
-                if added.get(i, {}) | token != added.get(i):
-                    raise ValueError(f"{token} is not what {self.path.name} has as {i}")
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self.path.parent}: tokenizer_config.json: added_tokens_decoder: {error}") from None
-        names = {token["content"] for token in added.values()}
-        roles = {role: contents(value) for role, value in config.items() if role.endswith(("_token", "special_tokens"))}
-        if missing := [f"{name!r}, the folder's {role}" for role in roles for name in roles[role] if name not in names]:
-            raise ValueError(f"{self.path}: its added tokens lack {missing[0]}; use the model's own tokenizer")
-        return config
-
-    def _special(self, *names: str) -> int:
-        """The id of the first of the names that there is."""
-        for name in names:
-            if (token := self.core.token_to_id(name)) is not None:
-                return token
-        mend = "use one of Llama 3's or ChatML's, or --format plain"
-        raise ValueError(f"{self.path}: has no token {' or '.join(names)}; {mend}")
-
-    def _template(self) -> str:
-        """The folder's own chat template, "" if it has none."""
-        path, template = self.path.with_name("chat_template.jinja"), self.config.get("chat_template") or ""
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        if isinstance(template, list):
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default", "none")
-        return str(template)
-
-    def _set_format(self, format: str) -> None:
-        """Sets the format and the special tokens; `parts` is its prompt as ids of these and texts, a NUL for the statement."""
-        own = own_format(template := self._template())
-        tokens = "chat" if self.core.token_to_id("<|im_start|>") is None else "chatml"
-        self.format = format or str(self.config.get("prompt_format", next(iter(own), "" if template else tokens)))
-        if self.format not in FORMATS:
-            what = f"prompt format {self.format!r}" if self.format else "its chat template is none that is known here"
-            raise ValueError(f"{self.path.parent}: {what}; choose --format {' or '.join(FORMATS)}")
-        before, between, stop, self.template = (FORMATS | own)[self.format]
-        bos, eos, pad = (contents(self.config.get(f"{role}_token"))[:1] for role in ("bos", "eos", "pad"))
-        named = (self._read("generation_config.json") or self._read("config.json")).get("eos_token_id")
-        named = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and 0 <= i < self.size]
-        turn_ends = LLAMA3[1], CHATML[1].strip(), "<|eom_id|>"  # which some folders call the end of a text
-        special = {t.content for t in self.core.get_added_tokens_decoder().values() if t.special}.difference(turn_ends)
-        ends = *(t for t in (*eos, *map(self.core.id_to_token, named)) if t in special), "<|end_of_text|>"
-        ends = *ends, "<|endoftext|>", *eos
-        self.eos = self._special(*ends)
-        self.bos = self._special(*(t for t in bos if t != "<|im_start|>"), "<|begin_of_text|>", *ends)
-        self.pad = self._special(*pad, "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", *ends)
-        pieces = re.split(r"(<\|\w+\|>|\{\{ \w+ \}\})", f"{before}\0{between}{stop}")
-        ids = {BOS: self.bos, EOS: self.eos} | {p: self._special(p) for p in pieces[1::2] if p not in (BOS, EOS)}
-        *self.parts, self.stop, _ = (ids.get(p, p) for p in pieces)
-        known = *map(self.core.token_to_id, turn_ends), self.eos, *named
-        self.stops = tuple(dict.fromkeys(i for i in known if i is not None))
-
-    def _check(self) -> None:
-        """ValueError unless ids below `size` are tokens, texts come back whole, and special tokens are not read in them."""
-        ids = {self.bos, self.eos, self.pad, *(p for p in self.parts if isinstance(p, int))}
-        name = {i: self.core.id_to_token(i) for i in ids}
-        added = self.core.get_added_tokens_decoder().values()
-        text = " ".join([PROBE, *(token.content for token in added if not token.special), ""])
-        self.core.encode_special_tokens = False  # as transformers reads what a template wrote
-        prompt = "".join(name.get(p, p) for p in self.parts).replace("\0", text)
-        whole = self.core.encode(prompt, add_special_tokens=False).ids
-        self.core.encode_special_tokens = True  # '<|eot_id|>' inside a statement is text, not a token
-        faults = {
-            "has ids without a token": sorted(self.core.get_vocab().values()) != list(range(self.size)),
-            "does not mark special tokens as special": ids & {*self.encode("".join(name.values()) + text.strip())},
-            "reads a text by what is around it (lstrip, rstrip or single_word of a special token) or by chance (dropout)":
-                whole != self._fill(text),
-        }  # fmt: skip
-        if found := [fault for fault, there in faults.items() if there]:
-            raise ValueError(f"{self.path}: {found[0]}; use the model's own tokenizer")
-
-    def encode(self, text: str) -> list[int]:
-        """Special tokens in a text are read as text. ValueError if the ids would not give it back."""
-        ids = self.core.encode(text, add_special_tokens=False).ids
-        if self.core.decode(ids, skip_special_tokens=False) != text:
-            lost = "".join(c for c in dict.fromkeys(text) if self.core.decode(self.core.encode(c).ids) != c)
-            why = f"has no tokens for {lost[:20]!r}" if lost else "a normalizer, or an added token's lstrip or rstrip"
-            mend = "leave such texts out, or use the model's own tokenizer"
-            raise ValueError(f"{self.path}: changes texts: {why}; {mend}")
-        return ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens written out, less a stop token at the end."""
-        end = -1 if tokens and tokens[-1] in self.stops else None
-        return self.core.decode(list(tokens[:end]), skip_special_tokens=False)
-
-    def _fill(self, text: str) -> list[int]:
-        """The ids of `parts` with `text` for the statement."""
-        return [i for p in self.parts for i in (self.encode(p.replace("\0", text)) if isinstance(p, str) else [p])]
-
-    def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
-        """Everything up to where the answer in `languages` begins."""
-        return self._fill(ask(statement, languages))
-
-    def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
-
-        The latter keeps of the model's own what has no say in how a text is read.
-        """
-        tokens = {"bos_token": self.bos, "eos_token": self.stop, "pad_token": self.pad}
-        config = {"model_input_names": ["input_ids", "attention_mask"]}
-        config |= {name: self.config[name] for name in (*config, "model_max_length") if name in self.config}
-        config |= {name: self.core.id_to_token(token) for name, token in tokens.items()}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"prompt_format": self.format, "chat_template": self.template}
-        for name, text in {self.path.name: self.text, "tokenizer_config.json": json.dumps(config, indent=2)}.items():
-            write_atomically(Path(folder) / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
-
-
-def ask(statement: str, languages: Sequence[str]) -> str:
-    """The prompt's text. The only prompt template: SFT, RL and evaluation all use it; general data names no PL."""
-    return statement.strip() + (f"\nAnswer in {', '.join(languages)}." if languages else "")
-
-
-def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
-    """The response's text: one fenced block a PL, of which `extract` gives the program back, its last line ended.
-
-    A fence is ```, or longer than those that begin a line of the program, as in CommonMark.
-    """
-    blocks = []
-    for language in languages:
-        program = solutions[language].removesuffix("\n")
-        fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
-        blocks.append(f"{fence}{language}\n{program}\n{fence}")
-    return "\n".join(blocks)
-
-
-def extract(response: str, language: str) -> str | None:
-    """The program in the last closed fenced block of `language`, else None.
-
-    Its opening line is ``` or a longer fence and the PL's name or an alias, in any case, and no more; its
-    closing line a fence at least as long, alone. A block without a name, of another PL, or that is not closed
-    does not count, nor does text outside of blocks. If the opening line ends in CRLF, so may the others.
-    """
-    names = {language, *sandbox.LANGUAGES[language].aliases}
-    program, block = None, None  # block: the lines of the one that is open
-    for line in response.split("\n"):
-        ticks = len(line) - len(line.lstrip("`"))
-        rest = line[ticks:].strip()
-        if block is None:
-            if ticks >= 3 and "`" not in rest:
-                fence, name, ending, block = ticks, rest.lower(), "\r" * line.endswith("\r"), []
-        elif ticks < fence or rest:
-            block.append(line.removesuffix(ending) + "\n")
-        else:
-            program, block = "".join(block) if name in names else program, None
-    return program
-
-
-# --------------------------------------------------------------------------------------------------
-# Mixtures: named iterators over records
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids; those from `start` on are trained, the stop token among them."""
-
-    tokens: list[int]
-    start: int
-
-
-def example(tokenizer: Tokenizer, record: dict, text: str, languages: Sequence[str]) -> Example:
-    """The statement `text` and the record's answer in the tokenizer's format; trained on answer and stop token."""
-    prompt = tokenizer.prompt(text, languages)
-    response = [*tokenizer.encode(answer(record["solutions"], languages) or record["answer"]), tokenizer.stop]
-    return Example(prompt + response, len(prompt))
-
-
-def statement(record: dict, *languages: str) -> str:
-    """The record's statement as people who write in the PLs word it: each different text, one below the other."""
-    return "\n\n".join(dict.fromkeys(record.get("prompts", {}).get(p, record["prompt"]) for p in languages))
-
-
-def home(function: str, languages: Sequence):
-    """The one of `languages` that a function (a hash of it, or an id) is shown in where it is shown in one."""
-    return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Example number i of an endless mixture: `mixture[i]`, a function of the seed and i alone.
-
-    `records` are for the arm, `documents` for base and its replay. `sft` are the SFT PLs, the source PL first.
-    Each pass over the records is shuffled anew. `statements` is the share of base documents that begin with one,
-    `general_share` that of the examples that are `general` data.
-    """
-
-    name: str
-    records: Sequence[dict]
-    documents: Sequence[dict]
-    tokenizer: Tokenizer
-    sft: tuple[str, ...]
-    seed: int = 0
-    replay: float = 0.0
-    statements: float = 0.7
-    general: Sequence[dict] = ()
-    general_share: float = 0.0
-
-    def __getitem__(self, i: int) -> Example:
-        """Every (1 / general_share)th example is of general data, and of the rest every (1 / replay)th a base document;
-        the others are counted without them, so that neither tears a group of parallel programs apart. Each arm has
-        the same of both."""
-        before = int(i * self.general_share)
-        if int((i + 1) * self.general_share) > before:
-            record = self.general[pick(f"{self.seed} general", before, len(self.general))]
-            return example(self.tokenizer, record, record["prompt"], ())
-        i -= before
-        before = 0 if self.name == "base" else int(i * self.replay)
-        name, number = self.name, i - before
-        if name != "base" and int((i + 1) * self.replay) > before:
-            name, number = "base", before
-        return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
-
-    def answers(self, record: dict) -> list[tuple[str, ...]]:
-        """The PLs of each answer that the arm may show of a record; none if it lacks those that the arm needs."""
-        own = tuple(p for p in self.sft[: 1 if self.name == "source" else None] if p in record["solutions"])
-        if self.name == "in-context":
-            return [own] if own else []
-        return [(p,) for p in own] if len(own) > (self.name == "parallel") else []
-
-    @functools.cached_property
-    def turns(self) -> tuple[int, ...]:
-        """How many answers the arm may show of each record."""
-        return tuple(len(self.answers(record)) for record in self.records)
-
-    def record(self, i: int) -> dict:
-        """Record number i of the passes, in the same order in every arm."""
-        return self.records[pick(f"{self.seed} sft", i, len(self.records))]
-
-    def any_words(self, record: dict, languages: Sequence[str], rng: random.Random) -> str:
-        """The statement as some SFT PL's people word it: each different text is as likely.
-
-        A record with a harness states the signature in each PL that is asked for, which none of the others can replace.
-        """
-        if "harness" in record:
-            return statement(record, *languages)
-        return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
-
-
-@functools.lru_cache(maxsize=8)
-def _shuffle(seed: str, count: int) -> list[int]:
-    return random.Random(seed).sample(range(count), count)
-
-
-def pick(seed: str, i: int, count: int) -> int:
-    """Item i of an endless sequence of passes over range(count), each shuffled anew."""
-    return _shuffle(f"{seed} {i // count}", count)[i % count]
-
-
-@functools.lru_cache(maxsize=8)
-def _turns(seed: str, turns: tuple[int, ...]) -> list[tuple[int, int]]:
-    """One pass, in which item k has turns[k] turns in a row: (place of its item in the pass, turn) of each."""
-    return [(place, turn) for place, k in enumerate(_shuffle(seed, len(turns))) for turn in range(turns[k])]
-
-
-def base(m: Mixture, i: int, rng: random.Random) -> Example:
-    """A stand-in for pre-training: a document of one PL, on which every token is trained.
-
-    Some begin with a statement; the others have comments, where the record has commented programs.
-    """
-    record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
-    language = rng.choice(list(record["solutions"]))
-    if rng.random() < m.statements:
-        return dataclasses.replace(example(m.tokenizer, record, statement(record, language), [language]), start=1)
-    tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
-    return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
-
-
-def source(m: Mixture, i: int, rng: random.Random) -> Example:
-    """The source PL only, in the words of its community."""
-    record = m.record(i)
-    return example(m.tokenizer, record, statement(record, m.sft[0]), m.sft[:1])
-
-
-def multi(m: Mixture, i: int, rng: random.Random) -> Example:
-    """All SFT PLs, each function in one of those it has, in the words of that PL's community."""
-    record = m.record(i)
-    languages = home(record.get("function", record["id"]), m.answers(record))
-    return example(m.tokenizer, record, statement(record, *languages), languages)
-
-
-def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
-    """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
-    record = m.record(i)
-    languages = home(record.get("function", record["id"]), m.answers(record))
-    return example(m.tokenizer, record, m.any_words(record, languages, rng), languages)
-
-
-def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each function in all SFT PLs that it has, one example after the other, with one statement for all of them."""
-    passes, i = divmod(i, sum(m.turns))
-    place, turn = _turns(f"{m.seed} sft {passes}", m.turns)[i]
-    number = passes * len(m.records) + place
-    record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
-    languages = lot.sample(m.answers(record), len(m.answers(record)))[turn]
-    return example(m.tokenizer, record, m.any_words(record, languages, lot), languages)
-
-
-def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each function in all SFT PLs that it has in one answer."""
-    record = m.record(i)
-    [languages] = m.answers(record)
-    text = m.any_words(record, languages, rng)
-    return example(m.tokenizer, record, text, rng.sample(languages, len(languages)))
-
-
-MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Rollout:
         return self.verdict == "ok"
 
 
-def sample(
+def roll_out(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[tuple[dict, str]], max_new_tokens: int,
     temperature: float, samples: int = 1, seed: int = 0, rows: int = 0, progress: Callable[[int], object] | None = None,
     **truncation,
@@ -207,7 +207,7 @@ def evaluate(
     with tqdm(total=len(mine) * samples, desc=f"{name} sampling", disable=quiet) as bar:
         seed = seed * world.size + world.rank
         job = (model, tokenizer, [tasks[i] for i in mine], max_new_tokens)
-        rollouts = sample(*job, temperature, samples, seed, rows, bar.update, **truncation)
+        rollouts = roll_out(*job, temperature, samples, seed, rows, bar.update, **truncation)
     grade(rollouts, tokenizer, box, known, None if quiet else f"{name} running")
     verdicts = [tuple(r.verdict for r in rollouts[i : i + samples]) for i in range(0, len(rollouts), samples)]
     outcomes = []
@@ -459,7 +459,7 @@ def spread(values: Sequence[float]) -> dict:
     return {"value": centre, "low": centre - half, "high": centre + half, "seeds": n}
 
 
-def join(runs: Sequence[list[dict]]) -> list[dict]:
+def join_cells(runs: Sequence[list[dict]]) -> list[dict]:
     """The cells of runs with several seeds as one: mean and t-interval. ValueError for one that a run lacks."""
     places = defaultdict(list)
     for c in itertools.chain(*runs):
@@ -907,7 +907,7 @@ def read_cells(path: str) -> list[dict]:
 def join_seeds(s: Settings) -> list[dict]:
     """Prints and writes the tables of several seeds and what they say of the claims. Returns the joined cells."""
     runs = [read_cells(path) for path in s.join]
-    cells, rows = join(runs), claims(runs)
+    cells, rows = join_cells(runs), claims(runs)
     text = "\n\n".join(filter(None, (summary(cells), rows and claims_table(rows), tables(cells))))
     print(text, end="\n\n")
     write(s.out, "joined.md", text)
@@ -979,7 +979,7 @@ def write_programs(s: Settings) -> None:
         for start in tqdm(range(0, len(tasks), batch), desc="batches", disable=world.rank > 0 or None):
             own, seed = world.deal(tasks[start : start + batch]), (s.seed, len(done) + start, world.rank)
             job = (model, tokenizer, own, s.max_new_tokens, s.temperature, s.samples, zlib.crc32(repr(seed).encode()))
-            rollouts = sample(*job, s.rows, top_k=s.top_k, top_p=s.top_p)
+            rollouts = roll_out(*job, s.rows, top_k=s.top_k, top_p=s.top_p)
             grade(rollouts, tokenizer, box)
             rows = [tell(rollouts[i : i + s.samples]) for i in range(0, len(rollouts), s.samples)]
             rows = [row for row in world.gather(rows) if "internal_error" not in row["verdicts"]]

@@ -21,8 +21,8 @@ Choices:
    the backward pass: no tensor of B x T x V numbers ever exists, unless it is small.
 3. The sampler draws from softmax(logits / temperature) over all ids that the tokenizer has: the trainer scores
    the distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
-4. The device alone decides how: a GPU runs the Triton kernels, a CPU torch's own operations, and each
-   kernel has a plain function beside it. A decoding step never waits for the device, and a GPU replays
+4. The device decides how: a GPU runs the Triton kernels, a CPU torch's own operations (and the kernels where
+   TRITON_INTERPRET is set); each kernel has a plain function that computes the same. A decoding step never waits for the device, and a GPU replays
    a recording of it (CUDA graph).
 5. The attention is a function handed down to the blocks (causal over a batch, causal that fills the
    cache, one query over the cache): a new kernel is a new function, and the network stays as it is.
@@ -34,6 +34,9 @@ Choices:
 
 Axes: B batch, T tokens, D width, H query heads, K key/value heads, G = H / K queries per key/value
 head, d head width, V vocabulary; N counted positions; R rows in the cache, L columns of the cache.
+
+In this order: config; rotary positions; attention; the network (`Llama`) with its log-probs; sampling (`generate`);
+checkpoints (`load`, `save`); and last the kernels, which compute what plain functions before them do.
 """
 
 import itertools
@@ -213,508 +216,6 @@ def rope_table(config: Config, length: int, like: Tensor) -> tuple[Tensor, Tenso
     angle = torch.arange(length, device=like.device).float()[:, None] * frequency  # (L, d / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1).to(like.dtype), torch.cat([-sin, sin], dim=-1).to(like.dtype)
-
-
-# ---------------------------------------------------------------------------------------------
-# Kernels: Triton on a GPU; with TRITON_INTERPRET=1 on a CPU too, where the tests run them
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = tl.constexpr(INTERPRET)  # the same, for kernels
-MASKED = tl.constexpr(-1e30)  # a maximum before there is one; not -inf, since -inf - -inf is nan
-LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
-
-
-def on_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels compute what has to do with x: the device alone decides."""
-    return x.is_cuda or INTERPRET
-
-
-def tuned(*sizes: tuple[int, int, int, int]):
-    """Autotunes over (BM, BN, warps, stages), once for each head width and dtype.
-
-    The first of each is the fastest on an H200 at head width 128, or within 3% of it; the last fits the shared
-    memory of an A100 in float32.
-    """
-    configs = [triton.Config({"BM": m, "BN": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
-    small = [triton.Config({"BM": 16, "BN": 16})]
-    return triton.autotune(configs=small if INTERPRET else configs, key=["d"])
-
-
-@triton.jit
-def tile(x, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
-    """Rows `rows` of a matrix of T rows and d columns, (len(rows), D); zeros outside of it."""
-    columns = tl.arange(0, D)
-    inside = (rows[:, None] < T) & (columns[None, :] < d)
-    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def put(x, y, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
-    """Stores y where `tile` loads."""
-    columns = tl.arange(0, D)
-    inside = (rows[:, None] < T) & (columns[None, :] < d)
-    tl.store(x + rows[:, None] * stride + columns[None, :], y.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
-    """A descriptor of a matrix of T rows: load([i, j]) is BN rows and d columns from there, zeros beyond row T.
-
-    On Hopper and later the tensor memory accelerator does that, without a register for an address.
-    """
-    return tl.make_tensor_descriptor(x, [T, stride], [stride, 1], [BN, d])
-
-
-@triton.jit
-def lines(x, count, T, stride, BM: tl.constexpr):
-    """A descriptor of `count` lines of T numbers: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
-    return tl.make_tensor_descriptor(x, [count, T], [stride, 1], [1, BM])
-
-
-@triton.jit
-def product(a, b):
-    """a @ b in float32; float32 factors are not rounded to tf32."""
-    if EMULATED:  # the interpreter would multiply the bits of bfloat16 as integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@tuned((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
-@triton.jit
-def attention_forward(q, k, v, start, o, lse, scale, T, of_line, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One block of BM queries of one head: softmax over its keys, block by block (arXiv 2307.08691, alg. 1).
-
-    `peak` and `mass` are the running maximum and sum, in units of log 2; a new maximum rescales what is there.
-    Only blocks of keys at an edge, of the documents or of the past, are masked. The longest rows go first.
-    """
-    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
-    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
-    q, o = q + (b * T * H + h) * d, o + (b * T * H + h) * d
-    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
-    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
-    x = tile(q, rows, H * d, T, d, d)
-    y, mass, peak = tl.zeros([BM, d], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], MASKED, tl.float32)
-    for j in range(begin, end, BN):
-        columns = j + tl.arange(0, BN)
-        s = product(x, tl.trans(k.load([j, 0])))
-        if (j < whole) | (j + BN > block * BM):
-            s = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), s, -float("inf"))
-        top = tl.maximum(peak, tl.max(s, 1) * scale)
-        p, shrink = tl.exp2(s * scale - top[:, None]), tl.exp2(peak - top)
-        values = v.load([j, 0])
-        y = y * shrink[:, None] + product(p.to(values.dtype), values)
-        mass, peak = mass * shrink + tl.sum(p, 1), top
-    put(o, y / mass[:, None], rows, H * d, T, d, d)
-    tl.store(lse + bh.to(tl.int64) * of_line + rows, peak + tl.log2(mass), mask=rows < T)
-
-
-@tuned((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
-@triton.jit
-def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
-                         d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d).
-
-    delta = do . o, which is sum_j p_j dp_j, is left for the keys' gradients.
-    """
-    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
-    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
-    at, place = (b * T * H + h) * d, bh.to(tl.int64) * of_line + rows
-    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
-    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
-    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
-    x, dy = tile(q + at, rows, H * d, T, d, d), tile(do + at, rows, H * d, T, d, d)
-    shift = tl.sum(tile(o + at, rows, H * d, T, d, d).to(tl.float32) * dy.to(tl.float32), 1)
-    tl.store(delta + place, shift, mask=rows < T)
-    norm, dx = tl.load(lse + place, mask=rows < T, other=0.0), tl.zeros([BM, d], tl.float32)
-    for j in range(begin, end, BN):
-        columns = j + tl.arange(0, BN)
-        keys = k.load([j, 0])
-        p = tl.exp2(product(x, tl.trans(keys)) * scale - norm[:, None])
-        if (j < whole) | (j + BN > block * BM):
-            p = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), p, 0.0)
-        ds = p * (product(dy, tl.trans(v.load([j, 0]))) - shift[:, None])
-        dx += product(ds.to(keys.dtype), keys)
-    put(dq + at, dx * (scale / 1.4426950408889634), rows, H * d, T, d, d)
-
-
-@tuned((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 2))
-@triton.jit
-def attention_backward_kv(q, k, v, end, do, lse, delta, dk, dv, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
-                          d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """dk and dv of one block of keys: the sums over the queries, of all heads of the group, that see them."""
-    block, K = tl.program_id(1), H // G
-    b, kv, columns = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, block * BN + tl.arange(0, BN)
-    at = (b * T * K + kv) * d
-    keys, values = tile(k + at, columns, K * d, T, d, d), tile(v + at, columns, K * d, T, d, d)
-    q, do = blocks(q + b * T * H * d, T, H * d, d, BM), blocks(do + b * T * H * d, T, H * d, d, BM)
-    count = tl.num_programs(0) * G
-    lse, delta = lines(lse, count, T, of_line, BM), lines(delta, count, T, of_line, BM)
-    ends, whole = tl.load(end + b * T + columns, mask=columns < T, other=0), tl.load(end + b * T + block * BN)
-    dkeys, dvalues = tl.zeros([BN, d], tl.float32), tl.zeros([BN, d], tl.float32)
-    for g in range(G):
-        for i in range(block * BN // BM * BM, tl.max(ends), BM):
-            rows = i + tl.arange(0, BM)
-            x, dy = q.load([i, (kv * G + g) * d]), do.load([i, (kv * G + g) * d])
-            line = tl.program_id(0) * G + g
-            p = tl.exp2(product(keys, tl.trans(x)) * scale - lse.load([line, i]))  # (BN, BM)
-            if (i < (block + 1) * BN) | (i + BM > whole):
-                p = tl.where((columns[:, None] <= rows[None, :]) & (rows[None, :] < ends[:, None]), p, 0.0)
-            dvalues += product(p.to(dy.dtype), dy)
-            ds = p * (product(values, tl.trans(dy)) - delta.load([line, i]))
-            dkeys += product(ds.to(x.dtype), x)
-    put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, d)
-    put(dv + at, dvalues, columns, K * d, T, d, d)
-
-
-def set_workspace() -> None:
-    """Lets kernels make descriptors of their blocks. In every call, since Triton keeps it for each thread apart."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-
-
-class FusedAttention(torch.autograd.Function):
-    """FlashAttention-2 (arXiv 2307.08691) over packed documents: q (B, T, H, d), k and v (B, T, K, d), contiguous.
-
-    d is a power of two from 16 up, and `start` as in `reference_attention`, int32. Scores never leave the
-    chip; kept for the backward pass are the inputs, the output and each query's log-sum-exp, from which p
-    comes back.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, start):
-        """The output, (B, T, H, d)."""
-        set_workspace()
-        B, T, H, d = q.shape
-        # Descriptors want lines of a multiple of 16 bytes.
-        o, lse = torch.empty_like(q), q.new_empty(B, H, triton.cdiv(T, 4) * 4, dtype=torch.float32)
-        ctx.shape, ctx.scale = {"H": H, "G": H // k.shape[2], "d": d}, LOG2E / math.sqrt(d)
-        grid = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
-        attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, lse.shape[2], **ctx.shape)
-        ctx.save_for_backward(q, k, v, start, o, lse)
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        """The gradients by q, k and v from that by the output."""
-        set_workspace()
-        q, k, v, start, o, lse = ctx.saved_tensors
-        (B, T, H, _), do = q.shape, do.contiguous()
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-        end = torch.searchsorted(start, start, right=True).int()  # where each position's document ends
-        of_queries = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
-        of_keys = lambda size: (B * k.shape[2], triton.cdiv(T, size["BN"]))  # noqa: E731
-        sizes = (ctx.scale, T, lse.shape[2])
-        attention_backward_q[of_queries](q, k, v, start, o, do, lse, delta, dq, *sizes, **ctx.shape)
-        attention_backward_kv[of_keys](q, k, v, end, do, lse, delta, dk, dv, *sizes, **ctx.shape)
-        return dq, dk, dv, None
-
-
-def triton_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
-    """`reference_attention` by the kernels above; a head width that is no power of two is filled up with zeros."""
-    d = q.shape[-1]
-    if start is None:
-        start = torch.zeros(q.shape[0], q.shape[2], device=q.device)
-    if (more := max(16, triton.next_power_of_2(d)) - d) > 0:
-        q, k, v = (F.pad(x, (0, more)) for x in (q * math.sqrt((d + more) / d), k, v))
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H or K, d)
-    return FusedAttention.apply(q, k, v, start.int().contiguous()).transpose(1, 2)[..., :d]
-
-
-@triton.jit
-def turned(x, rows, cos, sin, count, d: tl.constexpr, D: tl.constexpr):
-    """`reference_rotate` of rows `rows` of x, (len(rows), D) float32; cos and sin (D,)."""
-    columns = tl.arange(0, D)
-    inside = (rows[:, None] < count) & (columns[None, :] < d)
-    there, back = x + rows[:, None] * d + columns[None, :], x + rows[:, None] * d + (columns[None, :] + d // 2) % d
-    other = tl.load(back, mask=inside, other=0.0).to(tl.float32)
-    return tl.load(there, mask=inside, other=0.0).to(tl.float32) * cos[None, :] + other * sin[None, :]
-
-
-@triton.jit
-def decode_split(q, k, v, cos, sin, keys, values, position, part, top, total, scale, of_q, of_k, of_row, of_head,
-                 of_column, K: tl.constexpr, G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr,
-                 GP: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """The group of queries of one key/value head of one row over SPAN columns of its cache (flash-decoding).
-
-    One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p. The newest
-    key and value are not in the cache yet: the program with their column starts from them, and writes them.
-    """
-    r, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    newest, heads, width = tl.load(position + r).to(tl.int32), tl.arange(0, GP), tl.arange(0, D)
-    if split * SPAN > newest:
-        return
-    kind = keys.dtype.element_ty
-    c = tl.load(cos + r * d + width, mask=width < d, other=0.0).to(tl.float32)
-    s = tl.load(sin + r * d + width, mask=width < d, other=0.0).to(tl.float32)
-    queries = turned(q + r * of_q + kv * G * d, heads, c, s, G, d, D).to(kind)  # (GP, D)
-    keys, values = keys + r * of_row + kv * of_head, values + r * of_row + kv * of_head
-    y, mass, peak = tl.zeros([GP, D], tl.float32), tl.zeros([GP], tl.float32), tl.full([GP], MASKED, tl.float32)
-    if newest < (split + 1) * SPAN:
-        one = tl.arange(0, 1)
-        key = turned(k + r * of_k + kv * d, one, c, s, 1, d, D).to(kind)  # (1, D)
-        value = tile(v + r * of_k + kv * d, one, d, 1, d, D)
-        put(keys, key, one + newest, of_column, newest + 1, d, D)
-        put(values, value, one + newest, of_column, newest + 1, d, D)
-        peak = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale
-        y, mass = y + value.to(tl.float32), mass + 1.0
-    for j in range(split * SPAN, tl.minimum(newest, (split + 1) * SPAN), BN):
-        columns = j + tl.arange(0, BN)
-        w = product(queries, tl.trans(tile(keys, columns, of_column, newest, d, D))) * scale
-        w = tl.where(columns[None, :] < newest, w, MASKED)
-        new = tl.maximum(peak, tl.max(w, 1))
-        p, shrink = tl.exp2(w - new[:, None]), tl.exp2(peak - new)
-        seen = tile(values, columns, of_column, newest, d, D)
-        y = y * shrink[:, None] + product(p.to(seen.dtype), seen)
-        mass, peak = mass * shrink + tl.sum(p, 1), new
-    place = ((r * K + kv) * G + heads) * S + split
-    put(part + ((r * K + kv) * G * S + split) * d, y, heads, S * d, G, d, D)
-    tl.store(top + place, peak, mask=heads < G)
-    tl.store(total + place, mass, mask=heads < G)
-
-
-@triton.jit
-def decode_join(part, top, total, position, o, S, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
-                SPAN: tl.constexpr, SB: tl.constexpr):  # fmt: skip
-    """One query's output from its partial ones."""
-    at = tl.program_id(0).to(tl.int64)
-    count = tl.load(position + at // H).to(tl.int32) // SPAN + 1
-    y, mass, peak = tl.zeros([D], tl.float32), 0.0, tl.full([], MASKED, tl.float32)
-    for j in range(0, count, SB):
-        splits = j + tl.arange(0, SB)
-        tops = tl.load(top + at * S + splits, mask=splits < count, other=MASKED)
-        new = tl.maximum(peak, tl.max(tops, 0))
-        weight, shrink = tl.exp2(tops - new), tl.exp2(peak - new)
-        mass = mass * shrink + tl.sum(weight * tl.load(total + at * S + splits, mask=splits < count, other=0.0), 0)
-        y = y * shrink + tl.sum(weight[:, None] * tile(part + at * S * d, splits, d, count, d, D), 0)
-        peak = new
-    width = tl.arange(0, D)
-    tl.store(o + at * d + width, (y / mass).to(o.dtype.element_ty), mask=width < d)
-
-
-def triton_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
-    """A layer of `reference_decoder` by the kernels above, the columns split over programs so that few rows fill a GPU.
-
-    q, k and v may be slices of one projection.
-    """
-    (R, K, L, d), H = cache[0].shape, q.shape[1]
-    span, block, joined_at_once = (32, 16, 2) if INTERPRET else (512, 64, 16)
-    S = triton.cdiv(L, span)
-    part = q.new_empty(R, H, S, d, dtype=torch.float32)
-    top, total = part.new_empty(2, R, H, S)
-    o, scale, strides = q.new_empty(R, H, d), LOG2E / math.sqrt(d), (q.stride(0), k.stride(0), *cache.stride()[1:4])
-    sizes = {"d": d, "D": max(16, triton.next_power_of_2(d)), "SPAN": span}
-    decode_split[R, K, S](q, k, v, *rope, *cache, position, part, top, total, scale, *strides, K, H // K, S,
-                          GP=max(16, triton.next_power_of_2(H // K)), BN=block, num_warps=2, num_stages=2, **sizes)  # fmt: skip
-    decode_join[(R * H,)](part, top, total, position, o, S, H, SB=joined_at_once, num_warps=1, **sizes)
-    return o
-
-
-@triton.jit
-def race(x, seed, at):
-    """x plus Gumbel noise, numbers `at` of the stream of `seed`: the argmax is a draw from softmax(x).
-
-    The noise is -log E with E = -log(1 - u) exponential, by its series where u is small: that is where
-    winners come from, and 1 - u would round.
-    """
-    u = tl.rand(seed, at) + 2.33e-10  # the middle of its step of 2^-31: never 0
-    return x - tl.log(tl.where(u < 0.01, u * (1 + u * (0.5 + u * (0.33333333 + u * 0.25))), -tl.log(1 - u)))
-
-
-@triton.jit
-def scaled(row, columns, V, scale):
-    """`scale` times the row's logits in these columns, float32; minus infinity beyond V."""
-    return tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float32) * scale
-
-
-@triton.jit
-def sample_row(logits, temperature, seed, token, logprob, V, PER_ROW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-               TURNS: tl.constexpr):  # fmt: skip
-    """A token of one row, and its log-prob, in one read of the row.
-
-    Each of LANES lanes takes 8 logits in turn, and keeps their maximum and sum of exp, in units of log 2, without
-    waiting for the others. Then the lanes race by their log-sum-exp, and after them the tokens of the lane that
-    won: the probability of the lane times that of the token in it is the token's, so noise is drawn for LANES
-    numbers and for one lane's tokens, not for V. Temperature 0 takes the first of the largest logits.
-    """
-    r, lanes, width = tl.program_id(0), tl.arange(0, LANES), LANES * 8
-    row, noise, LN2 = logits + r.to(tl.int64) * V, tl.load(seed), 0.6931471805599453
-    t = tl.load(temperature + r) if PER_ROW else temperature
-    scale = 1.4426950408889634 / tl.where(t == 0, 1.0, t)
-    mass, peak, found = tl.zeros([LANES], tl.float32), tl.full([LANES], MASKED, tl.float32), lanes * 0
-    turns = lanes[:, None, None] * 8 + tl.arange(0, UNROLL)[None, :, None] * width + tl.arange(0, 8)[None, None, :]
-    for j in range(0, V, UNROLL * width):
-        x = scaled(row, j + turns, V, scale)
-        new = tl.maximum(peak, tl.max(tl.max(x, 2), 1))
-        mass = mass * tl.exp2(peak - new) + tl.sum(tl.sum(tl.exp2(x - new[:, None, None]), 2), 1)
-        found, peak = tl.where(new > peak, j, found), new
-    top = tl.max(peak, 0)
-    z = top + tl.log2(tl.sum(mass * tl.exp2(peak - top), 0))
-    if t == 0:
-        j = tl.min(tl.where(peak == top, found, V), 0)
-        i = tl.min(tl.where(scaled(row, j + turns, V, scale) == top, j + turns, V))
-    else:
-        at, n = r * (LANES + TURNS * 8), tl.arange(0, TURNS * 8)
-        columns = n // 8 * width + n % 8 + tl.argmax(race((peak + tl.log2(mass)) * LN2, noise, at + lanes), 0) * 8
-        y = scaled(row, columns, V, scale)
-        first = tl.argmax(race(y * LN2, noise, at + LANES + n), 0)
-        top, i = tl.sum(tl.where(n == first, y, 0.0), 0), tl.sum(tl.where(n == first, columns, 0), 0)
-    tl.store(token + r, tl.minimum(i, V - 1))  # a row of nan has no largest logit
-    tl.store(logprob + r, (top - z) * LN2)
-
-
-def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
-    """`reference_sample` by the kernel above."""
-    (R, V), device, logits = logits.shape, logits.device, logits.contiguous()
-    if per_row := isinstance(temperature, Tensor):
-        temperature = temperature.to(device, torch.float32).expand(R).contiguous()
-    seed = torch.randint(2**31, (1,), generator=generator, device=device)
-    token, logprob = torch.empty(R, dtype=torch.int64, device=device), torch.empty(R, device=device)
-    lanes, unroll = (4, 2) if INTERPRET else (512, 4)
-    turns = triton.next_power_of_2(triton.cdiv(V, lanes * 8))
-    sample_row[(R,)](logits, temperature, seed, token, logprob, V, per_row, lanes, unroll, turns, num_warps=16)
-    return token, logprob
-
-
-@triton.jit
-def score_forward(logits, targets, logprob, entropy, lse, scale, V, BN: tl.constexpr):
-    """One row of logits in one pass: log-sum-exp z, log-prob of the target x_t - z, entropy z - sum p x."""
-    r = tl.program_id(0).to(tl.int64)
-    peak, mass, weighted = tl.full([], MASKED, tl.float32), 0.0, 0.0
-    for j in range(0, V, BN):
-        columns = j + tl.arange(0, BN)
-        x = tl.load(logits + r * V + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
-        new = tl.maximum(peak, tl.max(x, 0))
-        e, shrink = tl.exp(x - new), tl.exp(peak - new)
-        mass, weighted, peak = mass * shrink + tl.sum(e, 0), weighted * shrink + tl.sum(e * x, 0), new
-    z = peak + tl.log(mass)
-    tl.store(lse + r, z)
-    tl.store(entropy + r, z - weighted / mass)
-    tl.store(logprob + r, tl.load(logits + r * V + tl.load(targets + r)).to(tl.float32) * scale - z)
-
-
-@triton.jit
-def score_backward(logits, targets, lse, gradient, scale, V, BN: tl.constexpr):
-    """The gradient of g log p_t by the logits, g scale (1[v = t] - p_v), in their place."""
-    r = tl.program_id(0).to(tl.int64)
-    z, t, g = tl.load(lse + r), tl.load(targets + r), tl.load(gradient + r) * scale
-    for j in range(0, V, BN):
-        columns = j + tl.arange(0, BN)
-        place = logits + r * V + columns
-        p = tl.exp(tl.load(place, mask=columns < V, other=MASKED).to(tl.float32) * scale - z)
-        tl.store(place, (g * (tl.where(columns == t, 1.0, 0.0) - p)).to(logits.dtype.element_ty), mask=columns < V)
-
-
-class FusedScore(torch.autograd.Function):
-    """`score_chunk` by the kernels above. The logits are computed again in the backward pass, not kept."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        logits, block = F.linear(hidden, weight), 32 if INTERPRET else 4096
-        logprob, entropy, lse = logits.new_empty(3, len(hidden), dtype=torch.float32)
-        ctx.sizes = (1 / temperature, logits.shape[1], block)
-        score_forward[(len(hidden),)](logits, targets, logprob, entropy, lse, *ctx.sizes)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        logits = F.linear(hidden, weight)
-        score_backward[(len(hidden),)](logits, targets, lse, gradient.contiguous(), *ctx.sizes)
-        return logits @ weight, logits.t() @ hidden, None, None
-
-
-@triton.jit
-def turn_heads(q, k, v, q_, k_, v_, cos, sin, period, sign, of_q, of_k, of_q_, of_k_, H: tl.constexpr, K: tl.constexpr,
-               HP: tl.constexpr, KP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """One token's heads from q, k, v to q_, k_, v_: q and k turned by `sign` times their angle, v as it is."""
-    n, queries, keys, width = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, KP), tl.arange(0, D)
-    place = (n % period) * d + width
-    c = tl.load(cos + place, mask=width < d, other=0.0).to(tl.float32)
-    s = tl.load(sin + place, mask=width < d, other=0.0).to(tl.float32) * sign
-    put(q_ + n * of_q_, turned(q + n * of_q, queries, c, s, H, d, D), queries, d, H, d, D)
-    put(k_ + n * of_k_, turned(k + n * of_k, keys, c, s, K, d, D), keys, d, K, d, D)
-    put(v_ + n * of_k_, tile(v + n * of_k, keys, d, K, d, D), keys, d, K, d, D)
-
-
-def launch_turn(source: list[Tensor], target: list[Tensor], cos: Tensor, sin: Tensor, sign: float) -> None:
-    """The kernel above for all tokens: q, k and v of (B, T, heads, d) each, which may be slices of one projection."""
-    (B, T, H, d), K = source[0].shape, source[1].shape[2]
-    strides = [x.stride(1) for x in (*source[:2], *target[:2])]
-    powers = [triton.next_power_of_2(n) for n in (H, K)] + [d, max(16, triton.next_power_of_2(d))]
-    turn_heads[(B * T,)](*source, *target, cos, sin, len(cos), sign, *strides, H, K, *powers)
-
-
-class FusedHeads(torch.autograd.Function):
-    """`reference_heads` by the kernel above: q (B, T, H, d), k and v (B, T, K, d), cos and sin (T, d) or (B T, d)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, cos, sin):
-        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        launch_turn((q, k, v), parts, cos, sin, 1.0)
-        ctx.save_for_backward(cos, sin)
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        """The gradients of q and k turned back."""
-        gradients = [g.contiguous() for g in gradients]
-        back = [torch.empty_like(g) for g in gradients]
-        launch_turn(gradients, back, *ctx.saved_tensors, -1.0)
-        return *back, None, None
-
-
-@triton.jit
-def swiglu_forward(gate, up, y, of_gate, of_up, N, BN: tl.constexpr):
-    """silu(gate) up of BN of the N columns of a row."""
-    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
-    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
-    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(y + n * N + columns, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=columns < N)
-
-
-@triton.jit
-def swiglu_backward(gate, up, dy, dgate, dup, of_gate, of_up, N, BN: tl.constexpr):
-    """With s = sigmoid(g): d gate = dy u s (1 + g (1 - s)) and d up = dy g s."""
-    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
-    at = n * N + columns
-    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
-    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
-    e, s = tl.load(dy + at, mask=columns < N, other=0.0).to(tl.float32), tl.sigmoid(g)
-    tl.store(dgate + at, (e * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=columns < N)
-    tl.store(dup + at, (e * g * s).to(dup.dtype.element_ty), mask=columns < N)
-
-
-class FusedSwiGLU(torch.autograd.Function):
-    """silu(gate) up of rows (R, N), which may be slices of one projection; kept for the backward pass are the arguments."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        (R, N), block = gate.shape, 32 if INTERPRET else 2048
-        ctx.sizes, ctx.grid = (gate.stride(0), up.stride(0), N, block), (R, triton.cdiv(N, block))
-        y = gate.new_empty(R, N)
-        swiglu_forward[ctx.grid](gate, up, y, *ctx.sizes)
-        ctx.save_for_backward(gate, up)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate, dup = dy.new_empty(2, *dy.shape)
-        swiglu_backward[ctx.grid](gate, up, dy.contiguous(), dgate, dup, *ctx.sizes)
-        return dgate, dup
-
-
-@triton.jit
-def norm_forward(x, weight, y, eps, N, NP: tl.constexpr):
-    """y = x / sqrt(mean(x^2) + eps) weight, one row."""
-    n, columns = tl.program_id(0).to(tl.int64), tl.arange(0, NP)
-    v = tl.load(x + n * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / N + eps)
-    w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(y + n * N + columns, (v * w).to(y.dtype.element_ty), mask=columns < N)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1464,3 +965,505 @@ def save(model: Llama, folder: str | os.PathLike, file_bytes: float = 5e9, dtype
         places = {key: file for file, keys in zip(names, files, strict=True) for key in keys}
         index = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, indent=2)
         (folder / "model.safetensors.index.json").write_text(index)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels: Triton on a GPU; with TRITON_INTERPRET=1 on a CPU too, where the tests run them
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = tl.constexpr(INTERPRET)  # the same, for kernels
+MASKED = tl.constexpr(-1e30)  # a maximum before there is one; not -inf, since -inf - -inf is nan
+LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels compute what has to do with x: the device alone decides."""
+    return x.is_cuda or INTERPRET
+
+
+def tuned(*sizes: tuple[int, int, int, int]):
+    """Autotunes over (BM, BN, warps, stages), once for each head width and dtype.
+
+    The first of each is the fastest on an H200 at head width 128, or within 3% of it; the last fits the shared
+    memory of an A100 in float32.
+    """
+    configs = [triton.Config({"BM": m, "BN": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
+    small = [triton.Config({"BM": 16, "BN": 16})]
+    return triton.autotune(configs=small if INTERPRET else configs, key=["d"])
+
+
+@triton.jit
+def tile(x, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
+    """Rows `rows` of a matrix of T rows and d columns, (len(rows), D); zeros outside of it."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < T) & (columns[None, :] < d)
+    return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def put(x, y, rows, stride, T, d: tl.constexpr, D: tl.constexpr):
+    """Stores y where `tile` loads."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < T) & (columns[None, :] < d)
+    tl.store(x + rows[:, None] * stride + columns[None, :], y.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
+    """A descriptor of a matrix of T rows: load([i, j]) is BN rows and d columns from there, zeros beyond row T.
+
+    On Hopper and later the tensor memory accelerator does that, without a register for an address.
+    """
+    return tl.make_tensor_descriptor(x, [T, stride], [stride, 1], [BN, d])
+
+
+@triton.jit
+def lines(x, count, T, stride, BM: tl.constexpr):
+    """A descriptor of `count` lines of T numbers: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
+    return tl.make_tensor_descriptor(x, [count, T], [stride, 1], [1, BM])
+
+
+@triton.jit
+def product(a, b):
+    """a @ b in float32; float32 factors are not rounded to tf32."""
+    if EMULATED:  # the interpreter would multiply the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@tuned((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
+@triton.jit
+def attention_forward(q, k, v, start, o, lse, scale, T, of_line, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """One block of BM queries of one head: softmax over its keys, block by block (arXiv 2307.08691, alg. 1).
+
+    `peak` and `mass` are the running maximum and sum, in units of log 2; a new maximum rescales what is there.
+    Only blocks of keys at an edge, of the documents or of the past, are masked. The longest rows go first.
+    """
+    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
+    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
+    q, o = q + (b * T * H + h) * d, o + (b * T * H + h) * d
+    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
+    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
+    x = tile(q, rows, H * d, T, d, d)
+    y, mass, peak = tl.zeros([BM, d], tl.float32), tl.zeros([BM], tl.float32), tl.full([BM], MASKED, tl.float32)
+    for j in range(begin, end, BN):
+        columns = j + tl.arange(0, BN)
+        s = product(x, tl.trans(k.load([j, 0])))
+        if (j < whole) | (j + BN > block * BM):
+            s = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), s, -float("inf"))
+        top = tl.maximum(peak, tl.max(s, 1) * scale)
+        p, shrink = tl.exp2(s * scale - top[:, None]), tl.exp2(peak - top)
+        values = v.load([j, 0])
+        y = y * shrink[:, None] + product(p.to(values.dtype), values)
+        mass, peak = mass * shrink + tl.sum(p, 1), top
+    put(o, y / mass[:, None], rows, H * d, T, d, d)
+    tl.store(lse + bh.to(tl.int64) * of_line + rows, peak + tl.log2(mass), mask=rows < T)
+
+
+@tuned((64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 2))
+@triton.jit
+def attention_backward_q(q, k, v, start, o, do, lse, delta, dq, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
+                         d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """dq of one block of queries: with p = exp2(s - lse), ds = p (do v^T - delta), dq = ds k / sqrt(d).
+
+    delta = do . o, which is sum_j p_j dp_j, is left for the keys' gradients.
+    """
+    block, bh, K = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0), H // G
+    b, h, rows = (bh // H).to(tl.int64), bh % H, block * BM + tl.arange(0, BM)
+    at, place = (b * T * H + h) * d, bh.to(tl.int64) * of_line + rows
+    k, v = blocks(k + (b * T * K + h // G) * d, T, K * d, d, BN), blocks(v + (b * T * K + h // G) * d, T, K * d, d, BN)
+    first = tl.load(start + b * T + rows, mask=rows < T, other=T)
+    begin, whole, end = tl.min(first) // BN * BN, tl.max(first), tl.minimum((block + 1) * BM, T)
+    x, dy = tile(q + at, rows, H * d, T, d, d), tile(do + at, rows, H * d, T, d, d)
+    shift = tl.sum(tile(o + at, rows, H * d, T, d, d).to(tl.float32) * dy.to(tl.float32), 1)
+    tl.store(delta + place, shift, mask=rows < T)
+    norm, dx = tl.load(lse + place, mask=rows < T, other=0.0), tl.zeros([BM, d], tl.float32)
+    for j in range(begin, end, BN):
+        columns = j + tl.arange(0, BN)
+        keys = k.load([j, 0])
+        p = tl.exp2(product(x, tl.trans(keys)) * scale - norm[:, None])
+        if (j < whole) | (j + BN > block * BM):
+            p = tl.where((columns[None, :] >= first[:, None]) & (columns[None, :] <= rows[:, None]), p, 0.0)
+        ds = p * (product(dy, tl.trans(v.load([j, 0]))) - shift[:, None])
+        dx += product(ds.to(keys.dtype), keys)
+    put(dq + at, dx * (scale / 1.4426950408889634), rows, H * d, T, d, d)
+
+
+@tuned((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 2))
+@triton.jit
+def attention_backward_kv(q, k, v, end, do, lse, delta, dk, dv, scale, T, of_line, H: tl.constexpr, G: tl.constexpr,
+                          d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """dk and dv of one block of keys: the sums over the queries, of all heads of the group, that see them."""
+    block, K = tl.program_id(1), H // G
+    b, kv, columns = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, block * BN + tl.arange(0, BN)
+    at = (b * T * K + kv) * d
+    keys, values = tile(k + at, columns, K * d, T, d, d), tile(v + at, columns, K * d, T, d, d)
+    q, do = blocks(q + b * T * H * d, T, H * d, d, BM), blocks(do + b * T * H * d, T, H * d, d, BM)
+    count = tl.num_programs(0) * G
+    lse, delta = lines(lse, count, T, of_line, BM), lines(delta, count, T, of_line, BM)
+    ends, whole = tl.load(end + b * T + columns, mask=columns < T, other=0), tl.load(end + b * T + block * BN)
+    dkeys, dvalues = tl.zeros([BN, d], tl.float32), tl.zeros([BN, d], tl.float32)
+    for g in range(G):
+        for i in range(block * BN // BM * BM, tl.max(ends), BM):
+            rows = i + tl.arange(0, BM)
+            x, dy = q.load([i, (kv * G + g) * d]), do.load([i, (kv * G + g) * d])
+            line = tl.program_id(0) * G + g
+            p = tl.exp2(product(keys, tl.trans(x)) * scale - lse.load([line, i]))  # (BN, BM)
+            if (i < (block + 1) * BN) | (i + BM > whole):
+                p = tl.where((columns[:, None] <= rows[None, :]) & (rows[None, :] < ends[:, None]), p, 0.0)
+            dvalues += product(p.to(dy.dtype), dy)
+            ds = p * (product(values, tl.trans(dy)) - delta.load([line, i]))
+            dkeys += product(ds.to(x.dtype), x)
+    put(dk + at, dkeys * (scale / 1.4426950408889634), columns, K * d, T, d, d)
+    put(dv + at, dvalues, columns, K * d, T, d, d)
+
+
+def set_workspace() -> None:
+    """Lets kernels make descriptors of their blocks. In every call, since Triton keeps it for each thread apart."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
+class FusedAttention(torch.autograd.Function):
+    """FlashAttention-2 (arXiv 2307.08691) over packed documents: q (B, T, H, d), k and v (B, T, K, d), contiguous.
+
+    d is a power of two from 16 up, and `start` as in `reference_attention`, int32. Scores never leave the
+    chip; kept for the backward pass are the inputs, the output and each query's log-sum-exp, from which p
+    comes back.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, start):
+        """The output, (B, T, H, d)."""
+        set_workspace()
+        B, T, H, d = q.shape
+        # Descriptors want lines of a multiple of 16 bytes.
+        o, lse = torch.empty_like(q), q.new_empty(B, H, triton.cdiv(T, 4) * 4, dtype=torch.float32)
+        ctx.shape, ctx.scale = {"H": H, "G": H // k.shape[2], "d": d}, LOG2E / math.sqrt(d)
+        grid = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
+        attention_forward[grid](q, k, v, start, o, lse, ctx.scale, T, lse.shape[2], **ctx.shape)
+        ctx.save_for_backward(q, k, v, start, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        """The gradients by q, k and v from that by the output."""
+        set_workspace()
+        q, k, v, start, o, lse = ctx.saved_tensors
+        (B, T, H, _), do = q.shape, do.contiguous()
+        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        end = torch.searchsorted(start, start, right=True).int()  # where each position's document ends
+        of_queries = lambda size: (B * H, triton.cdiv(T, size["BM"]))  # noqa: E731
+        of_keys = lambda size: (B * k.shape[2], triton.cdiv(T, size["BN"]))  # noqa: E731
+        sizes = (ctx.scale, T, lse.shape[2])
+        attention_backward_q[of_queries](q, k, v, start, o, do, lse, delta, dq, *sizes, **ctx.shape)
+        attention_backward_kv[of_keys](q, k, v, end, do, lse, delta, dk, dv, *sizes, **ctx.shape)
+        return dq, dk, dv, None
+
+
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
+    """`reference_attention` by the kernels above; a head width that is no power of two is filled up with zeros."""
+    d = q.shape[-1]
+    if start is None:
+        start = torch.zeros(q.shape[0], q.shape[2], device=q.device)
+    if (more := max(16, triton.next_power_of_2(d)) - d) > 0:
+        q, k, v = (F.pad(x, (0, more)) for x in (q * math.sqrt((d + more) / d), k, v))
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H or K, d)
+    return FusedAttention.apply(q, k, v, start.int().contiguous()).transpose(1, 2)[..., :d]
+
+
+@triton.jit
+def turned(x, rows, cos, sin, count, d: tl.constexpr, D: tl.constexpr):
+    """`reference_rotate` of rows `rows` of x, (len(rows), D) float32; cos and sin (D,)."""
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < count) & (columns[None, :] < d)
+    there, back = x + rows[:, None] * d + columns[None, :], x + rows[:, None] * d + (columns[None, :] + d // 2) % d
+    other = tl.load(back, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(there, mask=inside, other=0.0).to(tl.float32) * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def decode_split(q, k, v, cos, sin, keys, values, position, part, top, total, scale, of_q, of_k, of_row, of_head,
+                 of_column, K: tl.constexpr, G: tl.constexpr, S, d: tl.constexpr, D: tl.constexpr,
+                 GP: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """The group of queries of one key/value head of one row over SPAN columns of its cache (flash-decoding).
+
+    One load of a key serves all G queries. Leaves the sum of p v, the maximum and the sum of p. The newest
+    key and value are not in the cache yet: the program with their column starts from them, and writes them.
+    """
+    r, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    newest, heads, width = tl.load(position + r).to(tl.int32), tl.arange(0, GP), tl.arange(0, D)
+    if split * SPAN > newest:
+        return
+    kind = keys.dtype.element_ty
+    c = tl.load(cos + r * d + width, mask=width < d, other=0.0).to(tl.float32)
+    s = tl.load(sin + r * d + width, mask=width < d, other=0.0).to(tl.float32)
+    queries = turned(q + r * of_q + kv * G * d, heads, c, s, G, d, D).to(kind)  # (GP, D)
+    keys, values = keys + r * of_row + kv * of_head, values + r * of_row + kv * of_head
+    y, mass, peak = tl.zeros([GP, D], tl.float32), tl.zeros([GP], tl.float32), tl.full([GP], MASKED, tl.float32)
+    if newest < (split + 1) * SPAN:
+        one = tl.arange(0, 1)
+        key = turned(k + r * of_k + kv * d, one, c, s, 1, d, D).to(kind)  # (1, D)
+        value = tile(v + r * of_k + kv * d, one, d, 1, d, D)
+        put(keys, key, one + newest, of_column, newest + 1, d, D)
+        put(values, value, one + newest, of_column, newest + 1, d, D)
+        peak = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1) * scale
+        y, mass = y + value.to(tl.float32), mass + 1.0
+    for j in range(split * SPAN, tl.minimum(newest, (split + 1) * SPAN), BN):
+        columns = j + tl.arange(0, BN)
+        w = product(queries, tl.trans(tile(keys, columns, of_column, newest, d, D))) * scale
+        w = tl.where(columns[None, :] < newest, w, MASKED)
+        new = tl.maximum(peak, tl.max(w, 1))
+        p, shrink = tl.exp2(w - new[:, None]), tl.exp2(peak - new)
+        seen = tile(values, columns, of_column, newest, d, D)
+        y = y * shrink[:, None] + product(p.to(seen.dtype), seen)
+        mass, peak = mass * shrink + tl.sum(p, 1), new
+    place = ((r * K + kv) * G + heads) * S + split
+    put(part + ((r * K + kv) * G * S + split) * d, y, heads, S * d, G, d, D)
+    tl.store(top + place, peak, mask=heads < G)
+    tl.store(total + place, mass, mask=heads < G)
+
+
+@triton.jit
+def decode_join(part, top, total, position, o, S, H: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+                SPAN: tl.constexpr, SB: tl.constexpr):  # fmt: skip
+    """One query's output from its partial ones."""
+    at = tl.program_id(0).to(tl.int64)
+    count = tl.load(position + at // H).to(tl.int32) // SPAN + 1
+    y, mass, peak = tl.zeros([D], tl.float32), 0.0, tl.full([], MASKED, tl.float32)
+    for j in range(0, count, SB):
+        splits = j + tl.arange(0, SB)
+        tops = tl.load(top + at * S + splits, mask=splits < count, other=MASKED)
+        new = tl.maximum(peak, tl.max(tops, 0))
+        weight, shrink = tl.exp2(tops - new), tl.exp2(peak - new)
+        mass = mass * shrink + tl.sum(weight * tl.load(total + at * S + splits, mask=splits < count, other=0.0), 0)
+        y = y * shrink + tl.sum(weight[:, None] * tile(part + at * S * d, splits, d, count, d, D), 0)
+        peak = new
+    width = tl.arange(0, D)
+    tl.store(o + at * d + width, (y / mass).to(o.dtype.element_ty), mask=width < d)
+
+
+def triton_decode(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], cache: Tensor, position: Tensor):
+    """A layer of `reference_decoder` by the kernels above, the columns split over programs so that few rows fill a GPU.
+
+    q, k and v may be slices of one projection.
+    """
+    (R, K, L, d), H = cache[0].shape, q.shape[1]
+    span, block, joined_at_once = (32, 16, 2) if INTERPRET else (512, 64, 16)
+    S = triton.cdiv(L, span)
+    part = q.new_empty(R, H, S, d, dtype=torch.float32)
+    top, total = part.new_empty(2, R, H, S)
+    o, scale, strides = q.new_empty(R, H, d), LOG2E / math.sqrt(d), (q.stride(0), k.stride(0), *cache.stride()[1:4])
+    sizes = {"d": d, "D": max(16, triton.next_power_of_2(d)), "SPAN": span}
+    decode_split[R, K, S](q, k, v, *rope, *cache, position, part, top, total, scale, *strides, K, H // K, S,
+                          GP=max(16, triton.next_power_of_2(H // K)), BN=block, num_warps=2, num_stages=2, **sizes)  # fmt: skip
+    decode_join[(R * H,)](part, top, total, position, o, S, H, SB=joined_at_once, num_warps=1, **sizes)
+    return o
+
+
+@triton.jit
+def race(x, seed, at):
+    """x plus Gumbel noise, numbers `at` of the stream of `seed`: the argmax is a draw from softmax(x).
+
+    The noise is -log E with E = -log(1 - u) exponential, by its series where u is small: that is where
+    winners come from, and 1 - u would round.
+    """
+    u = tl.rand(seed, at) + 2.33e-10  # the middle of its step of 2^-31: never 0
+    return x - tl.log(tl.where(u < 0.01, u * (1 + u * (0.5 + u * (0.33333333 + u * 0.25))), -tl.log(1 - u)))
+
+
+@triton.jit
+def scaled(row, columns, V, scale):
+    """`scale` times the row's logits in these columns, float32; minus infinity beyond V."""
+    return tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float32) * scale
+
+
+@triton.jit
+def sample_row(logits, temperature, seed, token, logprob, V, PER_ROW: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+               TURNS: tl.constexpr):  # fmt: skip
+    """A token of one row, and its log-prob, in one read of the row.
+
+    Each of LANES lanes takes 8 logits in turn, and keeps their maximum and sum of exp, in units of log 2, without
+    waiting for the others. Then the lanes race by their log-sum-exp, and after them the tokens of the lane that
+    won: the probability of the lane times that of the token in it is the token's, so noise is drawn for LANES
+    numbers and for one lane's tokens, not for V. Temperature 0 takes the first of the largest logits.
+    """
+    r, lanes, width = tl.program_id(0), tl.arange(0, LANES), LANES * 8
+    row, noise, LN2 = logits + r.to(tl.int64) * V, tl.load(seed), 0.6931471805599453
+    t = tl.load(temperature + r) if PER_ROW else temperature
+    scale = 1.4426950408889634 / tl.where(t == 0, 1.0, t)
+    mass, peak, found = tl.zeros([LANES], tl.float32), tl.full([LANES], MASKED, tl.float32), lanes * 0
+    turns = lanes[:, None, None] * 8 + tl.arange(0, UNROLL)[None, :, None] * width + tl.arange(0, 8)[None, None, :]
+    for j in range(0, V, UNROLL * width):
+        x = scaled(row, j + turns, V, scale)
+        new = tl.maximum(peak, tl.max(tl.max(x, 2), 1))
+        mass = mass * tl.exp2(peak - new) + tl.sum(tl.sum(tl.exp2(x - new[:, None, None]), 2), 1)
+        found, peak = tl.where(new > peak, j, found), new
+    top = tl.max(peak, 0)
+    z = top + tl.log2(tl.sum(mass * tl.exp2(peak - top), 0))
+    if t == 0:
+        j = tl.min(tl.where(peak == top, found, V), 0)
+        i = tl.min(tl.where(scaled(row, j + turns, V, scale) == top, j + turns, V))
+    else:
+        at, n = r * (LANES + TURNS * 8), tl.arange(0, TURNS * 8)
+        columns = n // 8 * width + n % 8 + tl.argmax(race((peak + tl.log2(mass)) * LN2, noise, at + lanes), 0) * 8
+        y = scaled(row, columns, V, scale)
+        first = tl.argmax(race(y * LN2, noise, at + LANES + n), 0)
+        top, i = tl.sum(tl.where(n == first, y, 0.0), 0), tl.sum(tl.where(n == first, columns, 0), 0)
+    tl.store(token + r, tl.minimum(i, V - 1))  # a row of nan has no largest logit
+    tl.store(logprob + r, (top - z) * LN2)
+
+
+def triton_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
+    """`reference_sample` by the kernel above."""
+    (R, V), device, logits = logits.shape, logits.device, logits.contiguous()
+    if per_row := isinstance(temperature, Tensor):
+        temperature = temperature.to(device, torch.float32).expand(R).contiguous()
+    seed = torch.randint(2**31, (1,), generator=generator, device=device)
+    token, logprob = torch.empty(R, dtype=torch.int64, device=device), torch.empty(R, device=device)
+    lanes, unroll = (4, 2) if INTERPRET else (512, 4)
+    turns = triton.next_power_of_2(triton.cdiv(V, lanes * 8))
+    sample_row[(R,)](logits, temperature, seed, token, logprob, V, per_row, lanes, unroll, turns, num_warps=16)
+    return token, logprob
+
+
+@triton.jit
+def score_forward(logits, targets, logprob, entropy, lse, scale, V, BN: tl.constexpr):
+    """One row of logits in one pass: log-sum-exp z, log-prob of the target x_t - z, entropy z - sum p x."""
+    r = tl.program_id(0).to(tl.int64)
+    peak, mass, weighted = tl.full([], MASKED, tl.float32), 0.0, 0.0
+    for j in range(0, V, BN):
+        columns = j + tl.arange(0, BN)
+        x = tl.load(logits + r * V + columns, mask=columns < V, other=MASKED).to(tl.float32) * scale
+        new = tl.maximum(peak, tl.max(x, 0))
+        e, shrink = tl.exp(x - new), tl.exp(peak - new)
+        mass, weighted, peak = mass * shrink + tl.sum(e, 0), weighted * shrink + tl.sum(e * x, 0), new
+    z = peak + tl.log(mass)
+    tl.store(lse + r, z)
+    tl.store(entropy + r, z - weighted / mass)
+    tl.store(logprob + r, tl.load(logits + r * V + tl.load(targets + r)).to(tl.float32) * scale - z)
+
+
+@triton.jit
+def score_backward(logits, targets, lse, gradient, scale, V, BN: tl.constexpr):
+    """The gradient of g log p_t by the logits, g scale (1[v = t] - p_v), in their place."""
+    r = tl.program_id(0).to(tl.int64)
+    z, t, g = tl.load(lse + r), tl.load(targets + r), tl.load(gradient + r) * scale
+    for j in range(0, V, BN):
+        columns = j + tl.arange(0, BN)
+        place = logits + r * V + columns
+        p = tl.exp(tl.load(place, mask=columns < V, other=MASKED).to(tl.float32) * scale - z)
+        tl.store(place, (g * (tl.where(columns == t, 1.0, 0.0) - p)).to(logits.dtype.element_ty), mask=columns < V)
+
+
+class FusedScore(torch.autograd.Function):
+    """`score_chunk` by the kernels above. The logits are computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        logits, block = F.linear(hidden, weight), 32 if INTERPRET else 4096
+        logprob, entropy, lse = logits.new_empty(3, len(hidden), dtype=torch.float32)
+        ctx.sizes = (1 / temperature, logits.shape[1], block)
+        score_forward[(len(hidden),)](logits, targets, logprob, entropy, lse, *ctx.sizes)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        logits = F.linear(hidden, weight)
+        score_backward[(len(hidden),)](logits, targets, lse, gradient.contiguous(), *ctx.sizes)
+        return logits @ weight, logits.t() @ hidden, None, None
+
+
+@triton.jit
+def turn_heads(q, k, v, q_, k_, v_, cos, sin, period, sign, of_q, of_k, of_q_, of_k_, H: tl.constexpr, K: tl.constexpr,
+               HP: tl.constexpr, KP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """One token's heads from q, k, v to q_, k_, v_: q and k turned by `sign` times their angle, v as it is."""
+    n, queries, keys, width = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, KP), tl.arange(0, D)
+    place = (n % period) * d + width
+    c = tl.load(cos + place, mask=width < d, other=0.0).to(tl.float32)
+    s = tl.load(sin + place, mask=width < d, other=0.0).to(tl.float32) * sign
+    put(q_ + n * of_q_, turned(q + n * of_q, queries, c, s, H, d, D), queries, d, H, d, D)
+    put(k_ + n * of_k_, turned(k + n * of_k, keys, c, s, K, d, D), keys, d, K, d, D)
+    put(v_ + n * of_k_, tile(v + n * of_k, keys, d, K, d, D), keys, d, K, d, D)
+
+
+def launch_turn(source: list[Tensor], target: list[Tensor], cos: Tensor, sin: Tensor, sign: float) -> None:
+    """The kernel above for all tokens: q, k and v of (B, T, heads, d) each, which may be slices of one projection."""
+    (B, T, H, d), K = source[0].shape, source[1].shape[2]
+    strides = [x.stride(1) for x in (*source[:2], *target[:2])]
+    powers = [triton.next_power_of_2(n) for n in (H, K)] + [d, max(16, triton.next_power_of_2(d))]
+    turn_heads[(B * T,)](*source, *target, cos, sin, len(cos), sign, *strides, H, K, *powers)
+
+
+class FusedHeads(torch.autograd.Function):
+    """`reference_heads` by the kernel above: q (B, T, H, d), k and v (B, T, K, d), cos and sin (T, d) or (B T, d)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cos, sin):
+        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        launch_turn((q, k, v), parts, cos, sin, 1.0)
+        ctx.save_for_backward(cos, sin)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """The gradients of q and k turned back."""
+        gradients = [g.contiguous() for g in gradients]
+        back = [torch.empty_like(g) for g in gradients]
+        launch_turn(gradients, back, *ctx.saved_tensors, -1.0)
+        return *back, None, None
+
+
+@triton.jit
+def swiglu_forward(gate, up, y, of_gate, of_up, N, BN: tl.constexpr):
+    """silu(gate) up of BN of the N columns of a row."""
+    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
+    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y + n * N + columns, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def swiglu_backward(gate, up, dy, dgate, dup, of_gate, of_up, N, BN: tl.constexpr):
+    """With s = sigmoid(g): d gate = dy u s (1 + g (1 - s)) and d up = dy g s."""
+    n, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    at = n * N + columns
+    g = tl.load(gate + n * of_gate + columns, mask=columns < N, other=0.0).to(tl.float32)
+    u = tl.load(up + n * of_up + columns, mask=columns < N, other=0.0).to(tl.float32)
+    e, s = tl.load(dy + at, mask=columns < N, other=0.0).to(tl.float32), tl.sigmoid(g)
+    tl.store(dgate + at, (e * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=columns < N)
+    tl.store(dup + at, (e * g * s).to(dup.dtype.element_ty), mask=columns < N)
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """silu(gate) up of rows (R, N), which may be slices of one projection; kept for the backward pass are the arguments."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        (R, N), block = gate.shape, 32 if INTERPRET else 2048
+        ctx.sizes, ctx.grid = (gate.stride(0), up.stride(0), N, block), (R, triton.cdiv(N, block))
+        y = gate.new_empty(R, N)
+        swiglu_forward[ctx.grid](gate, up, y, *ctx.sizes)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = dy.new_empty(2, *dy.shape)
+        swiglu_backward[ctx.grid](gate, up, dy.contiguous(), dgate, dup, *ctx.sizes)
+        return dgate, dup
+
+
+@triton.jit
+def norm_forward(x, weight, y, eps, N, NP: tl.constexpr):
+    """y = x / sqrt(mean(x^2) + eps) weight, one row."""
+    n, columns = tl.program_id(0).to(tl.int64), tl.arange(0, NP)
+    v = tl.load(x + n * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / N + eps)
+    w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y + n * N + columns, (v * w).to(y.dtype.element_ty), mask=columns < N)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import data
 import sandbox
 from data import FORMATS, Tokenizer, flag
-from eval import Rollout, choose_records, count_untested, estimate, evaluate, grade, open_sandbox, sample
+from eval import Rollout, choose_records, count_untested, estimate, evaluate, grade, open_sandbox, roll_out
 from model import IGNORE, Llama, whole
 from sft import (
     Hardware,
@@ -246,7 +246,7 @@ class Sampler:
                 copy.copy_(whole(weight.to(copy.dtype)))
 
 
-def measure(
+def held_out_passes(
     model: Llama, tokenizer: Tokenizer, records: Sequence[dict], languages: Sequence[str], box, known: dict, world, s
 ) -> dict:
     """Greedy pass@1 on held-out problems, as {kind of problem: {PL: value}}."""
@@ -316,7 +316,7 @@ def gather_rollouts(
         seed = (s.seed * 1_000_003 + run.drawn) * world.size + world.rank
         with run.phase("sample"):
             budget = (s.max_new_tokens, s.temperature, s.samples)
-            new = sample(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
+            new = roll_out(sampler.model, tokenizer, world.deal(tasks), *budget, seed=seed, rows=s.rows)
         with run.phase("sandbox"):
             grade(new, tokenizer, box, known)
         rollouts, rounds, run.drawn = rollouts + new, rounds + 1, run.drawn + s.prompts
@@ -377,7 +377,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     def evaluation() -> dict:
         with run.phase("evaluate"):
             sampler.refresh()
-            return measure(sampler.model, tokenizer, held, languages, box, known, world, s)
+            return held_out_passes(sampler.model, tokenizer, held, languages, box, known, world, s)
 
     with open_sandbox(s, world) as box:
         if run.step == 0:

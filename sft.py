@@ -705,7 +705,7 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     return total
 
 
-def draw(mixture: Mixture, run: Run, s: Settings) -> list[Row]:
+def next_rows(mixture: Mixture, run: Run, s: Settings) -> list[Row]:
     """The rows of the next update: examples until (step + 1) * batch tokens are seen in all, at least one.
 
     So every mixture gets the same number of updates out of the same number of tokens.
@@ -739,7 +739,7 @@ def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
     while run.step < updates and not stopping:
         with run.phase("data"):
-            rows = draw(mixture, run, s)
+            rows = next_rows(mixture, run, s)
         lr = s.lr * schedule(run.step / updates, s.warmup)
         figures, stopping = update(learner, rows, lr, run)
         bar.update(run.tokens - bar.n)

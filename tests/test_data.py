@@ -413,7 +413,7 @@ def runs(records, tokenizer):
         m, run = mixture(some, tokenizer, arm, replay=0.3), SimpleNamespace(step=0, tokens=0, drawn=0)
         shown[arm] = []
         while run.step < 30:
-            rows = sft.draw(m, run, SimpleNamespace(batch=600))
+            rows = sft.next_rows(m, run, SimpleNamespace(batch=600))
             run.step, run.drawn = run.step + 1, run.drawn + len(rows)
             run.tokens += sum(len(tokens) for tokens, _ in rows)
             update = []

@@ -76,14 +76,14 @@ def test_equal_programs_for_one_problem_run_once(tokenizer):
 def test_sample_keeps_tasks_in_order_and_is_reproducible(tokenizer, tiny):
     records = [RECORD | {"id": str(i), "prompt": "word " * i} for i in range(1, 4)]
     tasks = [(r, p) for r in records for p in ("python", "ruby")]
-    rows = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
+    rows = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
     assert [(r.record["id"], r.language) for r in rows] == [(r["id"], p) for r, p in tasks for _ in range(2)]
     assert all(r.prompt == tokenizer.prompt(r.record["prompt"], [r.language]) for r in rows)
-    again = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
+    again = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
     assert [r.tokens for r in rows] == [r.tokens for r in again]
-    other = evaluation.sample(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=4)
+    other = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=4)
     assert [r.tokens for r in rows] != [r.tokens for r in other]
-    greedy, likeliest = (evaluation.sample(tiny, tokenizer, tasks, 5, t, top_k=k) for t, k in ((0.0, 0), (1.0, 1)))
+    greedy, likeliest = (evaluation.roll_out(tiny, tokenizer, tasks, 5, t, top_k=k) for t, k in ((0.0, 0), (1.0, 1)))
     assert [r.tokens for r in greedy] == [r.tokens for r in likeliest] != [r.tokens for r in rows[::2]]
 
 
@@ -202,14 +202,14 @@ def test_joined_runs_show_mean_and_t_interval_over_seeds():
         )
         for v in verdicts
     ]
-    text = evaluation.tables(evaluation.join(runs))
+    text = evaluation.tables(evaluation.join_cells(runs))
     assert "| m | 75 (-5–155) |" in text  # 3.182 times a standard deviation of 0.5 over 2
     assert "percent of 4 held-out problems, mean and 95% t-interval over 4 seeds" in text
     assert text.count("| m | 50 (50–50) |") == 1  # the other kind of problem
     with pytest.raises(
         ValueError, match=r"4 files, but 3 of greedy pass@1, g, m, python \(source\); evaluate all alike"
     ):
-        evaluation.join([*runs[:3], runs[3][1:]])
+        evaluation.join_cells([*runs[:3], runs[3][1:]])
 
 
 def test_a_table_says_of_how_many_problems_its_cells_are():
@@ -234,7 +234,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     def perfect(model, tok, tasks, *_):
         return [rollout(tok, data.answer(r["solutions"], [p]), language=p, record=r) for r, p in tasks]
 
-    monkeypatch.setattr(evaluation, "sample", perfect)
+    monkeypatch.setattr(evaluation, "roll_out", perfect)
     records = data.read_split(corpus, "dev")[::20]
     languages = [p for p in data.read_roles(corpus).everything if p in sandbox.installed()]
     with sandbox.Sandbox() as box:
@@ -297,7 +297,7 @@ def test_mistakes_are_said_before_anything_is_sampled(asked, corpus, tokenizer, 
         with pytest.raises((ValueError, OSError, SystemExit), match=message):
             evaluation.main(replace(s, **mistake))
         assert not calls
-    assert evaluation.sample(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
+    assert evaluation.roll_out(tiny, tokenizer, [], 4, 0.0) == []  # as on a rank that gets no problem
 
 
 def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(corpus, tiny_folder, tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(to
             return [SimpleNamespace(verdict="internal_error") for _ in jobs]
 
     known = {}
-    monkeypatch.setattr(evaluation, "sample", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")])
+    monkeypatch.setattr(evaluation, "roll_out", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")])
     assert (
         evaluation.evaluate(
             tiny, tokenizer, [RECORD], ["python"], Broken(), World("cpu"), max_new_tokens=1, known=known
@@ -626,7 +626,7 @@ def test_prompts_are_those_of_one_kind_of_problem(representations, corpus):
 def test_joined_representations_show_mean_and_t_interval(representations):
     cells = [c for c in representations[1] if c["shown"]]
     other = [{**c, "value": c["value"] + 0.2, "problems": c["problems"] + 2} for c in cells]
-    joined = evaluation.join([cells, other])
+    joined = evaluation.join_cells([cells, other])
     assert [c["value"] for c in joined] == pytest.approx([c["value"] + 0.1 for c in cells])
     half = 12.706 * 0.02**0.5 / 2**0.5  # of two values 0.2 apart
     assert all((c["high"] - c["low"]) / 2 == pytest.approx(half) for c in joined)
@@ -754,7 +754,7 @@ def test_claims_and_joined_tables_are_written(tmp_path, capsys):
     text, printed = (tmp_path / "joined.md").read_text(), capsys.readouterr().out
     rows = evaluation.claims(SEEDS)
     assert json.loads((tmp_path / "claims.json").read_text()) == rows and text.strip() in printed
-    assert evaluation.claims_table(rows) in text and evaluation.summary(evaluation.join(SEEDS)) in text
+    assert evaluation.claims_table(rows) in text and evaluation.summary(evaluation.join_cells(SEEDS)) in text
     assert "mean and 95% t-interval over 3 seeds" in text
     unlike = [c for c in SEEDS[0] if c["group"] != evaluation.RESERVED]
     (tmp_path / "unlike.json").write_text(json.dumps({"cells": unlike}))

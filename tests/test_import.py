@@ -455,7 +455,7 @@ def test_programs_from_a_model(way, tmp_path, monkeypatch, capsys):
         text = [(r, p, f"```{p}\n{program}\n```") for r, p in tasks for program in answers[r["id"]]]
         return [evaluation.Rollout(r, p, [], tokenizer.encode(t), [], True) for r, p, t in text]
 
-    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(evaluation, "roll_out", sample)
     s = evaluation.Settings(translate=True, models=(str(way / "model"),), data=str(folder), to=("perl",), samples=3, rows=3, keep=str(tmp_path / "out"), device="cpu")  # fmt: skip
     evaluation.main(s)
     assert {r["id"] for r, _ in seen} == set(answers) and all(DOUBLE in r["prompt"] for r, _ in seen)

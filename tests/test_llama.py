@@ -165,7 +165,7 @@ def test_a_padded_vocabulary_is_drawn_from_and_scored_as_far_as_the_tokenizer_go
     assert (model.config.vocab_size, model.config.tokenizer_size) == (576, tokenizer.size) == (576, 511)
     assert AutoModelForCausalLM.from_pretrained(final).lm_head.weight.shape == (576, 32)
     tasks = [(record, "python") for record in data.read_split(corpus, "dev")[:2]]
-    for rollout in evaluation.sample(model, tokenizer, tasks, 20, 1.0, 8):
+    for rollout in evaluation.roll_out(model, tokenizer, tasks, 20, 1.0, 8):
         tokens = torch.tensor([rollout.prompt + rollout.tokens])
         logprobs = model(tokens[:, :-1], tokens[:, 1:])[0][0, len(rollout.prompt) - 1 :]
         assert tokens.max() < 511 and rollout.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)

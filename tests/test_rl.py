@@ -148,7 +148,7 @@ def settings(**changes):
 def some_rollouts(tiny, tokenizer, s, seed=0):
     records = [RECORD | {"id": str(i), "prompt": "Print it. " * (i + 1)} for i in range(s.prompts)]
     tasks = [(r, "python") for r in records]
-    return evaluation.sample(tiny, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed)
+    return evaluation.roll_out(tiny, tokenizer, tasks, s.max_new_tokens, s.temperature, s.samples, seed)
 
 
 def learner_of(tiny, tokenizer, s):
@@ -319,7 +319,7 @@ def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
     ids = [data.pick(f"{s.seed} rl", i, len(spread)) for i in range(len(spread))]
     records = [RECORD | {"id": f"p{ids.index(i)}", "number": ids.index(i)} for i in range(len(spread))]
     drawn = []
-    monkeypatch.setattr(rl, "sample", sampler_of(spread, drawn))
+    monkeypatch.setattr(rl, "roll_out", sampler_of(spread, drawn))
     monkeypatch.setattr(rl, "grade", lambda *_: None)
     return rl.gather_rollouts(records, languages, Mock(), None, None, {}, run, s), drawn
 
@@ -437,7 +437,7 @@ def run_settings(corpus, start, out, **changes):
 def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(rl, "grade", by_length)
     monkeypatch.setattr(evaluation, "grade", by_length)
-    real_sample, real_step, calls, steps = rl.sample, rl.step_once, [], []
+    real_sample, real_step, calls, steps = rl.roll_out, rl.step_once, [], []
 
     def sample(model, tokenizer, tasks, *budget, **how):
         calls.extend((record["id"], language) for record, language in tasks)
@@ -449,7 +449,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
             raise MemoryError("as if killed")
         return real_step(*a)
 
-    monkeypatch.setattr(rl, "sample", sample)
+    monkeypatch.setattr(rl, "roll_out", sample)
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "whole", **changes))
     ids, languages = [r["id"] for r in data.read_split(corpus, "rl")], changes.get("languages", ("python",))
     assert calls == [(ids[data.pick("0 rl", i, len(ids))], languages[i % len(languages)]) for i in range(len(calls))]
@@ -499,8 +499,8 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
                 rollouts.append(Rollout(record, language, prompt, ids, [-1.0] * len(ids), True))
         return rollouts
 
-    monkeypatch.setattr(rl, "sample", half_right)
-    monkeypatch.setattr(evaluation, "sample", half_right)
+    monkeypatch.setattr(rl, "roll_out", half_right)
+    monkeypatch.setattr(evaluation, "roll_out", half_right)
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     held = {"own words": {"python": 1.0}, "the source's words": {"python": 1.0}, "reserved words": {"python": 0.0}}
@@ -522,12 +522,12 @@ def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
 ):
     asked, real, ruby = (
         [],
-        rl.sample,
+        rl.roll_out,
         {"harness": {"ruby": "«answer»\nputs '«word»'"}, "solutions": {}, "tests": [{"stdin": ""}]},
     )
     monkeypatch.setattr(rl, "grade", by_length)
     monkeypatch.setattr(evaluation, "grade", by_length)
-    monkeypatch.setattr(rl, "sample", lambda *a, **how: asked.extend(r["id"] for r, _ in a[2]) or real(*a, **how))
+    monkeypatch.setattr(rl, "roll_out", lambda *a, **how: asked.extend(r["id"] for r, _ in a[2]) or real(*a, **how))
     shutil.copytree(corpus, folder := tmp_path / "data")
     rl_records, dev = (data.read_split(corpus, name) for name in ("rl", "dev"))
     rl_records = [rl_records[0] | ruby, *(r | {"prompt": 1000 * "long "} for r in rl_records[1:3]), *rl_records[3:6]]

@@ -70,7 +70,7 @@ def test_every_update_draws_the_next_examples_until_its_tokens_are_seen(corpus, 
     m, s = mixture(corpus, tokenizer), SimpleNamespace(batch=batch)
     so_far, expected = SimpleNamespace(step=0, tokens=0, drawn=0), examples(corpus, tokenizer, 60)
     for step in range(6):
-        rows = sft.draw(m, so_far, s)
+        rows = sft.next_rows(m, so_far, s)
         assert rows == expected[so_far.drawn : so_far.drawn + len(rows)] and rows
         so_far.step, so_far.drawn = step + 1, so_far.drawn + len(rows)
         so_far.tokens += sum(len(ids) for ids, _ in rows)
