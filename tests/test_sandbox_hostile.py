@@ -107,7 +107,7 @@ def test_hostile_as_ordinary_user(level, tmp_path_factory):
     python = _python_for_all()
     if python is None:
         pytest.skip("no python that other users can run")
-    for language in ("cpp", "javascript", "typescript"):
+    for language in ("cpp", "javascript", "ruby", "typescript"):
         sandbox._warm(language, level)  # to be shared, not made once more
     place = Path(f"/tmp/ordinary-{os.getpid()}-{level}")
     try:
