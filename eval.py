@@ -137,10 +137,10 @@ def grade(
     todo = {key: r for r, key in graded if key not in known}
     jobs = [data.job(r.record, r.language, r.program) for r in todo.values()]
     results = box.map(jobs, stop_at_failure=True, progress=progress)
-    verdicts = known | {key: result.verdict for key, result in zip(todo, results, strict=True)}
-    for r, key in graded:
-        r.verdict = verdicts[key]
+    verdicts = {key: result.verdict for key, result in zip(todo, results, strict=True)}
     known.update({key: v for key, v in verdicts.items() if v != "internal_error"})
+    for r, key in graded:
+        r.verdict = verdicts.get(key) or known[key]
 
 
 # --------------------------------------------------------------------------------------------------

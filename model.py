@@ -22,8 +22,8 @@ Choices:
 3. The sampler draws from softmax(logits / temperature) over all ids that the tokenizer has: the trainer scores
    the distribution that was sampled from, and no other. Top-k and top-p are for evaluation.
 4. The device decides how: a GPU runs the Triton kernels, a CPU torch's own operations (and the kernels where
-   TRITON_INTERPRET is set); each kernel has a plain function that computes the same. A decoding step never waits for the device, and a GPU replays
-   a recording of it (CUDA graph).
+   TRITON_INTERPRET is set); each kernel has a plain function that computes the same. A decoding step never
+   waits for the device, and a GPU replays a recording of it (CUDA graph).
 5. The attention is a function handed down to the blocks (causal over a batch, causal that fills the
    cache, one query over the cache): a new kernel is a new function, and the network stays as it is.
 6. Rotary frequencies are recomputed in each forward pass, in float32: no buffer, hence nothing that

@@ -364,7 +364,8 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     records, roles, world = data.read_split(s.data, "rl"), data.read_roles(s.data), run.world
     held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
     taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
-    languages, known = [sandbox.canonical(p) for p in s.eval_languages] or taught, {}
+    languages = [sandbox.canonical(p) for p in s.eval_languages] or taught
+    known, known_held = {}, {}  # verdicts, by record: two files may use the same ids
     why = f"no tests in each of {', '.join(taught)}"
     untested = {r["id"]: why for r in records if not all(data.gradable(r, p) for p in taught)}
     records = data.leave_out(records, untested, "RL problems", "give other --languages")
@@ -377,7 +378,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     def evaluation() -> dict:
         with run.phase("evaluate"):
             sampler.refresh()
-            return held_out_passes(sampler.model, tokenizer, held, languages, box, known, world, s)
+            return held_out_passes(sampler.model, tokenizer, held, languages, box, known_held, world, s)
 
     with open_sandbox(s, world) as box:
         if run.step == 0:

@@ -318,10 +318,12 @@ def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
     """(batch, what each round drew): of problems in the order of the passes."""
     ids = [data.pick(f"{s.seed} rl", i, len(spread)) for i in range(len(spread))]
     records = [RECORD | {"id": f"p{ids.index(i)}", "number": ids.index(i)} for i in range(len(spread))]
-    drawn = []
+    drawn, known, given = [], {}, []
     monkeypatch.setattr(rl, "roll_out", sampler_of(spread, drawn))
-    monkeypatch.setattr(rl, "grade", lambda *_: None)
-    return rl.gather_rollouts(records, languages, Mock(), None, None, {}, run, s), drawn
+    monkeypatch.setattr(rl, "grade", lambda *job: given.append(job[-1]))
+    batch = rl.gather_rollouts(records, languages, Mock(), None, None, known, run, s)
+    assert all(verdicts is known for verdicts in given)  # what is known is not run again
+    return batch, drawn
 
 
 @pytest.mark.parametrize(
@@ -517,14 +519,24 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 1
 
 
+def test_verdicts_are_kept_over_steps_and_apart_for_held_out_problems(corpus, tiny_folder, tmp_path, monkeypatch):
+    """Apart, since two files may have the same ids."""
+    given = {rl: [], evaluation: []}
+    for module, dicts in given.items():
+        keep = lambda rollouts, tokenizer, box, known, *_, dicts=dicts: (  # noqa: E731
+            dicts.append(known) or by_length(rollouts, tokenizer, box)
+        )
+        monkeypatch.setattr(module, "grade", keep)
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=2))
+    taught, held = ({id(known) for known in dicts} for dicts in given.values())
+    assert len(given[rl]) >= 2 <= len(given[evaluation]) and len(taught) == len(held) == 1 and taught != held
+
+
 def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
     corpus, tiny_folder, tmp_path, monkeypatch, capsys
 ):
-    asked, real, ruby = (
-        [],
-        rl.roll_out,
-        {"harness": {"ruby": "«answer»\nputs '«word»'"}, "solutions": {}, "tests": [{"stdin": ""}]},
-    )
+    asked, real = [], rl.roll_out
+    ruby = {"harness": {"ruby": "«answer»\nputs '«word»'"}, "solutions": {}, "tests": [{"stdin": ""}]}
     monkeypatch.setattr(rl, "grade", by_length)
     monkeypatch.setattr(evaluation, "grade", by_length)
     monkeypatch.setattr(rl, "roll_out", lambda *a, **how: asked.extend(r["id"] for r, _ in a[2]) or real(*a, **how))
