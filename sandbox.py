@@ -1200,15 +1200,16 @@ class _Runner:
         return not anonymous and os.path.isfile(f"/proc/{pid}/fd/{fd}")
 
     def look(self, run: _Run) -> None:
-        """Ends the watch if the program has passed a limit."""
-        step, elapsed, members = run.step, time.monotonic() - run.began, self.members()
+        """Ends the watch if the program has passed a limit. Looking may take seconds where many processes leave this one
+        little of the processor: hence the clock is read anew, and nothing is looked at once there is a verdict."""
+        step, members = run.step, self.members()
         if time.monotonic() > run.due() and not run.excused(members):
             run.end("time_limit", f"{step['wall']} s by the clock")
-        if elapsed * _CORES > step["cpu"] and run.used(members) > step["cpu"]:
+        elif (time.monotonic() - run.began) * _CORES > step["cpu"] and run.used(members) > step["cpu"]:
             run.end("time_limit", f"{step['cpu']} s of processor time")
-        if self.short_of_memory(run, members):
+        elif self.short_of_memory(run, members):
             run.end("memory_limit", f"{step['memory']} MB")
-        if self.stored_too_much(step):
+        elif self.stored_too_much(step):
             run.end("output_limit", f"more than {step['files']} MB in files")
 
     def short_of_memory(self, run: _Run, members: list[int]) -> bool:
