@@ -152,19 +152,27 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
+def _need(where: str, ok: bool, field: str, mend: str) -> None:
+    if not ok:
+        raise RecordError(f"{where}: field {field!r}: {mend}")
+
+
+def _is_text(value) -> bool:
+    """Whether it is a text, and one that files and tokens can hold: JSON can write half a surrogate pair."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
+def _are_texts(values) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
+
+
 def parse_record(line: str, where: str, general: bool = False) -> dict:
     """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`.
 
     `general`: one of general data, whose `answer` to its `prompt` may be any text.
     """
 
-    def need(ok: bool, field: str, mend: str):
-        if not ok:
-            raise RecordError(f"{where}: field {field!r}: {mend}")
-
-    def text(value) -> bool:  # JSON's escapes can write half a surrogate pair, which no file or token can hold
-        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
-
+    need = functools.partial(_need, where)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # also an endless number, or too deep a list
@@ -172,7 +180,7 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("prompt", "answer") if general else ("id", "prompt"):
-        need(text(record.get(name)) and record[name], name, "give a text that is not empty")
+        need(_is_text(record.get(name)) and record[name], name, "give a text that is not empty")
     if general:
         return {"id": where, "prompt": record["prompt"], "answer": record["answer"].strip(), "solutions": {}}
     try:
@@ -182,18 +190,16 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
     tests = record.setdefault("tests", [{"stdin": ""}]) if harness else record.get("tests")
     need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
     for i, test in enumerate(tests):
-        ok = isinstance(test, dict) and text(test.get("stdin"))
+        ok = isinstance(test, dict) and _is_text(test.get("stdin"))
         accepted = test.get("stdout", "" if harness else None) if ok else None
-        several = accepted if isinstance(accepted, list) else [accepted]
         mend = 'give an object {"stdin": text, "stdout": text or list of texts}'
-        need(several and all(map(text, several)), f"tests[{i}]", mend)
-        args = test.get("args", [])
-        ok = isinstance(args, list) and all(text(arg) and "\0" not in arg for arg in args)
+        need(accepted != [] and _are_texts(accepted if isinstance(accepted, list) else [accepted]), f"tests[{i}]", mend)
+        ok = _are_texts(test.get("args", [])) and not any("\0" in arg for arg in test.get("args", []))
         need(ok, f"tests[{i}].args", "give a list of texts without NUL, or leave it out")
-    need(text(record.get("function", "")), "function", "give a text, or leave it out")
-    need(text(record.get("phrase", "")), "phrase", "give a text, or leave it out")
+    for name in ("function", "phrase"):
+        need(_is_text(record.get(name, "")), name, "give a text, or leave it out")
     wrong = record.get("distractors", {})
-    ok = isinstance(wrong, dict) and all(isinstance(own, list) and all(map(text, own)) for own in wrong.values())
+    ok = isinstance(wrong, dict) and all(map(_are_texts, wrong.values()))
     need(ok, "distractors", "give an object from PL to a list of programs, or leave it out")
     for name in ("solutions", "commented", "prompts"):
         programs = record.get(name, None if name == "solutions" else {})
@@ -201,7 +207,7 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
         for language, program in programs.items():
             field = f"{name}.{language}"
             need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-            need(text(program) and program.strip(), field, "give a text that is not empty")
+            need(_is_text(program) and program.strip(), field, "give a text that is not empty")
             need(name == "prompts" or not harness or language in harness, field, "give it a harness, as others have")
     return record
 
