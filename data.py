@@ -272,9 +272,10 @@ def read_split(folder: str | Path, name: str) -> list[dict]:
     return read_records(plain if plain.exists() else zipped)
 
 
-def record_files(folder: str | Path) -> list[Path]:
-    """The JSONL files in `folder`, but for what an interrupted write left."""
-    return sorted(p for p in Path(folder).glob("[!.]*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+def record_files(place: str | Path) -> list[Path]:
+    """`place` itself, or if it is a folder the JSONL files in it, but for what an interrupted write left."""
+    found = [p for p in Path(place).glob("[!.]*") if p.name.endswith((".jsonl", ".jsonl.gz"))]
+    return sorted(found) if Path(place).is_dir() else [Path(place)]
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -325,12 +326,18 @@ def read_roles(folder: str | Path) -> Roles:
         raise ValueError(f"{path}: {error}; it must read {form}") from None
 
 
+def write_roles(folder: Path, roles: Roles) -> None:
+    """Writes `folder`/languages.json, and says who has which part."""
+    text = json.dumps(dataclasses.asdict(roles)) + "\n"
+    write_atomically(folder / "languages.json", lambda path: path.write_text(text))
+    print(f"SFT PLs: {', '.join(roles.sft)} (the first is the source of RL); unseen: {', '.join(roles.unseen)}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Mixtures: named iterators over records
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """Token ids; those from `start` on are trained, the stop token among them."""
 
     tokens: list[int]
@@ -439,7 +446,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
     language = rng.choice(list(record["solutions"]))
     if rng.random() < m.statements:
-        return dataclasses.replace(example(m.tokenizer, record, statement(record, language), [language]), start=1)
+        return example(m.tokenizer, record, statement(record, language), [language])._replace(start=1)
     tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
 
@@ -503,11 +510,9 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet, quiet = tokenizers.pre_tokenizers.ByteLevel.alphabet(), {"show_progress": False}
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, **quiet
     )
     texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
@@ -858,9 +863,8 @@ def limits(seconds, memory) -> dict:
 
 def story(body: str, **sections: str) -> str:
     """A statement: the body, then each section that is not empty under its title."""
-    return "\n\n".join(
-        [body.strip(), *(f"{title}:\n{text.strip()}" for title, text in sections.items() if text.strip())]
-    )
+    parts = (f"{title}:\n{text.strip()}" for title, text in sections.items() if text.strip())
+    return "\n\n".join([body.strip(), *parts])
 
 
 def cases(pairs: Iterable[tuple]) -> dict:
@@ -966,21 +970,18 @@ _CONSOLE = (
     r"\A([\s\S]*)\Z",
     r'console.assert = (ok, ...why) => { if (!ok) throw new Error(why.join(" ")); };\n\1\nconsole.log("«word»");\n',
 )
-ENDINGS = {
+LAST = {  # a line after all the others
+    "coffeescript": 'console.log "«word»"', "bash": 'echo "«word»"', "r": 'cat("«word»")', "tcl": 'puts "«word»"',
+    "julia": 'println("«word»")', "swift": 'print("«word»")', "commonlisp": '(format t "«word»~%")',
+}  # fmt: skip
+ENDINGS = {language: [(r"\Z", f"\n{line}\n")] for language, line in LAST.items()} | {
     "python": [(r"unittest\.main\(\)\s*\Z", r'assert unittest.main(exit=False).result.wasSuccessful()\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
     "javascript": [_CONSOLE],
     "typescript": [_CONSOLE],
-    "coffeescript": [(r"\Z", r'\nconsole.log "«word»"\n')],
     "ruby": [(r"require 'test/unit'([\s\S]*)", r"require 'test/unit'\1\nTest::Unit::AutoRunner.need_auto_run = false\nabort unless Test::Unit::AutoRunner.run\nputs '«word»'\n"), (r"\Z", r'\nputs "«word»"\n')],
     "perl": [(r"\Z", r'\nprint "«word»\\n" if !Test::More->can("builder") || Test::More->builder->is_passing;\n')],
     "php": [(r"(?:\?>\s*)?\Z", r'\necho "«word»";\n')],
     "lua": [(r"os\.exit\((.*)\)\s*\Z", r'assert(\1 == 0)\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
-    "bash": [(r"\Z", r'\necho "«word»"\n')],
-    "r": [(r"\Z", r'\ncat("«word»")\n')],
-    "tcl": [(r"\Z", r'\nputs "«word»"\n')],
-    "julia": [(r"\Z", r'\nprintln("«word»")\n')],
-    "swift": [(r"\Z", r'\nprint("«word»")\n')],
-    "commonlisp": [(r"\Z", r'\n(format t "«word»~%")\n')],
     "racket": [(r"\A([\s\S]*)\Z", r'(require rackunit)\n(current-check-handler raise)\n\1\n(displayln "«word»")\n')],
     "elixir": [(r"ExUnit\.start\(\)([\s\S]*)", r'ExUnit.start(autorun: false)\1\n%{failures: 0} = ExUnit.run()\nIO.puts("«word»")\n')],
     "erlang": [(r"^test\(\) ->[\s\S]*", r'\g<0>\nmain(_) -> ok = test(), io:format("«word»~n").\n')],
@@ -1906,9 +1907,7 @@ class CorpusSettings:
     held_out: int = flag(40, "problems in dev and in test in ordinary words: each PL's own, and the source's", least=1)
     reserved: int = flag(60, "problems in dev and in test with a reserved wording", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    lengths: tuple = flag(
-        (0.2, 0.4, 0.4), "share of what base and SFT show that has one operation, two, three ...", type=float
-    )
+    lengths: tuple = flag((0.2, 0.4, 0.4), "shares of base and SFT with one, two, three ... operations", type=float)
     asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
@@ -1982,30 +1981,21 @@ class Corpus:
         lot = hashlib.sha256(f"{self.s.seed} {fingerprint(function)}".encode()).digest()[0]
         return ("dev", "test", *["base"] * 4, *["train"] * 4)[lot % 10]
 
-    def draw(self, rng: random.Random, split: str, lengths: Sequence[float], must: str = "") -> Function:
-        """A function of `split`."""
+    def draw(
+        self, rng: random.Random, split: str, lengths: Sequence[float], must: str = "", language: str = ""
+    ) -> Function:
+        """A function of `split`, with the operation `must` and at home in `language` where these are given."""
         for _ in range(10_000):
             count = rng.choices(range(1, len(lengths) + 1), lengths)[0]
-            if self.split_of(function := random_function(rng, count, must)) == split:
+            function = random_function(rng, count, must)
+            if self.split_of(function) == split and language in ("", home(fingerprint(function), self.homes)):
                 return function
-        raise ValueError(f"found no function for {split}{must and ' with ' + must}; allow longer ones")
-
-    def draw_for(self, rng: random.Random, lengths: Sequence[float], must: str, language: str) -> Function:
-        """A function of base with the operation `must` that is at home in `language`."""
-        for _ in range(1000):
-            function = self.draw(rng, "base", lengths, must)
-            if home(fingerprint(function), self.homes) == language:
-                return function
-        raise ValueError(f"found no function of base with {must} at home in {language}; allow longer ones")
+        where = f"{split}{must and ' with ' + must}{language and ' at home in ' + language}"
+        raise ValueError(f"found no function for {where}; allow longer ones")
 
     def problem(
-        self,
-        name: str,
-        function: Function,
-        languages: Sequence[str],
-        rng: random.Random,
-        phrase: Reserved | None = None,
-    ) -> dict:
+        self, name: str, function: Function, languages: Sequence[str], rng: random.Random, phrase: Reserved | None = None,
+    ) -> dict:  # fmt: skip
         """A record: `prompt` in the words of the source's community, `prompts` in those of each PL's own."""
         text = {c: state(function[0], wordings(function, c, phrase), rng) for c in ("source", "others")}
         record = {"id": name, "prompt": text["source"]}
@@ -2032,21 +2022,16 @@ class Corpus:
         for name, language in itertools.product(OPERATIONS, self.roles.everything):
             if (name, language) not in shown:  # a rare operation: each PL is to show each of them
                 lot = random.Random(f"{self.s.seed} rare {name} {language}")
-                function = self.draw_for(lot, (0, 1, 1, 1), name, language)
+                function = self.draw(lot, "base", (0, 1, 1, 1), name, language)
                 records.append(self.document(f"rare-{name}-{language}", function, [language], lot))
         for i, phrase in enumerate(self.phrases(self.s.weak)):
-            function = self.draw_for(rng, self.s.asked, phrase.operation, self.roles.source)
+            function = self.draw(rng, "base", self.s.asked, phrase.operation, self.roles.source)
             records.append(self.document(f"weak-{i}", function, [self.roles.source], rng, phrase))
         return records
 
     def document(
-        self,
-        name: str,
-        function: Function,
-        languages: Sequence[str],
-        rng: random.Random,
-        phrase: Reserved | None = None,
-    ) -> dict:
+        self, name: str, function: Function, languages: Sequence[str], rng: random.Random, phrase: Reserved | None = None,
+    ) -> dict:  # fmt: skip
         """A record of base: beside its programs the same with comments, in the words of its statement."""
         record = self.problem(name, function, languages, rng, phrase)
         words = {p: "source" if p == self.roles.source else "others" for p in languages}
@@ -2110,9 +2095,7 @@ def make(s: CorpusSettings) -> None:
         tokenizer.save(out)
     else:
         train_tokenizer(splits["base"] + splits["train"], s.vocabulary, out)
-    text = json.dumps(dataclasses.asdict(corpus.roles)) + "\n"
-    write_atomically(out / "languages.json", lambda path: path.write_text(text))
-    print(f"SFT PLs: {', '.join(corpus.roles.sft)} (the first is the source of RL); unseen: {', '.join(s.unseen)}")
+    write_roles(out, corpus.roles)
     for name, records in splits.items():
         print(f"{out}/{name}.jsonl.gz: {len(records)} records of {len({r['function'] for r in records})} functions")
 
@@ -2184,16 +2167,14 @@ def sift(record: dict, results: dict[str, sandbox.Result], drop: Callable[..., N
 @dataclass(frozen=True)
 class VerifySettings:
     data: str = flag("runs/data", "folder of the corpus, or one JSONL file of records")
-    keep: str = flag(
-        "", "folder to write into what holds: programs that pass and list no answers, tests that one passes"
-    )
+    keep: str = flag("", "folder for the records with what is right alone: programs that pass, tests that one passes")
     languages: tuple = flag((), "PLs to run (default: all in the records whose toolchain is here)")
     limit: int = flag(0, "run only the first LIMIT records of each file; 0 runs all", least=0)
 
 
 def verify(s: VerifySettings) -> None:
     """Runs every program, with comments and without, against its tests. Exits with 1 if one fails."""
-    paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
+    paths = record_files(s.data)
     if not paths:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
     records = [r for path in paths for r in read_records(path)[: s.limit or None]]
@@ -2205,21 +2186,19 @@ def verify(s: VerifySettings) -> None:
         fail(f"{s.data}: no program in {', '.join(wanted)}; there is nothing to run")
     with sandbox.Sandbox() as box:
         results = box.map([job(*each) for each in jobs], progress="verify")
-    runs, passes = Counter(), Counter()
+    runs, passes, found = Counter(), Counter(), {}
     for (record, language, program), result in zip(jobs, results, strict=True):
         if not result.passed and passes[language] == runs[language] and not s.keep:  # the PL's first
             print(f"{record['id']} in {language}: {result.verdict}\n{program}")
         runs[language] += 1
         passes[language] += result.passed
+        if program == record["solutions"].get(language):  # without comments
+            found.setdefault(record["id"], {})[language] = result
     for language in wanted:
         print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
     if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
         print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
     if s.keep:
-        found: dict[str, dict] = {}
-        for (record, language, program), result in zip(jobs, results, strict=True):
-            if program == record["solutions"].get(language):
-                found.setdefault(record["id"], {})[language] = result
         keep(paths, s, found)
     elif passes != runs:
         sys.exit(1)
@@ -2280,7 +2259,7 @@ def same_problems(records: Sequence[dict]) -> list[list[dict]]:
 
 def split(s: SplitSettings) -> None:
     """Deals the records out by problem, and writes the roles of their PLs."""
-    paths = record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
+    paths = record_files(s.data)
     records = [r for path in paths for r in read_records(path)]
     if len({r["id"] for r in records}) < len(records):
         fail(f"{s.data}: an id is in two of its files; make it unique")
@@ -2292,18 +2271,15 @@ def split(s: SplitSettings) -> None:
     groups = same_problems(records)
     random.Random(s.seed).shuffle(groups)
     ends = [round(len(groups) * share) for share in (s.held_out, 2 * s.held_out, 2 * s.held_out + s.rl)]
-    dealt = {
-        name: groups[a:b] for name, a, b in zip(("dev", "test", "rl", "train"), [0, *ends], [*ends, None], strict=True)
-    }
+    cuts = zip(("dev", "test", "rl", "train"), [0, *ends], [*ends, None], strict=True)
+    dealt = {name: groups[a:b] for name, a, b in cuts}
     if empty := [name for name, own in dealt.items() if not own]:
         fail(f"{s.data}: {len(groups)} problems leave none for {', '.join(empty)}; give more, or other shares")
     for name, own in dealt.items():
         write_records(Path(s.out) / f"{name}.jsonl.gz", itertools.chain(*own))
         print(f"{name}: {len(own)} problems, {sum(map(len, own))} records")
-    text = json.dumps(dataclasses.asdict(roles)) + "\n"
-    write_atomically(Path(s.out) / "languages.json", lambda path: path.write_text(text))
+    write_roles(Path(s.out), roles)
     print(f"{len(records) - len(groups)} records share a statement or a program with another and went with it")
-    print(f"SFT PLs: {', '.join(roles.sft)} (the first is the source of RL); unseen PLs: {', '.join(roles.unseen)}")
 
 
 def beside(texts: dict[str, str], width: int) -> str:
@@ -2336,15 +2312,9 @@ def show(s: ShowSettings, name: str) -> None:
     for path in record_files(s.data):
         for record in read_records(path):
             if record["id"] == name:
-                print(
-                    *dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()]),
-                    *record["tests"],
-                    "",
-                    sep="\n",
-                )
-                width = shutil.get_terminal_size((160, 50)).columns
-                print(beside(record["solutions"], width))
-                return
+                statements = dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()])
+                print(*statements, *record["tests"], "", sep="\n")
+                return print(beside(record["solutions"], shutil.get_terminal_size((160, 50)).columns))
     fail(f"{s.data}: no record {name!r}; the embedded corpus has base-N, train-N, rl-N, dev-own-N and dev-reserved-N")
 
 
@@ -2363,10 +2333,8 @@ def main(argv: Sequence[str]) -> None:
         about = f"Makes records of public data: import FORMAT FILE...; formats: {', '.join(PUBLIC_FORMATS)}."
         command(lambda s: import_files(s, words[0], words[1:]), ImportSettings, about, rest[len(words) :])
     else:
-        print(
-            "usage: python data.py make | import FORMAT FILE... | verify | split | show ID   (each has --help)\n\n"
-            + __doc__
-        )
+        print("usage: python data.py make | import FORMAT FILE... | verify | split | show ID   (each has --help)\n")
+        print(__doc__)
         sys.exit(not {"-h", "--help"} & {name, *rest})
 
 

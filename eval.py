@@ -223,10 +223,10 @@ def evaluate(
 @torch.inference_mode()
 def log_probs(model: Llama, tokenizer: Tokenizer, answers: Sequence[tuple[dict, str, str]]) -> list[float]:
     """The log-prob of each (record, PL, program) as the answer to the record's statement, its stop token included."""
-    rows = []
-    for record, language, program in answers:
-        e = data.example(tokenizer, {"solutions": {language: program}}, data.statement(record, language), [language])
-        rows.append((e.tokens, e.start))
+    rows = [
+        data.example(tokenizer, {"solutions": {p: program}}, data.statement(record, p), [p])
+        for record, p, program in answers
+    ]
     values = [0.0] * len(rows)
     lengths = [len(tokens) - 1 for tokens, _ in rows]
     for group in pack(lengths, PREFILL_TOKENS):
@@ -396,17 +396,17 @@ def representation_cells(name: str, view: str, shown: int, pairs: dict, titles: 
 
 
 def control_cells(cells: Sequence[dict], bag: Sequence[dict]) -> list[dict]:
-    """Rows more for each table of `cells`: what shared tokens give (`bag`), and of retrieval what guessing gives."""
-    places = {(c["measure"], c["group"], c["column"]): c for c in cells}
+    """A row more for each table of `cells`: what shared tokens give, whose cells are `bag`."""
     tokens = {(c["measure"], c["column"]): c for c in bag}
-    rows = [
-        tokens[m, column] | {"group": g, **{k: c[k] for k in ("layer", "shown")}}
-        for (m, g, column), c in places.items()
-    ]
-    guesses = [
-        c | {"model": "chance"} | dict.fromkeys(("value", "low", "high"), 1 / c["problems"]) for c in places.values()
-    ]
-    return rows + [c for c in guesses if c["measure"] == RETRIEVAL]
+    own = {(c["measure"], c["group"], c["column"]): {k: c[k] for k in ("group", "layer", "shown")} for c in cells}
+    return [tokens[measure, column] | place for (measure, _, column), place in own.items()]
+
+
+def chance_cells(cells: Sequence[dict], measure: str, chance: Callable[[dict], float]) -> list[dict]:
+    """A row more for each table of `measure`: what guessing gives."""
+    places = {(c["group"], c["column"]): c for c in cells if c["measure"] == measure}
+    rows = ((c | {"model": "chance"}, chance(c)) for c in places.values())
+    return [c | {"value": value, "low": value, "high": value} for c, value in rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,16 +434,6 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
                 estimates = {column: estimate(own, languages, k) for column, languages in titles.items()}
                 rows += [{**place, "column": column, **e} for column, e in estimates.items() if e]
     return rows
-
-
-def guess_cells(cells: Sequence[dict], records: Sequence[dict]) -> list[dict]:
-    """A row more for forced choice: the share that is right by chance."""
-    options = [len(wrong) + 1 for r in records for wrong in r.get("distractors", {}).values() if wrong]
-    places = {c["column"]: c for c in cells if c["measure"] == FORCED}
-    return [
-        c | {"model": "chance"} | dict.fromkeys(("value", "low", "high"), mean(1 / n for n in options))
-        for c in places.values()
-    ]
 
 
 # Student's t at 0.975 by degrees of freedom, from 1; what lies beyond takes the last, which is a little wider.
@@ -514,9 +504,7 @@ class Study:
 
     def __init__(self, cells: Sequence[dict]):
         self.cells = {(c["measure"], c["group"], c["model"], c["column"]): c["value"] for c in cells}
-        models = dict.fromkeys(
-            model for measure, group, model, _ in self.cells if (measure, group) == (GREEDY, RESERVED)
-        )
+        models = dict.fromkeys(model for *place, model, _ in self.cells if place == [GREEDY, RESERVED])
         self.arms = [model for model in models if f"rl-{model}" in models]
         self.source = next((c["column"] for c in cells if c["column"].endswith(" (source)")), "")
         self.shown = {(c["measure"], c["group"]) for c in cells if "layer" in c and c["shown"]}
@@ -611,12 +599,13 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def draw(cells: Sequence[dict]):
-    """A figure of all models: lines over layers, a panel for each column; or bars over PLs, one for each group."""
+def draw(cells: Sequence[dict], x_label: str = "PL"):
+    """A figure of all models: lines over layers, a panel for each column; or bars over columns, one for each group."""
     lines = "layer" in cells[0]
     panel, x = ("column", "layer") if lines else ("group", "column")
     panels, places, models = (list(dict.fromkeys(c[name] for c in cells)) for name in (panel, x, "model"))
-    shape, size = ((1, len(panels)), (9, 3.8)) if lines else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
+    row = lines or x_label != "PL"
+    shape, size = ((1, len(panels)), (9, 3.8)) if row else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot().subplots(*shape, figsize=size, **options)
     width = 0.06 if lines else 0.84 / len(models)
@@ -624,22 +613,25 @@ def draw(cells: Sequence[dict]):
         own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
         at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
         values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
-        spread = [[max(0, b - a) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))]
+        spread = [
+            [max(0, min(100, b - a)) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))
+        ]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         if model == "chance":
             look = {"color": "black", "linestyle": ":"}
         if lines:
             axis.errorbar(at, values, spread, elinewidth=0.7, label=model, **look)
         else:
-            axis.bar(at, values, width, color=look["color"], label=model)
-            axis.errorbar(at, values, spread, elinewidth=0.7, fmt="none", ecolor="black", capsize=1.5)
+            axis.bar(
+                at, values, width, color=look["color"], label=model, yerr=spread, capsize=1.5, error_kw={"lw": 0.7}
+            )
         axis.set_title(title, fontsize="medium")
     first, step = axes[0, 0], 1 + len(places) // 12 if lines else 1
     first.set(xmargin=0.02, ylim=(0, None if lines else 100))
     first.set_xticks(range(0, len(places), step), [str(place).replace(" (", "\n(") for place in places[::step]])
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False)
     figure.supylabel(f"{cells[0]['measure']}, percent", fontsize="medium")
-    label = "layer (0: embedding, n: after block n)" if lines else "PL"
+    label = "layer (0: embedding, n: after block n)" if lines else x_label
     figure.supxlabel(f"{label}; {meaning(cells[0])}", fontsize="medium")
     return figure
 
@@ -648,30 +640,16 @@ def draw_transfer(cells: Sequence[dict]):
     """The study's figure: each arm's pass@1 on reserved wordings before and after RL, in the three groups of PLs."""
     own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (GREEDY, RESERVED)}
     source = next(column for _, column in own if column.endswith(" (source)"))
-    arms = Study(cells).arms
-    there = [column for column in (source, *TARGETS.values()) if (arms[0], column) in own]
-    figure, axes = pyplot().subplots(1, len(there), figsize=(9, 3.2), sharey=True, squeeze=False, layout="constrained")
-    for axis, column in zip(axes[0], there, strict=True):
-        for i, (prefix, label) in enumerate((("", "before RL"), ("rl-", "after RL"))):
-            own_cells = [own[prefix + arm, column] for arm in arms]
-            values, low, high = ([100 * c[name] for c in own_cells] for name in ("value", "low", "high"))
-            ends = [[max(0, min(100, b - a)) for a, b in zip(*e, strict=True)] for e in ((low, values), (values, high))]
-            at = [x + 0.4 * (i - 0.5) for x in range(len(arms))]
-            axis.bar(at, values, 0.38, color=COLOURS[3 + i], label=label, yerr=ends, capsize=2, error_kw={"lw": 0.8})
-        axis.set_xticks(range(len(arms)), arms)
-        axis.set_title(column, fontsize="medium")
-    axes[0, 0].set(ylim=(0, 100), ylabel="pass@1, reserved words, percent")
-    axes[0, 0].legend(frameon=False)
-    figure.supxlabel(f"arm; {meaning(next(iter(own.values())))}", fontsize="medium")
-    return figure
+    bars, arms = [], Study(cells).arms
+    for column, arm in itertools.product((source, *TARGETS.values()), arms):
+        for model, prefix in (("before RL", ""), ("after RL", "rl-")):
+            if c := own.get((prefix + arm, column)):
+                bars.append(c | {"group": column, "column": arm, "model": model})
+    return draw(bars, "arm")
 
 
-CURVES = {
-    "reward": "mean reward",
-    "no_spread": "groups without spread",
-    "entropy": "entropy, nats",
-    "held_out": "pass@1 on dev",
-}
+CURVES = {"reward": "mean reward", "no_spread": "groups without spread", "entropy": "entropy, nats"}
+CURVES |= {"held_out": "pass@1 on dev"}
 
 
 def draw_curves(folders: Sequence[Path]):
@@ -719,7 +697,7 @@ class Settings:
     models: tuple = flag((), "checkpoints or run folders, FOLDER or NAME=FOLDER (default: every run under runs/)")
     data: str = flag("runs/data", "folder of the corpus")
     translate: bool = flag(
-        False, "write programs in --to for DATA's records, shown one in another PL; keep what passes"
+        False, "write programs in --to for DATA's records from those in another PL; keep what passes"
     )
     solve: bool = flag(False, "the same, shown the statement alone")
     to: tuple = flag((), "PLs to write programs in")
@@ -727,9 +705,7 @@ class Settings:
     keep: str = flag("", "folder for the records with their new programs, and ledger.txt with every try")
     out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
     join: tuple = flag((), "eval.json files, one a seed: join them, weigh the claims, and evaluate nothing")
-    curves: tuple = flag(
-        (), "run folders of rl.py: draw their rewards by step, and evaluate nothing (needs matplotlib)"
-    )
+    curves: tuple = flag((), "run folders of rl.py: draw reward and pass@1 by step, and evaluate nothing")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
     representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
@@ -839,7 +815,8 @@ def measure_representations(
                 means[name][f"{view}, {title}"][f"{a} → {b}"] = [round(x, 4) for x in measures[title].mean(1).tolist()]
         counts = compare({p: bag_of_tokens(texts, tokenizer.size) for p, texts in rows.items()})
         bag = representation_cells("bag of tokens", view, 0, counts, titles)
-        cells += control_cells(cells[before:], bag)
+        cells += control_cells(own := cells[before:], bag)
+        cells += chance_cells(own, RETRIEVAL, lambda c: 1 / c["problems"])
     return cells, means
 
 
@@ -874,7 +851,8 @@ def evaluate_models(s: Settings) -> list[dict]:
         if s.sampling:
             measures = measure(s, world, models, records, languages)
             cells = make_cells(measures, columns(roles, languages))
-            cells += guess_cells(cells, records)
+            shares = [1 / (len(wrong) + 1) for r in records for wrong in r.get("distractors", {}).values() if wrong]
+            cells += chance_cells(cells, FORCED, lambda _: mean(shares))
     if world.rank:
         return []
     cells += added
@@ -954,7 +932,7 @@ def write_programs(s: Settings) -> None:
     """
     if not (s.to and s.samples and s.keep and len(s.models) == 1):
         raise ValueError("--translate and --solve: give --models MODEL, --to PL..., --samples N and --keep FOLDER")
-    paths = data.record_files(s.data) if Path(s.data).is_dir() else [Path(s.data)]
+    paths = data.record_files(s.data)
     files = {path: data.read_records(path) for path in paths}
     languages, out, left, tasks = present_languages([*map(sandbox.canonical, s.to)]), Path(s.keep), Counter(), []
     with World(s.device) as world, open_sandbox(s, world) as box:

@@ -44,22 +44,10 @@ from tqdm import tqdm
 
 import data
 import sandbox
-from data import FORMATS, Tokenizer, flag
+from data import FORMATS, Example, Tokenizer, flag
 from eval import Rollout, choose_records, count_untested, estimate, evaluate, grade, open_sandbox, roll_out
 from model import IGNORE, Llama, whole
-from sft import (
-    Hardware,
-    Learner,
-    Row,
-    Run,
-    World,
-    fitting,
-    flops,
-    open_checkpoint,
-    starting_point,
-    to_device,
-    trained_tokens,
-)
+from sft import Hardware, Learner, Run, World, fitting, open_checkpoint, starting_point, to_device, trained_tokens
 
 # --------------------------------------------------------------------------------------------------
 # Advantages and objective
@@ -163,7 +151,7 @@ def update(
     """
     [spread] = learner.world.sum(any(advantage))
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a or (reference and spread)]
-    rows: list[Row] = [(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
+    rows = [Example(r.prompt + r.tokens, len(r.prompt)) for r, _ in used]
     drawn = sum(s.max_new_tokens if s.denominator == "budget" else len(r.tokens) for r in rollouts)
     count, trained = learner.world.sum(drawn, trained_tokens(rows))
     # Summed on the device, read at the very end: a GPU is to have its next work before it is done.
@@ -182,8 +170,8 @@ def update(
         learner.backward((s.kl * kl - gain).sum() / count)
         totals += torch.stack([x.detach().sum() for x in (entropy, clipped, (logprobs - old).abs(), kl)])
     norm = {"grad_norm": learner.step(lr)} if spread else {}
-    sums = learner.world.sum(*totals.tolist(), flops(learner.model.config, rows))
-    names = ("entropy", "clipped", "drift", "kl", "flops")
+    sums = learner.world.sum(*totals.tolist())
+    names = ("entropy", "clipped", "drift", "kl")
     return dict(zip(names, sums, strict=True)) | {"trained": trained} | norm
 
 
@@ -205,8 +193,7 @@ def learn(
     means = {name: sum(f[name] for f in figures) / trained if trained else None for name in names}
     drift = first["drift"] / first["trained"] if first["trained"] else None
     norm = max((f["grad_norm"] for f in figures if "grad_norm" in f), default=None)
-    totals = {"trained_tokens": int(trained), "flops": sum(f["flops"] for f in figures)}
-    return {**means, "drift": drift, "grad_norm": norm, **totals}
+    return {**means, "drift": drift, "grad_norm": norm, "trained_tokens": int(trained)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,7 +327,6 @@ def step_once(
     with run.phase("train"):
         kept = batch.informative() if s.informative else (batch.rollouts, batch.advantage)
         figures |= learn(learner, *kept, lr, s, reference) | {"lr": lr}
-    run.flops += figures.pop("flops")
     drawn = figures["response_tokens"] * figures["groups"] * s.samples
     for phase, tokens in (("sample", drawn), ("sandbox", drawn), ("train", figures["trained_tokens"])):
         seconds = run.seconds[phase] - before.get(phase, 0.0)

@@ -682,10 +682,6 @@ def _seccomp(program) -> int:
     return _syscall("seccomp", _SECCOMP[_ARCH], mode_filter, new_listener, program)
 
 
-def _unshare(flags: int) -> None:
-    _checked("unshare", _libc.unshare(flags))
-
-
 def _mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
     arguments = [text.encode() for text in (source, target, kind)]
     result = _libc.mount(*arguments, ctypes.c_ulong(flags), data.encode())
@@ -716,8 +712,7 @@ _REFUSED = {
     # other processes
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "kcmp": (312, 272),
-    "move_pages": (279, 239),
-    "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "migrate_pages": (256, 238),
     # mounts, namespaces, and the whole machine
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
@@ -1033,17 +1028,10 @@ def _sealed(data: bytes) -> int:
 def _set_limits(step: dict) -> None:
     """Limits per process, beside those on all processes together that the runner keeps."""
     mb, cpu = 1 << 20, int(step["cpu"]) + 2
-    for name, value in (
-        ("CORE", 0),
-        ("MSGQUEUE", 0),
-        ("MEMLOCK", 64 << 10),
-        ("CPU", cpu),
-        ("FSIZE", step["files"] * mb),
-        ("NOFILE", _DESCRIPTORS),
-        ("NPROC", step["processes"]),
-        # Address space is cheap and runtimes reserve much of it; what is used is watched.
-        ("DATA", (step["memory"] + _RESERVE) * mb),
-    ):
+    # Of address space more than of memory: it is cheap and runtimes reserve much of it; what is used is watched.
+    limits = {"CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 64 << 10, "NOFILE": _DESCRIPTORS, "NPROC": step["processes"]}
+    limits |= {"CPU": cpu, "FSIZE": step["files"] * mb, "DATA": (step["memory"] + _RESERVE) * mb}
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     _, most = resource.getrlimit(resource.RLIMIT_STACK)  # which programs raise; it is memory, and watched
     resource.setrlimit(resource.RLIMIT_STACK, (min(_STACK * mb, most % (1 << 64)), most))
@@ -1240,16 +1228,9 @@ class _Runner:
         else:
             full, late = run.memory > 0.75 * (run.step["heap"] << 20), run.cpu > run.step["cpu"]
             run.end(*_classify(run.code, err, full, late))
-        outcome = {
-            "verdict": run.verdict,
-            "message": run.message,
-            "exit_code": run.code if run.code >= 0 else None,
-            "signal": _signal_name(-run.code) if run.code < 0 else "",
-            "wall": time.monotonic() - run.began,
-            "cpu": run.cpu,
-            "memory": run.memory,
-        }
-        return outcome, (out, err)
+        code, name = (run.code, "") if run.code >= 0 else (None, _signal_name(-run.code))
+        outcome = {"verdict": run.verdict, "message": run.message, "exit_code": code, "signal": name}
+        return outcome | {"wall": time.monotonic() - run.began, "cpu": run.cpu, "memory": run.memory}, (out, err)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1335,13 +1316,13 @@ def _enter_namespaces(top: str, paths: Iterable[str]) -> None:
     _die_with_parent()
     as_root = os.geteuid() == 0
     if as_root:  # builds first, from directories that others may not enter
-        _unshare(_NEW_NS)
+        _checked("unshare", _libc.unshare(_NEW_NS))
         _build_root(top, paths)
         _drop_to(_spare_uid())
         _prctl(_PR_SET_DUMPABLE, 1)  # /proc/self/uid_map must be ours to write
         _die_with_parent()
     uid, gid = os.getuid(), os.getgid()
-    _unshare(_NEW_ALL)
+    _checked("unshare", _libc.unshare(_NEW_ALL))
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"1000 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
@@ -1860,16 +1841,9 @@ class Sandbox:
             self._idle.get().close()
 
     def submit(
-        self,
-        program: str,
-        language: str,
-        tests: Sequence[dict],
-        record: dict | None = None,
-        *,
-        stop_at_failure: bool = False,
-        limits: Limits | None = None,
-        checker: Checker | None = None,
-    ) -> "Future[Result]":
+        self, program: str, language: str, tests: Sequence[dict], record: dict | None = None, *,
+        stop_at_failure: bool = False, limits: Limits | None = None, checker: Checker | None = None,
+    ) -> "Future[Result]":  # fmt: skip
         """Queues one program and returns at once. tests: {"stdin", "stdout"}, stdout a text or a list of accepted
         ones, and, if wanted, "args"; record: its Demands count, its limits before those given; checker: in place of
         its comparison.

@@ -57,10 +57,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
-from data import FORMATS, Mixture, Tokenizer, flag
+from data import FORMATS, Example, Mixture, Tokenizer, flag
 from model import IGNORE, Config, Llama, load, save, whole
 
-Row = tuple[list[int], int]  # token ids, and the index of the first that is trained
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens, targets, start: see `collate`
 
 
@@ -87,7 +86,7 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def collate(rows: Sequence[Row], pad: int, device) -> MicroBatch:
+def collate(rows: Sequence[Example], pad: int, device) -> MicroBatch:
     """tokens, targets and start, each (1, T) int64, of `rows` one after the other.
 
     targets[0, t] is the token after tokens[0, t], or IGNORE unless it is one of the row's trained
@@ -110,30 +109,12 @@ def to_device(x: np.ndarray, device) -> Tensor:
     return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
-def trained_tokens(rows: Sequence[Row]) -> int:
+def trained_tokens(rows: Sequence[Example]) -> int:
     return sum(len(tokens) - start for tokens, start in rows)
-
-
-def flops(config: Config, rows: Sequence[Row]) -> float:
-    """Operations of a forward and a backward pass over `rows`, each a document of its own.
-
-    Six per weight and token, in the head for the trained ones alone, and causal attention's 6 layers x heads x width x
-    length^2. "Model FLOPs utilization" (arXiv 2204.02311, appendix B) charges the head for every token and attention
-    12, for the whole square; like it, this counts no recomputation.
-    """
-    heads = config.num_attention_heads * config.head_dim
-    attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
-    block = attention + 3 * config.hidden_size * config.intermediate_size
-    lengths = [len(ids) - 1 for ids, _ in rows]
-    blocks = 6.0 * config.num_hidden_layers * sum(block * n + heads * n * n for n in lengths)
-    return blocks + 6.0 * config.vocab_size * config.hidden_size * trained_tokens(rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Ranks
-
-# Dense bfloat16 operations per second from the makers' data sheets, by a part of the device's name.
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 class World:
@@ -274,7 +255,7 @@ class Learner:
         self.optimizer = make_optimizer(self.model, weight_decay)
         self.world, self.s, self.pad = world, s, pad
 
-    def micro_batches(self, rows: Sequence[Row], shared: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
+    def micro_batches(self, rows: Sequence[Example], shared: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
         """(indices, tensors) of each micro-batch of `rows`: this rank's own, or `shared` out if all ranks have them.
 
         All ranks get as many as the one with the most: gathering and reducing needs every rank, so one
@@ -435,14 +416,13 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    What is done so far: `step`, examples or problems `drawn`, `tokens` trained on, `seconds` of each phase, `flops`
-    that the model needed, over all ranks.
+    What is done so far: `step`, examples or problems `drawn`, `tokens` seen (RL: trained), `seconds` of each phase.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
-        self.step, self.drawn, self.tokens, self.seconds, self.flops = 0, 0, 0, defaultdict(float), 0.0
+        self.step, self.drawn, self.tokens, self.seconds = 0, 0, 0, defaultdict(float)
         self.saved, self.held, self.data = None, None, ""
 
     def __enter__(self):
@@ -523,7 +503,7 @@ class Run:
                 raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
         if state["data"] != self.data:
             raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
-        self.step, self.drawn, self.tokens, self.flops = (state[n] for n in ("step", "drawn", "tokens", "flops"))
+        self.step, self.drawn, self.tokens = (state[n] for n in ("step", "drawn", "tokens"))
         self.seconds.update(state["seconds"])
         self.saved = self.step
         return state["metrics_bytes"]
@@ -559,7 +539,7 @@ class Run:
 
     def complete(self, temporary: Path, tokenizer: Tokenizer) -> None:
         """Adds to what the ranks wrote where the run is, and gives it its name."""
-        state = {n: getattr(self, n) for n in ("step", "drawn", "tokens", "flops", "seconds", "data")}
+        state = {n: getattr(self, n) for n in ("step", "drawn", "tokens", "seconds", "data")}
         state |= {"metrics_bytes": self.metrics.stat().st_size, "settings": asdict(self.settings)}
         tokenizer.save(temporary)
         (temporary / "trainer.json").write_text(json.dumps(state))
@@ -577,14 +557,8 @@ class Run:
         sys.exit(130)
 
     def finish(self, **totals) -> None:
-        """Prints the line of totals and writes summary.json, which marks the run as finished.
-
-        The rate of tokens, and the share of the devices' peak, are over the seconds of the phase "train".
-        """
-        name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else ""
-        peak = next((rate for part, rate in PEAK.items() if part in name), None)
+        """Prints the line of totals, with tokens per second of training, and writes summary.json: the run is finished."""
         totals |= {"tokens": self.tokens, "tokens_per_s": round(self.tokens / self.seconds["train"])}
-        totals["mfu"] = peak and round(self.flops / (self.seconds["train"] * peak * self.world.size), 3)
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
         print(f"{self.out}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in totals.items()))
@@ -624,14 +598,9 @@ class Settings(Hardware):
 
 def resolve(s: Settings) -> Settings:
     """The settings with the defaults that depend on the mixture filled in."""
-    fresh = s.mixture == "base"
-    return replace(
-        s,
-        model=s.model or ("" if fresh else "runs/base"),
-        out=s.out or f"runs/{s.mixture}",
-        tokens=s.tokens or (2_000_000 if fresh else 1_000_000),
-        lr=s.lr or (3e-3 if fresh else 1e-3),
-    )
+    model, tokens, lr = ("", 2_000_000, 3e-3) if s.mixture == "base" else ("runs/base", 1_000_000, 1e-3)
+    out = s.out or f"runs/{s.mixture}"
+    return replace(s, model=s.model or model, out=out, tokens=s.tokens or tokens, lr=s.lr or lr)
 
 
 def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
@@ -667,20 +636,19 @@ def choose_examples(m: Mixture, limit: int) -> Mixture:
     )
 
 
-def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Row]]:
+def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
     records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each_alone, "held-out problems")
     records = [r for r in records if r.get("kind") == records[0].get("kind")]
     rows = defaultdict(list)
     for record in records[: s.eval_problems]:
         for language in record["solutions"]:
-            e = data.example(tokenizer, record, data.statement(record, language), [language])
-            rows[language].append((e.tokens, e.start))
+            rows[language].append(data.example(tokenizer, record, data.statement(record, language), [language]))
     return rows
 
 
 @torch.no_grad()
-def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, float]:
+def held_out_losses(learner: Learner, held: dict[str, list[Example]]) -> dict[str, float]:
     """Mean negative log-prob per trained token, by PL."""
     losses = {}
     for language, rows in sorted(held.items()):
@@ -691,7 +659,7 @@ def held_out_losses(learner: Learner, held: dict[str, list[Row]]) -> dict[str, f
     return losses
 
 
-def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
+def accumulate(learner: Learner, rows: Sequence[Example]) -> Tensor:
     """Adds the gradient of the mean loss over all trained tokens of `rows`, the same on every rank.
 
     Returns this rank's part of that mean, () float64: the parts of all ranks add up to it. Read it after `step`,
@@ -705,20 +673,19 @@ def accumulate(learner: Learner, rows: Sequence[Row]) -> Tensor:
     return total
 
 
-def next_rows(mixture: Mixture, run: Run, s: Settings) -> list[Row]:
+def next_rows(mixture: Mixture, run: Run, s: Settings) -> list[Example]:
     """The rows of the next update: examples until (step + 1) * batch tokens are seen in all, at least one.
 
     So every mixture gets the same number of updates out of the same number of tokens.
     """
     rows, seen = [], run.tokens
     while not rows or seen < (run.step + 1) * s.batch:
-        e = mixture[run.drawn + len(rows)]
-        rows.append((e.tokens, e.start))
-        seen += len(e.tokens)
+        rows.append(mixture[run.drawn + len(rows)])
+        seen += len(rows[-1].tokens)
     return rows
 
 
-def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[dict, bool]:
+def update(learner: Learner, rows: Sequence[Example], lr: float, run: Run) -> tuple[dict, bool]:
     """One optimizer step: (its figures, whether any rank was told to stop)."""
     seen = sum(len(ids) for ids, _ in rows)
     with run.phase("train") as training:
@@ -726,7 +693,6 @@ def update(learner: Learner, rows: Sequence[Row], lr: float, run: Run) -> tuple[
         norm = learner.step(lr)
         loss, stopping = learner.world.sum(float(loss), run.stopping)
     run.step, run.tokens, run.drawn = run.step + 1, run.tokens + seen, run.drawn + len(rows)
-    run.flops += flops(learner.model.config, rows)
     return {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": seen / training.seconds}, stopping > 0
 
 

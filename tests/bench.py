@@ -464,6 +464,25 @@ def bench_generate(options: argparse.Namespace) -> None:
         row(what, side_by_side(works, options.repeats), None if stop else read / copy_rate())
 
 
+# Dense bfloat16 operations per second from the makers' data sheets, by a part of the device's name.
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def flops(config: model.Config, rows: list[sft.Example]) -> float:
+    """Operations of a forward and a backward pass over `rows`, each a document of its own.
+
+    Six per weight and token, in the head for the trained ones alone, and causal attention's 6 layers x heads x width x
+    length^2. "Model FLOPs utilization" (arXiv 2204.02311, appendix B) charges the head for every token and attention
+    12, for the whole square; like it, this counts no recomputation.
+    """
+    heads = config.num_attention_heads * config.head_dim
+    attention = 2 * config.hidden_size * (heads + config.num_key_value_heads * config.head_dim)
+    block = attention + 3 * config.hidden_size * config.intermediate_size
+    lengths = [len(ids) - 1 for ids, _ in rows]
+    blocks = 6.0 * config.num_hidden_layers * sum(block * n + heads * n * n for n in lengths)
+    return blocks + 6.0 * config.vocab_size * config.hidden_size * sft.trained_tokens(rows)
+
+
 def bench_sft(options: argparse.Namespace) -> None:
     config, count, high, micro = (SHAPES["1B"], 16, 4096, 1 << 15) if CUDA else (SHAPES["tiny"], 16, 240, 4096)
     ours, theirs = both_models(config)
@@ -495,12 +514,12 @@ def bench_sft(options: argparse.Namespace) -> None:
     assert abs(step(learner) - theirs_step()) < (0.05 if CUDA else 1e-3)  # the same loss
     head(f"A supervised step on {count} sequences of {high // 4} to {high} tokens; the floor is its multiplications")
     works = {"ours, packed": partial(step, learner), "transformers, padded": theirs_step}
-    needed, rate = sft.flops(config, rows), matmul_rate()
+    needed, rate = flops(config, rows), matmul_rate()
 
     def show(what: str, works: dict) -> None:
         times = side_by_side(works, options.repeats)
         if CUDA:
-            peak = next(rate for name, rate in sft.PEAK.items() if name in torch.cuda.get_device_name())
+            peak = next(rate for name, rate in PEAK.items() if name in torch.cuda.get_device_name())
             what += (
                 f"; MFU {needed / next(iter(times.values())) / peak:.3f} of the data sheet's {peak / 1e12:.0f} TFLOP/s"
             )

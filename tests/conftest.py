@@ -1,5 +1,7 @@
 """A small corpus, made once, and a model small enough to train within a test."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +48,20 @@ def tiny_folder(tokenizer, tmp_path_factory):
     save(new_tiny(tokenizer), folder)
     tokenizer.save(folder)
     return folder
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes below `pid`, also those in sessions of their own, where a signal to its group does not reach them."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, rest = set(), [pid]
+    while rest:
+        below = children.get(rest.pop(), [])
+        found.update(below)
+        rest += below
+    return found

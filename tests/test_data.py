@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import SIZES
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
@@ -547,21 +547,11 @@ def test_records_that_lack_pls_are_shown_in_those_that_they_have(tokenizer, caps
 
 def test_a_mixture_that_no_record_has_the_pls_for_is_refused(tokenizer):
     lone = [r for r in partly() if r["id"] in "cd"]
+    lacking = "2 of 2 training problems, the first record 'c': too few programs in SFT PLs for"
     for arm, records, documents, what in [
-        (
-            "source",
-            lone,
-            [],
-            "2 of 2 training problems, the first record 'c': too few programs in SFT PLs for source; it has ruby",
-        ),
-        (
-            "parallel",
-            lone,
-            [],
-            "2 of 2 training problems, the first record 'c': too few programs in SFT PLs for parallel; it has ruby",
-        ),
+        ("source", lone, [], f"{lacking} source; it has ruby"), ("parallel", lone, [], f"{lacking} parallel; it has ruby"),
         ("multi", lone, [GOOD | {"solutions": {}}], "1 of 1 base documents, the first record 'a': .*; it has none"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"too many to leave out: {what}; add programs"):
             sft.choose_examples(data.Mixture(arm, records, documents, tokenizer, SMALL.sft), 1024)
 
@@ -631,24 +621,6 @@ def test_examples_depend_on_seed_and_number_alone(records, tokenizer):
 
 # --------------------------------------------------------------------------------------------------
 # Tokenizer and prompt
-
-TEMPLATE = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>
-
-{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
-
-{% endif %}"""
-
-
-def test_prompt_is_llama3s_chat_format(corpus, tokenizer, records):
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(corpus / "tokenizer.json"), bos_token="<|begin_of_text|>")
-    record = records["train"][0]
-    messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
-    ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.prompt(record["prompt"], ["python"]) == ids
-    messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
-    ids = theirs.apply_chat_template(messages, chat_template=TEMPLATE, return_dict=False)
-    e = data.example(tokenizer, record, record["prompt"], ["python"])
-    assert e.tokens == ids and e.tokens[e.start - 1 :][0] != tokenizer.stop and e.tokens[-1] == tokenizer.stop
 
 
 @pytest.mark.parametrize("format", ["chat", "llama3.1", "plain"])

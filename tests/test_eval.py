@@ -109,15 +109,8 @@ def test_wilson_intervals_as_published():
 
 
 def outcomes():
-    rows = [
-        ("a", "python", "ok"),
-        ("b", "python", "wrong_answer"),
-        ("a", "ruby", "ok"),
-        ("b", "ruby", "ok"),
-        ("a", "lua", "truncated"),
-        ("b", "lua", "ok"),
-    ]
-    return [Outcome(i, i, "own words", p, (v,)) for i, p, v in rows]
+    verdicts = {"python": ("ok", "wrong_answer"), "ruby": ("ok", "ok"), "lua": ("truncated", "ok")}
+    return [Outcome(i, i, "own words", p, (v,)) for p, own in verdicts.items() for i, v in zip("ab", own, strict=True)]
 
 
 def test_table_has_source_sft_and_unseen_parts():
@@ -334,23 +327,10 @@ def test_a_sandbox_failure_is_neither_a_failure_of_the_program_nor_remembered(to
         def map(self, jobs, **_):
             return [SimpleNamespace(verdict="internal_error") for _ in jobs]
 
-    known = {}
+    known, job = {}, (tiny, tokenizer, [RECORD], ["python"])
     monkeypatch.setattr(evaluation, "roll_out", lambda *a: [rollout(tokenizer, f"```python\n{RIGHT}\n```")])
-    assert (
-        evaluation.evaluate(
-            tiny, tokenizer, [RECORD], ["python"], Broken(), World("cpu"), max_new_tokens=1, known=known
-        )
-        == []
-    )
-    assert known == {}
-    assert (
-        len(
-            evaluation.evaluate(
-                tiny, tokenizer, [RECORD], ["python"], Counting(), World("cpu"), max_new_tokens=1, known=known
-            )
-        )
-        == 1
-    )
+    assert evaluation.evaluate(*job, Broken(), World("cpu"), max_new_tokens=1, known=known) == [] and known == {}
+    assert len(evaluation.evaluate(*job, Counting(), World("cpu"), max_new_tokens=1, known=known)) == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,12 +383,7 @@ def test_of_a_program_and_its_only_distractor_one_is_chosen(corpus, tokenizer, t
     assert {o.verdicts for o in evaluation.choose(tiny, tokenizer, same, languages, World("cpu"))} == {("wrong",)}
 
 
-def test_guessing_among_programs_is_right_by_their_number():
-    records = [
-        {"distractors": {"python": ["a"], "lua": ["b"]}},
-        {"distractors": {"python": ["a", "b", "c"], "lua": []}},
-        {},
-    ]
+def test_guessing_has_a_row_for_each_table_of_its_measure():
     cell = {
         "measure": evaluation.FORCED,
         "group": "g",
@@ -418,10 +393,10 @@ def test_guessing_among_programs_is_right_by_their_number():
         "low": 0.5,
         "high": 1,
     }
-    [guess] = evaluation.guess_cells([cell, cell | {"model": "n"}, cell | {"measure": evaluation.GREEDY}], records)
-    assert guess == cell | {"model": "chance"} | dict.fromkeys(
-        ("value", "low", "high"), pytest.approx((0.5 + 0.5 + 0.25) / 3)
-    )
+    others = [cell | {"model": "n"}, cell | {"measure": evaluation.GREEDY}, cell | {"group": "h", "problems": 4}]
+    rows = evaluation.chance_cells([cell, *others], evaluation.FORCED, lambda c: 1 / c.get("problems", 2))
+    sure = [dict.fromkeys(("value", "low", "high"), chance) for chance in (0.5, 0.25)]
+    assert rows == [cell | {"model": "chance"} | sure[0], others[-1] | {"model": "chance"} | sure[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -623,18 +598,6 @@ def test_prompts_are_those_of_one_kind_of_problem(representations, corpus):
     assert counts["prompts"] == own and own < counts["programs"] <= everyone
 
 
-def test_joined_representations_show_mean_and_t_interval(representations):
-    cells = [c for c in representations[1] if c["shown"]]
-    other = [{**c, "value": c["value"] + 0.2, "problems": c["problems"] + 2} for c in cells]
-    joined = evaluation.join_cells([cells, other])
-    assert [c["value"] for c in joined] == pytest.approx([c["value"] + 0.1 for c in cells])
-    half = 12.706 * 0.02**0.5 / 2**0.5  # of two values 0.2 apart
-    assert all((c["high"] - c["low"]) / 2 == pytest.approx(half) for c in joined)
-    text = evaluation.tables(joined)
-    assert text.count("held-out problems, mean and 95% t-interval over 2 seeds") == 4
-    assert text.count("programs, after block 1 of 2") == 2
-
-
 # --------------------------------------------------------------------------------------------------
 # Claims
 
@@ -658,29 +621,17 @@ def study(arms, retrieval=None):
     return rows
 
 
-SEEDS = [
-    study(
-        {
-            "source": (0.30, 0.05, 0.02), "multi": (0.30, 0.30, 0.02), "crossed": (0.20, 0.10, 0.02),
-            "parallel": (0.25, 0.20, 0.01),
-        },
-        {"source": (0.5, 0.5), "multi": (0.4, 0.2), "crossed": (0.6, 0.6), "parallel": (0.6, 0.4)},
-    ),
-    study(
-        {
-            "source": (0.32, 0.07, 0.02), "multi": (0.30, 0.34, 0.02), "crossed": (0.20, 0.12, 0.02),
-            "parallel": (0.25, 0.25, 0.02),
-        },
-        {"source": (0.5, 0.5), "multi": (0.4, 0.3), "crossed": (0.6, 0.6), "parallel": (0.7, 0.41)},
-    ),
-    study(
-        {
-            "source": (0.28, 0.06, 0.02), "multi": (0.30, 0.33, 0.02), "crossed": (0.20, 0.11, 0.02),
-            "parallel": (0.25, 0.21, 0.03),
-        },
-        {"source": (0.5, 0.5), "multi": (0.4, 0.4), "crossed": (0.6, 0.6), "parallel": (0.8, 0.42)},
-    ),
-]  # fmt: skip
+BY_SEED = {  # arm -> its gains in COLUMNS and its retrieval in SHOWN, seed by seed
+    "source": [((0.30, 0.05, 0.02), (0.5, 0.5)), ((0.32, 0.07, 0.02), (0.5, 0.5)), ((0.28, 0.06, 0.02), (0.5, 0.5))],
+    "multi": [((0.30, 0.30, 0.02), (0.4, 0.2)), ((0.30, 0.34, 0.02), (0.4, 0.3)), ((0.30, 0.33, 0.02), (0.4, 0.4))],
+    "crossed": [((0.20, 0.10, 0.02), (0.6, 0.6)), ((0.20, 0.12, 0.02), (0.6, 0.6)), ((0.20, 0.11, 0.02), (0.6, 0.6))],
+    "parallel": [
+        ((0.25, 0.20, 0.01), (0.6, 0.4)),
+        ((0.25, 0.25, 0.02), (0.7, 0.41)),
+        ((0.25, 0.21, 0.03), (0.8, 0.42)),
+    ],
+}
+SEEDS = [study(*({arm: seeds[i][j] for arm, seeds in BY_SEED.items()} for j in (0, 1))) for i in range(3)]
 T = {"source": [0.05 / 0.30, 0.07 / 0.32, 0.06 / 0.28], "parallel": [0.8, 1.0, 0.84], "multi": [1.0, 0.34 / 0.3, 1.1]}
 
 

@@ -102,18 +102,6 @@ def conversation(answered):
     return turns + [{"role": "assistant", "content": "\n```python\nx = 1\n\n\nprint(x)\n```\n"}] * answered
 
 
-@pytest.mark.parametrize("format", ["llama3.1", "chat"])
-def test_prompts_and_answers_are_llama31s_token_for_token(instruct, format):
-    """The format without a system turn is the same less the first turn, which ends with the first <|eot_id|>."""
-    ours, theirs = data.Tokenizer(instruct, format), AutoTokenizer.from_pretrained(instruct)
-    record = {"prompt": STATEMENT, "solutions": {"python": "x = 1\n\n\nprint(x)"}}
-    mine = ours.prompt(STATEMENT, ["python"]), data.example(ours, record, STATEMENT, ["python"]).tokens
-    for answered, tokens in enumerate(mine):
-        ids = theirs.apply_chat_template(conversation(answered), add_generation_prompt=not answered, return_dict=False)
-        assert tokens == (ids if format == "llama3.1" else [ids[0], *ids[ids.index(ours.stop) + 1 :]])
-        assert tokens.count(ours.bos) == 1  # the tokenizer's own post-processor adds none
-
-
 def test_stop_and_pad_tokens_are_those_of_the_model(instruct):
     ours, config = data.Tokenizer(instruct), Config.load(instruct)
     assert sorted(ours.stops) == config.eos_token_id and ours.bos == config.bos_token_id

@@ -14,20 +14,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from conftest import descendants
 
 import sft
 from model import Config, Llama, load, save
-
-
-def parent(folder):
-    with contextlib.suppress(OSError):  # it may have ended just now
-        return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-
-
-def descendants(pid):
-    """torchrun puts its ranks into sessions of their own, where a signal to its group does not reach them."""
-    children = [int(p.name) for p in Path("/proc").glob("[0-9]*") if parent(p) == pid]
-    return children + [d for child in children for d in descendants(child)]
 
 
 def kill(*pids):
@@ -167,6 +157,8 @@ def test_resume_after_kill_9_is_exact_to_the_bit(flags, whole, tmp_path, stage, 
     start(*arguments, size=count).finish()
     (weights, optimizer), (others, other) = state(run), state(tmp_path)
     assert same(weights, others) and same(optimizer, other)
+    places = [{k: ranks.place(folder)[k] for k in ("step", "drawn", "tokens")} for folder in (run, tmp_path)]
+    assert places[0] == places[1] and places[0]["drawn"] > 0
     lines, others = list(map(untimed, steps(run))), list(map(untimed, steps(tmp_path)))
     assert lines == others and len(lines) >= 8
 

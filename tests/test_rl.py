@@ -43,29 +43,13 @@ STD = (1 / 3) ** 0.5 + 1e-4  # of 1, 0, 0, 1
         ("grpo", [1, 0, None, None], [0.5 / (0.5**0.5 + 1e-4), -0.5 / (0.5**0.5 + 1e-4), 0, 0]),
         ("dr-grpo", [1, 0, 0, None], [2 / 3, -1 / 3, -1 / 3, 0]),
         ("rloo", [1, 0, 0, None], [1, -0.5, -0.5, 0]),
+        *((kind, rewards, [0] * 4) for kind in rl.ADVANTAGES for rewards in ([1] * 4, [0] * 4, [1] + [None] * 3, [None] * 4)),
     ],
 )  # fmt: skip
 def test_advantages_by_hand(kind, rewards, expected):
     valid = torch.tensor([[r is not None for r in rewards]])
     got = rl.advantages(torch.tensor([[r or 0.0 for r in rewards]]), valid, kind)
     torch.testing.assert_close(got, torch.tensor([expected], dtype=got.dtype), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", rl.ADVANTAGES)
-def test_a_group_without_spread_has_no_advantage(kind):
-    rewards = torch.tensor([[1.0] * 4, [0.0] * 4, [1.0, 0, 0, 0], [0.0] * 4])
-    valid = torch.tensor([[True] * 4, [True] * 4, [True, False, False, False], [False] * 4])
-    assert rl.advantages(rewards, valid, kind).tolist() == [[0.0] * 4] * 4
-
-
-def test_rloos_baseline_is_the_mean_of_the_others():
-    """So it is G / (G - 1) times Dr. GRPO's, and GRPO's but for the scale."""
-    rewards, valid = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)), torch.ones(5, 6, dtype=torch.bool)
-    others = torch.stack([rewards[:, i] - rewards[:, [j for j in range(6) if j != i]].mean(1) for i in range(6)], 1)
-    got = {kind: rl.advantages(rewards, valid, kind) for kind in rl.ADVANTAGES}
-    torch.testing.assert_close(got["rloo"], others)
-    torch.testing.assert_close(got["rloo"], 6 / 5 * got["dr-grpo"])
-    torch.testing.assert_close(got["dr-grpo"], got["grpo"] * (rewards.std(1, keepdim=True) + 1e-4))
 
 
 def test_a_response_without_reward_is_left_out_of_its_group():
@@ -218,18 +202,6 @@ def test_gradient_equals_the_formula_one_response_at_a_time(tiny, tokenizer, cha
     assert figures["kl"] == pytest.approx(penalty.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 150])
-def test_one_denominator_for_any_micro_batch(tiny, tokenizer, micro_tokens):
-    s = settings(clip=1e9)
-    rollouts = some_rollouts(tiny, tokenizer, s)
-    tiny.double()
-    weights = [(-1.0) ** i * i for i in range(len(rollouts))]
-    whole, _ = gradient(tiny, tokenizer, rollouts, weights, settings(clip=1e9, micro_tokens=10**9))
-    parts, _ = gradient(tiny, tokenizer, rollouts, weights, settings(clip=1e9, micro_tokens=micro_tokens))
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-6, atol=1e-9, msg=name)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_on_policy_sampler_and_trainer_agree_and_nothing_clips(tiny, tokenizer, temperature):
     s = settings(temperature=temperature)
@@ -249,7 +221,7 @@ def test_no_spread_changes_nothing(tiny, tokenizer, kl):
     before = {n: p.clone() for n, p in tiny.named_parameters()}
     figures = rl.learn(learner, rollouts, torch.zeros(s.prompts, s.samples), 1e-3, s, reference)
     assert all(torch.equal(p, before[n]) for n, p in tiny.named_parameters())
-    assert figures["trained_tokens"] == figures["flops"] == 0
+    assert figures["trained_tokens"] == 0
     assert figures["entropy"] is figures["clipped"] is figures["drift"] is figures["grad_norm"] is None
 
 
@@ -276,7 +248,7 @@ def test_the_groups_are_dealt_out_whole_over_the_updates(monkeypatch):
         assert weights == [i / 10 for i in rollouts]
         dealt.append(sorted({i // s.samples for i in rollouts}))
         assert len(rollouts) == len(dealt[-1]) * s.samples
-        return dict.fromkeys(("entropy", "clipped", "drift", "flops", "trained"), 0)
+        return dict.fromkeys(("entropy", "clipped", "drift", "trained"), 0)
 
     monkeypatch.setattr(rl, "update", update)
     advantage = torch.arange(20, dtype=torch.float64).view(5, 4) / 10
@@ -292,7 +264,7 @@ def a_run(step=0, drawn=0, rank=0, size=1, others=0):
     """A run of this rank, beside ranks with `others` groups with spread."""
     world = SimpleNamespace(rank=rank, size=size, deal=lambda x: x[rank::size], sum=lambda *v: [x + others for x in v])
     phase = contextlib.nullcontext
-    return SimpleNamespace(world=world, phase=phase, step=step, drawn=drawn, seconds=defaultdict(lambda: 1.0), flops=0)
+    return SimpleNamespace(world=world, phase=phase, step=step, drawn=drawn, seconds=defaultdict(lambda: 1.0))
 
 
 def sampler_of(spread, drawn):
@@ -354,15 +326,14 @@ def test_only_groups_with_spread_are_trained_and_what_was_drawn_is_logged(monkey
     seen, run, s = [], a_run(step=3), settings(informative=informative, lr=1e-3, warmup=7)
     batch, _ = gathered(monkeypatch, run, s)
     monkeypatch.setattr(rl, "gather_rollouts", lambda *_: batch)
-    figures = {"flops": 5.0, "trained_tokens": 7}
-    monkeypatch.setattr(rl, "learn", lambda learner, *kept: seen.extend(kept) or dict(figures))
+    monkeypatch.setattr(rl, "learn", lambda learner, *kept: seen.extend(kept) or {"trained_tokens": 7})
     shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, {}, run, s, None)
     rollouts, advantage, lr, *_ = seen
     assert [r.record["number"] for r in rollouts[::4]] == trained and len(advantage) == len(trained)
     assert lr == shown["lr"] == pytest.approx(1e-3 * 4 / 8)  # the fourth step of seven that warm up
     groups = len(batch.spread)
     assert shown["groups"] == groups and shown["no_spread"] == pytest.approx(1 - sum(SPREAD[:groups]) / groups)
-    assert shown["trained_tokens"] == 7 and run.flops == 5 and "=== p0 in python" in text
+    assert shown["trained_tokens"] == 7 and "=== p0 in python" in text
 
 
 def test_the_languages_of_rl_take_turns(monkeypatch):
@@ -416,18 +387,8 @@ def test_what_rl_has_to_work_with_is_said_and_whether_it_is_nothing():
 
 
 def run_settings(corpus, start, out, **changes):
-    values = {
-        "data": str(corpus),
-        "informative": 2,
-        "rounds": 2,
-        "model": str(start),
-        "out": str(out),
-        "steps": 5,
-        "eval_every": 2,
-        "eval_problems": 1,
-        "eval_tokens": 8,
-        "save_every": 2,
-    }
+    values = {"data": str(corpus), "model": str(start), "out": str(out), "informative": 2, "rounds": 2, "steps": 5}
+    values |= {"eval_every": 2, "eval_problems": 1, "eval_tokens": 8, "save_every": 2}
     return settings(**(values | changes))
 
 
@@ -468,7 +429,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
     assert 0 < before < len(drawn) and calls == drawn[before:]
     whole, cut = (ranks.place(tmp_path / n) for n in ("whole", "cut"))
-    assert whole["flops"] == cut["flops"] > 0 and whole["drawn"] == cut["drawn"] == len(drawn)
+    assert whole["tokens"] == cut["tokens"] > 0 and whole["drawn"] == cut["drawn"] == len(drawn)
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())

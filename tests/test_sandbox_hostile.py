@@ -16,28 +16,13 @@ from pathlib import Path
 
 import pytest
 import sandbox_cases
+from conftest import descendants
 from sandbox_cases import CASES, Case, run_case
 
 import sandbox
 
 ROOT = os.geteuid() == 0
 HERE = Path(__file__).parent
-
-
-def _descendants(pid: int) -> set[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, rest = set(), [pid]
-    while rest:
-        below = children.get(rest.pop(), [])
-        found.update(below)
-        rest += below
-    return found
 
 
 def _listing(path: Path) -> object:
@@ -51,7 +36,7 @@ def traces(box: sandbox.Sandbox) -> dict:
     """What a run could leave behind: processes, mounts, descriptors, files."""
     helper = box._idle.get()
     box._idle.put(helper)
-    pids = sorted({helper.process.pid, *_descendants(helper.process.pid)})
+    pids = sorted({helper.process.pid, *descendants(helper.process.pid)})
     files = sorted(str(path) for path in Path(helper.home).rglob("tmp/*"))
     return {
         "processes": pids,
