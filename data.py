@@ -593,7 +593,8 @@ PROBE = f" \n{string.printable}ünïcödé e\u0301 漢 \U0001f600\n "
 class Tokenizer:
     """A byte-level tokenizer.json: token ids of texts, and of prompts and examples in a format of FORMATS.
 
-    ValueError for a file that transformers would read otherwise, or that changes texts. What a library's calls
+    ValueError for a file that transformers would read otherwise, or that changes texts, but for a tokenizer_class that
+    puts a pre-tokenizer of its own in place of the file's: here the file counts. What a library's calls
     left in it, how to truncate and to pad, is ignored and not saved on: a text is always encoded whole.
     `format` "" takes the one that the folder was saved with, else that of its chat template, else the chat that it has
     the tokens of. Attributes: `bos` (begins a document), `eos` (ends one) and `pad` (never trained) as the folder names
@@ -635,6 +636,8 @@ class Tokenizer:
         ValueError for a token that tokenizer.json has not, or not so: transformers would add it.
         """
         config = self._read("tokenizer_config.json")
+        if config.get("split_special_tokens"):
+            raise ValueError(f"{self.path.parent}: tokenizer_config.json: split_special_tokens: remove it")
         added = {str(i): token.__getstate__() for i, token in self.core.get_added_tokens_decoder().items()}
         if "added_tokens_decoder" not in config:
             config |= self._read("special_tokens_map.json")

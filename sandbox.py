@@ -37,8 +37,8 @@ expected output stays: a program can't find it, and neither an early exit nor an
    host's processes, with their command lines, can be seen, not touched; files' names and sizes can
    be seen, and how many processors the machine has; the size of the scratch directory is only watched.
    Root's programs run as a user of their own, which has no name, and share /dev/shm with the host;
-   others have none, so no semaphores of multiprocessing. There are no local sockets but pairs, and
-   tmpfile() of C, which uses /tmp, fails.
+   others have none, so no semaphores of multiprocessing. There are no local sockets but pairs of
+   streams. /tmp is closed: TMPDIR names the program's own directory, which tmpfile() of C does not ask for.
 3. Both: system calls filtered (no network, no memory outside the limits, no extended attributes,
    no large or young parts of the kernel), no privileges, no environment, no descriptors, limits
    per process, and watched limits on time and memory of all processes together.
@@ -51,9 +51,10 @@ use of up to the limits by every worker at once (workers x memory should fit the
 at every 20 ms: without a spare processor memory can overshoot in between (where the machine has none left, the kernel
 ends programs before the caller), and the time of children that live for less than a look and that nobody waits for
 counts only against the wall limit. What sockets hold is not counted (up to 0.2 MB for each of 256 per process, and
-for 8 that wait to be accepted), nor what locks on parts of files take; memory mapped to be shared counts as used in
-full, unless a second thread swaps its descriptor between the look and the mapping. At level `landlock`, nothing
-counts what is in files that have no name and are only mapped, or on their way through a socket.
+for 8 that wait to be accepted), nor what locks on parts of files and the kernel's lists of maps take; memory mapped to be shared counts
+as used in full, unless a second thread swaps its descriptor between the look and the mapping. At level `landlock`,
+nothing counts what is in files that have no name and are only mapped, or on their way through a socket, and files
+of the host that can be read can be locked. /proc/cpuinfo and what asks it, as node does, show the machine's processors.
 
 **Where to find what**, in order:
 
@@ -166,7 +167,11 @@ _LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
 # Ruby starts eight times faster without its gems, which this loads once a program asks for one; messages of errors then
 # lack the hints of did_you_mean.
 _GEMS = """autoload :Gem, "rubygems"
+autoload :Monitor, "monitor"
+autoload :MonitorMixin, "monitor"
+autoload :RbConfig, "rbconfig"
 module Kernel
+  private(define_method(:gem) { |*names| Gem.then { gem(*names) } })
   plain = instance_method(:require)
   private(define_method(:require) do |name|
     plain.bind_call(self, name)
@@ -310,24 +315,30 @@ _NO_CODE = re.compile(
     r"|'(?:\\.[^'\n]*|[^\\'\n])'|//.*|/\*[\s\S]*?(?:\*/|\Z)"
 )
 _MAIN_CLASS = re.compile(
-    r"[{}]|(?:\bpublic\s[\w\s]{0,99}?)?\b(?:class|record|enum|interface|object)\s+(?P<name>\w+)"
-    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\bvoid\s+main\s*\([^)]{0,99}|\bdef\s+main\s*\(|\b(?:extends|with)\s+App\b)"
+    r"[{}]|(?:\bpublic\s[\w\s]{0,99}?)?\b(?P<kind>class|record|enum|interface|object)\s+(?P<name>[\w$]+)"
+    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\b(?:void|def)\s+main\s*\([^)]{0,99}|\b(?:extends|with)\s+App\b)"
 )
+# The parameter of a main method that is given the command line: String[] x, String... x or String x[]; in Scala Array[
+_STRINGS = re.compile(r"\([^,]*(?:\bString\s*(?:\[|\.\.\.|\w+\s*\[)|\bArray\s*\[)[^,]*\Z")
 
 
 def _main_class(code: str) -> tuple[str | None, str]:
     """The public class in Java or Scala, if there is one, and that to be run: the one whose main method takes strings
     and is static, else one with any main method, and of several the public one, else the first."""
-    depth, current, found = 0, None, {}  # found: by class how good its main method is, and whether it is public
+    depth, current, found = 0, "", {}  # found: by class how good its main method is, and whether it is public
     for token in _MAIN_CLASS.finditer(code):
-        if token[0] in "{}":
-            depth += 1 if token[0] == "{" else -1
+        text = token[0]
+        if text in "{}":
+            depth += 1 if text == "{" else -1
         elif token["name"] and depth == 0:
-            current = token["name"]
-            found.setdefault(current, (0, token[0].startswith("public")))
-        elif token["main"] and current:
-            weak = "void" in token[0] and not ("static" in token[0] and "String" in token[0])
-            found[current] = max(found[current][0], 1 if weak else 2), found[current][1]
+            current, kind = token["name"], token["kind"]
+            found.setdefault(current, (0, text.startswith("public")))
+        elif token["main"] and current and depth <= ("main" in text):  # not of a class in it
+            if text.startswith("def"):
+                value = 2 * bool(kind == "object" and _STRINGS.search(text))
+            else:
+                value = 2 if "App" in text or ("static" in text and _STRINGS.search(text)) else 1
+            found[current] = max(found[current][0], value), found[current][1]
     public = next((name for name, (_, is_public) in found.items() if is_public), None)
     return public, max(found, key=found.get, default="Main")
 
@@ -551,10 +562,10 @@ def _gather_go_imports(program: str) -> str:
     listed = "\n".join(a or b for a, b in _GO_IMPORT.findall(program))
     package, _, body = _GO_IMPORT.sub("", program).partition("\n")
     code = re.sub(r"//.*", "", body)
-    used = []
+    used, names = [], {*re.findall(r"\b(\w+)\.", code)}
     for line in dict.fromkeys(map(str.strip, listed.split("\n"))):
         if found := re.match(r'(\w+\s+)?"(?:[^"]*/)?([^"/]+?)(?:/v\d+)?"', line):
-            used += [f"import {found[0]}"] * bool(re.search(rf"\b{(found[1] or found[2]).strip()}\.", code))
+            used += [f"import {found[0]}"] * ((found[1] or found[2]).strip() in names)
     return "\n".join([package, *used, body])
 
 
@@ -729,6 +740,8 @@ _REFUSED = {
     "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "bpf": (321, 280),
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
+    "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
+    "inotify_init": (253, None), "inotify_init1": (294, 26),
 }  # fmt: skip
 # Answered as by a file system that has no such attributes: they outlast a program, and some are inherited.
 _UNSUPPORTED = {"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
@@ -1043,8 +1056,8 @@ def _signal_name(number: int) -> str:
 
 
 def _classify(code: int, stderr: bytes, full: bool, late: bool) -> tuple[str, str]:
-    """Verdict and message of a program that ended by itself. full: it had taken most of its memory, late: all of its
-    processor time. Only then is it asked how it ended: anybody may write the words or send the signal."""
+    """Verdict and message of a program that ended by itself. full: it had taken most of what its runtime keeps it to,
+    late: all of its processor time. Only then is it asked how it ended: anybody may write the words or send the signal."""
     if code == 0:
         return "ok", ""
     message = f"exit code {code}" if code > 0 else f"ended by {_signal_name(-code)}"
@@ -1226,7 +1239,8 @@ class _Runner:
         if run.trouble:
             run.verdict, run.message = "internal_error", run.trouble
         else:
-            full, late = run.memory > 0.75 * (run.step["heap"] << 20), run.cpu > run.step["cpu"]
+            heap, late = run.step["heap"] << 20, run.cpu > run.step["cpu"]
+            full = 0 < 0.75 * heap < run.memory
             run.end(*_classify(run.code, err, full, late))
         code, name = (run.code, "") if run.code >= 0 else (None, _signal_name(-run.code))
         outcome = {"verdict": run.verdict, "message": run.message, "exit_code": code, "signal": name}
@@ -1538,7 +1552,7 @@ class _LandlockRunner(_Runner):
 
     def shared(self) -> list[os.DirEntry]:
         """What the programs' user has in common directories."""
-        entries = [entry for top in self.common for entry in os.scandir(top)]
+        entries = [entry for top in self.common for entry in _below(top)]
         owners = _each(lambda entry: (entry.stat(follow_symlinks=False).st_uid, entry), entries)
         return [entry for owner, entry in owners if owner == os.getuid()]
 
@@ -1754,7 +1768,8 @@ class _Job:
         fill |= {"mb": limits.memory, "cache": cache(language.name, self.level)}
         path = dict.fromkeys([*map(os.path.dirname, tools.values()), *_PATH])
         env = {**_ENV, "PATH": ":".join(path), **language.env}
-        step = {**vars(limits), "heap": limits.memory, "memory": limits.memory + language.overhead}
+        own_limit = "{mb}" in f"{language.run} {language.env}"  # what a runtime may have for its heap
+        step = {**vars(limits), "heap": limits.memory * own_limit, "memory": limits.memory + language.overhead}
         step["cwd"] = helper.places[cwd]
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
         step["argv"] = [tools.get(word, word).format_map(fill) for word in shlex.split(line)]
@@ -1940,7 +1955,7 @@ def _json_lines(path: str, parse: Callable[[object], object]) -> list:
         try:
             if line.strip():
                 rows.append(parse(json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return rows
 
@@ -1959,7 +1974,10 @@ def _parse_test(row: object, stdout: bool = True) -> dict:
     several = isinstance(given, list) and given and all(isinstance(text, str) for text in given)
     if not several and (stdout or given is not None):
         _field(row, "stdout", str)
-    return {**row, "stdin": _field(row, "stdin", str, ""), "args": _field(row, "args", list, [])}
+    args = _field(row, "args", list, [])
+    if not all(isinstance(text, str) and "\0" not in text for text in args):
+        raise ValueError(f'"args" must be texts without NUL in {json.dumps(row)[:80]}')
+    return {**row, "stdin": _field(row, "stdin", str, ""), "args": args}
 
 
 def _parse_program(row: object) -> tuple:

@@ -270,6 +270,14 @@ try:
         with open(f"closed/{index}", "wb") as file: file.write(bytes(10 << 20))
     time.sleep(60)
 except OSError: print("yes")""", "ok output_limit", limits=sandbox.Limits(wall=3, memory=256, files=16)),
+    Case("files in a folder of shared memory", """
+import os, time
+try:
+    os.mkdir("/dev/shm/folder")
+    for index in range(50):
+        with open(f"/dev/shm/folder/{index}", "wb") as file: file.write(bytes(10 << 20))
+    time.sleep(60)
+except OSError: print("yes")""", "ok output_limit memory_limit", limits=sandbox.Limits(wall=3, memory=256, files=16)),
     Case("attributes between tests", """
 import os, struct
 for place in (".", os.path.dirname(__file__), __file__):
@@ -335,7 +343,8 @@ KERNEL = [
     Case("ptrace and its like", refused(
         "assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) < 0; raise OSError",
         system_call("process_vm_readv", 1, 0, 0, 0, 0), system_call("pidfd_getfd", 1, 0, 0), system_call("bpf", 0, 0, 0), system_call("io_uring_setup", 8, 0),
-        system_call("keyctl", 0, 0), system_call("perf_event_open", 0, 0), system_call("userfaultfd", 0))),
+        system_call("keyctl", 0, 0), system_call("perf_event_open", 0, 0), system_call("userfaultfd", 0),
+        system_call("landlock_create_ruleset", 0, 0, 1), system_call("inotify_init1", 0))),
     Case("no privileges", """
 status = open("/proc/self/status").read()
 zero = [f"Cap{name}:\\t{0:016x}" for name in ("Inh", "Prm", "Eff", "Amb")]
@@ -401,6 +410,8 @@ GRADING = [
 
 MESSAGES = [
     Case("out of memory in words", "raise ValueError('slot out of memory range')", "runtime_error"),
+    Case("out of memory in words, most of it taken", "kept = b'x' * (110 << 20)\nraise ValueError('slot out of memory range')", "runtime_error"),
+    Case("ends itself, most of its memory taken", "import os\nkept = b'x' * (110 << 20)\nos.kill(os.getpid(), 9)", "runtime_error"),
     Case("out of memory in the text of an error", "#error std::bad_alloc", "compile_error", "cpp"),
 ]  # fmt: skip
 
@@ -458,6 +469,7 @@ int main() {
         ("awk", 'BEGIN { if (sprintf("%d", 2^40) == "1099511627776" && gensub(/(.)x/, "\\\\1", 1, "ax") == "a") print "yes" }', ""),
         ("php", "<?php if (ctype_digit('1') && iconv('UTF-8', 'ISO-8859-1', 'a') && posix_getpid()) echo 'yes';", ""),
         ("ruby", "require 'prime'; require 'matrix'; puts 'yes' if 7.prime? && Matrix[[1]].det == 1", ""),
+        ("ruby", "gem 'json'; puts 'yes' if RbConfig::CONFIG['ruby_version'] && Monitor.new.synchronize { true }", ""),
         ("ruby", "Gem.ruby_version; require 'matrix'; begin; require 'none'; rescue LoadError => e; puts 'yes' if e.path == 'none'; end", ""),
         ("java", "class Menu { void main() { System.out.println(\"yes\"); } }\nclass App { public static void main(String[] a) { new Menu().main(); } }", ""),
         ("java", 'class Text { String s = """\n  {{ " \\""" public class No { static void main(String[] a) \n  """; char c = \'"\', d = \'\\\'\'; }\n'

@@ -729,6 +729,7 @@ def test_what_a_tokenizers_file_carries_means_what_it_means_to_transformers(corp
         ({"config": {"added_tokens_decoder": {"5000": NEW}}}, "added_tokens_decoder: .*as 5000"),
         ({"config": {"added_tokens_decoder": {"0": {"content": "<|begin_of_text|>", "rstrip": True}}}}, "added_tokens_decoder: .*as 0"),
         ({"config": {"added_tokens_decoder": [3]}}, r"tokenizer_config\.json: "), ({"config": {"prompt_format": [3]}}, "prompt format"),
+        ({"config": {"split_special_tokens": True}}, "split_special_tokens"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_would_be_read_otherwise_is_refused(corpus, tmp_path, changes, message):

@@ -126,9 +126,29 @@ def test_what_is_kept(box):
             ("U.java", "U"),
         ),
         ("java", "package a.b;\npublic class C { void main(", ("C.java", "a.b.C")),
+        (
+            "java",
+            "class A { static class B { public static void main(String[] a) {} } } class C { void main() {} }",
+            ("C.java", "C"),
+        ),
+        (
+            "java",
+            "class A { static void main(String s) {} } class B { static void main(String a[]) {} }",
+            ("B.java", "B"),
+        ),
+        (
+            "java",
+            "class A$1 { static void main(int k, String[] s) {} } class B$ { static void main(String[] s) {} }",
+            ("B$.java", "B$"),
+        ),
         ("java", "", ("Main.java", "Main")),
+        (
+            "scala",
+            "class A { def main(a: Array[String]) = 1 }\nobject B { def main(k: Int) = 1 }\nobject C:\n  def main(a: Array[String]) =",
+            ("main.scala", "C"),
+        ),
         ("scala", 'class A\nobject S { val s = "}" }\nobject T extends App {', ("main.scala", "T")),
-        ("scala", "package p\nobject S {}\nobject T { def main(", ("main.scala", "p.T")),
+        ("scala", "package p\nobject S {}\nobject T { def main(a: Array[String]", ("main.scala", "p.T")),
         ("kotlin", "// package x\npackage demo.a\nfun main() {}", ("main.kt", "demo.a.MainKt")),
         ("kotlin", "fun main() {}", ("main.kt", "MainKt")),
         ("ada", "with X;\nprocedure Add_Up is", ("add_up.adb", "")),
@@ -297,6 +317,9 @@ GO_HARNESS = (
 
 
 def test_imports_of_go_are_gathered():
+    assert (
+        sandbox._put('import "a(b"\nfunc f() {}', GO_HARNESS, "go", "w").count("import") == 1
+    )  # no name, and no pattern
     answer = 'package main\nimport (\n\t"math"\n\t"os" // unused\n\tm2 "math/rand/v2"\n)\nfunc f(x float64) float64 { return math.Sqrt(x) }'
     text = sandbox._put(answer, GO_HARNESS, "go", "w")
     assert text.startswith('package main\nimport "fmt"\nimport "math"\n') and text.count("import") == 2
@@ -313,6 +336,7 @@ MANY = 100_000
     [
         lambda: Demands("numbers").check({"stdout": "1"}, "1" * MANY + "x"),
         lambda: sandbox._source_name(sandbox.LANGUAGES["scala"], "\n" * MANY)[0] == "?",
+        lambda: sandbox._put("".join(f'import "a{i}"\n' for i in range(MANY)), GO_HARNESS, "go", "w") == "",
         *(
             lambda text=text: sandbox._source_name(sandbox.LANGUAGES["java"], text * MANY)[0] == "?"
             for text in ("/* ", "public ", '\\"', "\n", "'\\", 'r#"', "static ")
@@ -685,6 +709,8 @@ PROGRAM = '{"program": "print(1)", "language": "python", "tests": %s}'
         ("check FILE", PROGRAM % '["x"]', '"stdout" must be text in "x"'),
         ("check FILE", PROGRAM % "[{}]", '"stdout" must be text in {}'),
         ("check FILE", PROGRAM % '[{"stdout": "1", "stdin": null}]', '"stdin" must be text'),
+        ("check FILE", PROGRAM % '[{"stdout": "1", "args": ["a\\u0000"]}]', '"args" must be texts without NUL'),
+        ("check FILE", "[" * 200_000, ":1: "),
         ("check FILE", "\n", "no programs"),
         ("run FILE --tests FILE --wall 1e10", "", "invalid positive value: '1e10'"),
         ("check FILE --workers 0", "", "invalid positive value: '0'"),
