@@ -14,9 +14,9 @@
 
 A record whose `solutions` has several programming languages (PLs) is a *parallel program*: one
 function, written once in each. `prompts` {PL: statement} may word it otherwise for some PLs. A test may have `args`, a list
-of texts for the command line, and its `stdout` may be a list of accepted ones. How answers are run and compared, a record may
-say as sandbox.Demands does: `compare`, `tolerance`, `time_limit`, `memory_limit`, and `harness` for problems that ask for a
-function. Extra fields are kept;
+of texts for the command line, and its `stdout` may be a list of accepted ones. A record may also say how its answers are run
+and compared, by the fields of sandbox.Demands: `compare`, `tolerance`, `time_limit`, `memory_limit`, and `harness` for
+problems that ask for a function. Extra fields are kept;
 the embedded corpus adds `operations`, `function` (a hash of behaviour), `commented` (base's programs with comments),
 and for held-out problems `kind`, `phrase` (the reserved wording in it) and `distractors` (wrong programs a PL).
 
@@ -250,7 +250,7 @@ def read_records(path: str | Path, general: bool = False) -> list[dict]:
 
 
 def leave_out(records: Sequence[dict], faults: dict[str, str], what: str, mend: str, most: float = 1.0) -> list[dict]:
-    """The records, which are `what`, but for those whose ids have a fault; how many that are is printed.
+    """The records without those in `faults` (id: reason); prints how many of `what` are left out, and the first reason.
 
     ValueError with the mend if none is left, or more than the share `most` would go.
     """
@@ -357,7 +357,7 @@ def statement(record: dict, *languages: str) -> str:
 
 
 def home(function: str, languages: Sequence):
-    """The one of `languages` that a function (a hash of it, or an id) is shown in where it is shown in one."""
+    """The PL in which a mixture that shows each function in one PL shows this one: always the same, by a hash or id."""
     return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
 
@@ -434,7 +434,7 @@ def pick(seed: str, i: int, count: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _turns(seed: str, turns: tuple[int, ...]) -> list[tuple[int, int]]:
-    """One pass, in which item k has turns[k] turns in a row: (place of its item in the pass, turn) of each."""
+    """A shuffled pass in which item k has turns[k] places in a row: for each place, its item's number and which turn."""
     return [(place, turn) for place, k in enumerate(_shuffle(seed, len(turns))) for turn in range(turns[k])]
 
 
@@ -803,7 +803,7 @@ def extract(response: str, language: str) -> str | None:
 
 
 class LeftOut(ValueError):
-    """Why a row is none that records are made of; counted and said."""
+    """Raised for a row that gives no record; the reason is counted and printed."""
 
 
 class Row(dict):
@@ -830,7 +830,7 @@ class Row(dict):
             raise RecordError(f"{self.where}: field {field!r}: not JSON ({error})") from None
 
     def program(self, name: str, text: str) -> dict:
-        """The part of a record that one program is; of a PL that we do not have it is empty, and counted."""
+        """The part of a record that a program makes up: empty, and counted, if its PL is none of ours."""
         try:
             return {public_language(name): [text]}
         except LeftOut as reason:
@@ -1902,7 +1902,9 @@ SPLITS = ("base", "train", "rl", "dev", "test")
 class CorpusSettings:
     out: str = flag("runs/data", "folder to write base, train, rl, dev and test.jsonl.gz and tokenizer.json into")
     sft: tuple = flag(("python", "javascript", "ruby", "php"), "PLs of SFT, the source PL of RL first")
-    unseen: tuple = flag(("perl", "lua", "bash", "tcl"), "PLs that base shows, but neither SFT nor RL")
+    unseen: tuple = flag(
+        ("perl", "lua", "bash", "tcl"), "PLs that only base documents show, also where SFT replays them; never RL"
+    )
     seed: int = flag(0, "seed of everything in the corpus")
     base: int = flag(12000, "functions drawn for base, each shown as a document of one PL", least=1)
     train: int = flag(1500, "problems for SFT", least=1)
@@ -1911,7 +1913,7 @@ class CorpusSettings:
     reserved: int = flag(60, "problems in dev and in test with a reserved wording", least=1)
     tests: int = flag(4, "tests per problem", least=1)
     lengths: tuple = flag((0.2, 0.4, 0.4), "shares of base and SFT with one, two, three ... operations", type=float)
-    asked: tuple = flag((0.2, 0.7, 0.1), "the same of the problems of RL, dev and test", type=float)
+    asked: tuple = flag((0.2, 0.7, 0.1), "the same shares for the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
     weak: int = flag(130, "documents of base with a reserved wording, all in the source PL", least=0)
@@ -1960,7 +1962,7 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
 
 
 def distractors(function: Function, phrase: Reserved) -> list[Function]:
-    """`function` with another operation at the reworded step: what one takes it for who does not know the phrase."""
+    """What someone might write who does not know the reserved phrase: another operation at that step."""
     kind, steps = function
     at = [name for name, _ in steps].index(phrase.operation)
     own, others = OPERATIONS[phrase.operation], []
@@ -1976,7 +1978,7 @@ class Corpus:
 
     def __init__(self, s: CorpusSettings):
         self.s, self.roles = s, corpus_roles(s)
-        # Base shows a function in one of these: in the source twice as often, for nobody else has its people's words.
+        # Base shows a function in one of these: twice as often in the source PL, whose wordings no other PL's documents have.
         self.homes = (self.roles.source, *self.roles.everything)
 
     def split_of(self, function: Function) -> str:
@@ -2111,7 +2113,7 @@ LITERAL = re.compile(r'"((?:\\.|[^"\\\n])*)"|\'((?:\\.|[^\'\\\n])*)\'|(?<![\w.])
 
 
 def literals(text: str) -> set[str]:
-    """Strings and numbers in the text of a program; of two characters or more: others say nothing."""
+    """Strings and numbers in the text of a program, of two characters or more: shorter ones are too common to tell."""
     found = {"".join(groups).strip() for groups in LITERAL.findall(text)}
     return {x for x in found if len(x) > 1 and not re.search("(?i)error|exception|fail|test case", x)}
 
@@ -2137,7 +2139,7 @@ def hard_coded(record: dict) -> set[str]:
 
 
 def sift(record: dict, results: dict[str, sandbox.Result], drop: Callable[..., None]) -> dict | None:
-    """The record with what holds of it, given the results of its programs by PL; drop(what, why) is told the rest."""
+    """The record with its right programs and tests alone, or None; `results`: by PL; drop(what, why) for what goes."""
     listed, ran = hard_coded(record), {p: r for p, r in results.items() if r.tests and not record.get("harness")}
     passes = [[r.tests[i].verdict == "ok" for r in ran.values()] for i in range(len(record["tests"]))]
     # Programs that agree against a test are right, where there is a test that they pass; one alone is not.
@@ -2208,7 +2210,7 @@ def verify(s: VerifySettings) -> None:
 
 
 def keep(paths: Sequence[Path], s: VerifySettings, results: dict[str, dict]) -> None:
-    """Writes each file's records anew with what holds of them, and dropped.json with the reasons for the rest."""
+    """Writes each file's records with what is right in them alone, and dropped.json with the reasons for the rest."""
     dropped, kept = [], {}
     for path in paths:
         records = kept[path.name] = []
@@ -2322,7 +2324,7 @@ def show(s: ShowSettings, name: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """make, verify or show: the first word says which, the rest are its flags."""
+    """The first word names the command, the rest are its arguments."""
     name, rest = (argv[0] if argv else "--help"), list(argv[1:])
     if name == "make":
         command(make, CorpusSettings, "Writes the embedded corpus, its roles of PLs and its tokenizer.", rest)

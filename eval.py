@@ -1,4 +1,5 @@
-"""How well checkpoints solve held-out problems, per PL, what RL in one PL gave the others, and how alike equals look.
+"""How well checkpoints solve held-out problems, per PL, what RL in one PL gave the others, and how
+similar the representations of equal programs are.
 
     python eval.py                                    # every run folder under runs/ that has a checkpoint
     python eval.py --models base=runs/base rl=runs/rl # these, under these names
@@ -15,7 +16,7 @@
 
 Prints one Markdown table per kind of problem and measure, with the PLs in three parts: the source PL
 of RL, the other SFT PLs, and the unseen PLs; and writes eval.json (the tables' cells), outcomes.json (every problem's
-verdicts, every pair of PLs) and table.md. rl.py samples and grades with the same `sample` and `grade`.
+verdicts, every pair of PLs) and table.md. rl.py samples and grades with the same `roll_out` and `grade`.
 
 Our choices:
 
@@ -703,13 +704,15 @@ class Settings:
     to: tuple = flag((), "PLs to write programs in")
     source: str = flag("python", "PL to translate from, where a record has it; else the first that it has")
     keep: str = flag("", "folder for the records with their new programs, and ledger.txt with every try")
-    out: str = flag("runs/eval", "folder for table.md, eval.json and figures")
+    out: str = flag("runs/eval", "folder for table.md, eval.json, outcomes.json and figures")
     join: tuple = flag((), "eval.json files, one a seed: join them, weigh the claims, and evaluate nothing")
     curves: tuple = flag((), "run folders of rl.py: draw reward and pass@1 by step, and evaluate nothing")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
     representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
-    plots: bool = flag(False, "draw passes.png and, of --representations, retrieval.png; needs matplotlib")
+    plots: bool = flag(
+        False, "draw passes.png, transfer.png and, of --representations, retrieval.png; needs matplotlib"
+    )
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all", least=0)
     split: str = flag("test", "held-out problems: dev, on which settings are chosen, or test", choices=("dev", "test"))
     by: str = flag("kind", "the field of the records that tells kinds of problems apart")
@@ -720,7 +723,7 @@ class Settings:
     top_p: float = flag(1.0, "draw the samples from the likeliest tokens of TOP_P probability together; 1 means all")
     max_new_tokens: int = flag(320, "token budget of a response", least=1)
     rows: int = flag(0, "responses to write at a time; 0: what a GPU's free memory holds, 512 on a CPU", least=0)
-    workers: int = flag(0, "programs to run at once; 0 means one a core", least=0)
+    workers: int = flag(0, "programs to run at once; 0 shares the cores out over the ranks of a host", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")

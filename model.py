@@ -296,7 +296,7 @@ class Products(torch.autograd.Function):
 
 
 def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """Each layer's output for x (..., D): of one product where `join` has put their weights below each other.
+    """Each layer's output for x (..., D): by one product where `join` has put their weights below each other.
 
     Only without gradients. In training the weights stay apart, for FSDP to gather and forget.
     """
@@ -366,7 +366,7 @@ class RMSNorm(nn.RMSNorm):
         return y
 
 
-# A call of which only the arguments are kept; the backward pass makes it once more.
+# Activation checkpointing: keeps a call's arguments alone, and repeats the call in the backward pass.
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -861,7 +861,7 @@ def stored(folder: Path) -> Iterator[tuple[Path, str, Any]]:
 
 
 def check_weights(folder: Path, model: Llama, twin: bool) -> list[str]:
-    """The dtypes of the tensors in `folder`; ValueError if they do not fit `model`. twin: there may be a tied head."""
+    """The dtypes of the tensors in `folder`; ValueError if they do not fit `model`. twin: a copy of a tied head may be there."""
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     extra, wrong, kinds = {HEAD: shapes[EMBED]} if twin else {}, {}, {}
     for path, name, part in stored(folder):
@@ -879,7 +879,7 @@ def check_weights(folder: Path, model: Llama, twin: bool) -> list[str]:
 
 
 def whole(x: Tensor) -> Tensor:
-    """x itself, put together on every rank if it is sharded."""
+    """x, gathered on every rank if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -938,8 +938,8 @@ def split_files(sizes: dict[str, int], limit: float) -> list[list[str]]:
 def save(model: Llama, folder: str | os.PathLike, file_bytes: float = 5e9, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and safetensors into `folder`, which holds no weights yet (else ValueError), as `dtype`.
 
-    Of several ranks, which all call it, the first writes, a file's tensors at a time. What must not be found
-    half-written is for the caller to rename.
+    Of several ranks, which all call it, the first writes, a file's tensors at a time. Not atomic: write into a temporary
+    folder and rename it.
     """
     folder, weights = Path(folder), model.state_dict()
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -977,7 +977,7 @@ LOG2E = 1.4426950408889634  # exp(x) = exp2(x LOG2E), and exp2 is what the hardw
 
 
 def on_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels compute what has to do with x: the device alone decides."""
+    """Whether the Triton kernels compute this: on a GPU, or anywhere with TRITON_INTERPRET=1."""
     return x.is_cuda or INTERPRET
 
 
@@ -1285,9 +1285,9 @@ def sample_row(logits, temperature, seed, token, logprob, V, PER_ROW: tl.constex
     """A token of one row, and its log-prob, in one read of the row.
 
     Each of LANES lanes takes 8 logits in turn, and keeps their maximum and sum of exp, in units of log 2, without
-    waiting for the others. Then the lanes race by their log-sum-exp, and after them the tokens of the lane that
-    won: the probability of the lane times that of the token in it is the token's, so noise is drawn for LANES
-    numbers and for one lane's tokens, not for V. Temperature 0 takes the first of the largest logits.
+    waiting for the others. Then Gumbel-max in two stages: a lane is drawn by the probability of all its tokens, then a
+    token within it. So noise is needed for LANES numbers and for one lane's tokens, not for V. Temperature 0 takes
+    the first of the largest logits.
     """
     r, lanes, width = tl.program_id(0), tl.arange(0, LANES), LANES * 8
     row, noise, LN2 = logits + r.to(tl.int64) * V, tl.load(seed), 0.6931471805599453

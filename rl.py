@@ -15,8 +15,9 @@ choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 1. A group whose rewards are all equal teaches nothing. So a step samples further problems, round after round,
    until `--informative` groups have spread, and trains these alone: the dynamic sampling of DAPO
    (arXiv 2503.14476, section 3.2), but for keeping all groups with spread of the last round.
-2. One denominator per update, the number of response tokens in it, as in DAPO (equation 8 there): not a mean per
-   response, which would weigh a token by its response's length. `--denominator budget` is Dr. GRPO's.
+2. One denominator per update, the number of response tokens in the groups that are trained, as in DAPO (equation
+   8 there): not a mean per response, which would weigh a token by its response's length. `--denominator budget` is
+   Dr. GRPO's.
 3. No KL penalty and no reference model, unless `--kl` is given.
 4. Sampler and trainer score one distribution, softmax(logits / temperature) over the whole
    vocabulary; |Δ log p| between them is logged. The ratio's denominator is what the sampler drew with.

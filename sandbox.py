@@ -144,7 +144,7 @@ class Language:
     overhead: int = 16  # MB that the runtime itself takes beside the program's own memory
     version: str = ""  # command that prints the version, where it is not the compiler or interpreter with --version
     warm: str = ""  # shell lines that prepare $OUT, which {cache} and $CACHE will be
-    sysroot: str = ""  # arguments that make a tool print the prefix of the one it stands for
+    sysroot: str = ""  # arguments that make a proxy, such as rustup's, print where the real tool lives
     libraries: dict[str, str] = field(default_factory=dict)  # that tests of public problems call: package -> its file
 
 
@@ -533,7 +533,7 @@ class Demands:
 
 
 def demands(record: dict) -> Demands:
-    """A record's demands. Raises ValueError naming the field that is none, and the mend."""
+    """A record's demands. Raises ValueError naming the field that is not valid, and the mend."""
     own = {f.name: record[f.name] for f in fields(Demands) if f.name in record}
 
     def need(name: str, right: Callable[[object], bool], mend: str) -> None:

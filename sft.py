@@ -120,8 +120,8 @@ def trained_tokens(rows: Sequence[Example]) -> int:
 class World:
     """The ranks that train together: those that torchrun started, or this process alone.
 
-    Every method is a collective: all ranks call it, in the same order. Lesser ranks print nothing to
-    standard output; an error names its rank. `device` is this rank's: of "cuda", the local one.
+    Entering, leaving, `sum` and `gather` are collectives: every rank calls them, in the same order. Lesser ranks print
+    nothing to standard output; an error names its rank. `device` is this rank's: of "cuda", the local one.
     """
 
     def __init__(self, device: str):
@@ -242,7 +242,7 @@ class Hardware:
 
 
 class Learner:
-    """A model, its optimizer, and the loop over micro-batches that accumulates one update's gradient.
+    """A model and its optimizer on all ranks: splits rows into micro-batches, adds up gradients, steps.
 
     With more than one rank, or in bfloat16, `model` is sharded: call it, but do not read its weights.
     """
@@ -315,7 +315,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def broken(path: Path, error: BaseException) -> ValueError:
-    """That `path`, part of a checkpoint, cannot be read."""
+    """The error for `path`, a part of a checkpoint, that cannot be read."""
     return ValueError(f"{path}: not whole ({cause(error)}); delete {path.parent}, or give another --out")
 
 
@@ -372,7 +372,7 @@ def fitting(
     tokenizer: Tokenizer, limit: int, records: Sequence[dict], answers: Callable[[dict], Sequence[Sequence[str]]],
     what: str, budget: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """The records, which are `what`, whose prompts and answers `limit` positions hold; more than LEFT_OUT must.
+    """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most LEFT_OUT may be too long.
 
     `answers`: the PLs of each answer that is asked for. An answer has `budget` tokens, or with 0 as many as the
     record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
@@ -398,7 +398,7 @@ def fitting(
 
 
 def digest(folder: str | Path, splits: Sequence[str], *files: Path) -> str:
-    """Of the bytes of `splits` and of languages.json in a data folder, and of `files`."""
+    """A hash of the bytes of `splits` and of languages.json in a data folder, and of `files`."""
     paths = [p for name in splits for p in sorted(Path(folder).glob(f"{name}.jsonl*"))]
     total = hashlib.sha256()
     for path in (*paths, Path(folder) / "languages.json", *files):
@@ -416,7 +416,7 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    What is done so far: `step`, examples or problems `drawn`, `tokens` seen (RL: trained), `seconds` of each phase.
+    What is done so far: `step`, examples or problems `drawn`, `tokens` seen, prompts included (RL: response tokens trained), `seconds` of each phase.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
@@ -578,7 +578,7 @@ class Settings(Hardware):
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's own)", choices=tuple(FORMATS))
     tokens: int = flag(0, "tokens to train on, prompts included; 0: 2,000,000 for base, else 1,000,000", least=0)
-    batch: int = flag(1024, "tokens per update, over all ranks, but for the rest of the last sequence", least=1)
+    batch: int = flag(1024, "tokens per update, over all ranks; the last sequence may go beyond", least=1)
     lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 1e-3", least=0)
     warmup: float = flag(0.05, "share of the run over which the learning rate rises", least=0, most=1)
     weight_decay: float = flag(0.1, "AdamW's decay of matrices", least=0)
@@ -615,7 +615,7 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
 
 
 def each_alone(record: dict) -> list[tuple[str, ...]]:
-    """The record's PLs, an answer in each; of general data, whose answer is in none, one."""
+    """The PLs of the record's answers, one answer each; general data has one, in no PL."""
     return [(p,) for p in record["solutions"]] or [()] * ("answer" in record)
 
 
