@@ -43,6 +43,9 @@ Our choices:
    does not count, texts of the same tokens in another order are alike. "bag of tokens" is what counts of tokens give.
 9. The tables show the block in the middle for programs, the last one for prompts, whatever the results; outcomes.json
    has all layers. Intervals of differences of cosines are normal ones over the problems.
+
+In this order: rollouts and their grades; estimates; forced choice; representations; tables; claims over seeds; figures;
+the command line, programs from a model (--translate), the command itself.
 """
 
 import contextlib

@@ -28,6 +28,8 @@ choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 7. A step whose groups all lack spread changes nothing, momentum included.
 8. Each rank samples, grades and trains on whole groups of its own, from a whole copy of the weights
    in the trainer's precision, refreshed before each rollout phase.
+
+In this order: `advantages` and the objective; `update`, one step of the optimizer; the run, from rollouts to the loop.
 """
 
 import os

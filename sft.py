@@ -24,6 +24,9 @@ Our choices, where the Parallel-SFT paper leaves freedom or is silent:
    and so are the checkpoint's; the masters are the trainer's own.
 
 Axes: T tokens of a packed row; V vocabulary.
+
+In this order: rows to tensors; ranks; the optimizer; `Learner`, a model in training, and `Run`, a run folder with its
+checkpoints, which rl.py uses too; and the stage itself: settings, `update`, the loop.
 """
 
 import contextlib
@@ -416,7 +419,8 @@ class Run:
 
     A checkpoint is written under a temporary name and renamed, so that a half-written one is never
     found. The metrics file is cut back to where the checkpoint left it, so that none stands twice.
-    What is done so far: `step`, examples or problems `drawn`, `tokens` seen, prompts included (RL: response tokens trained), `seconds` of each phase.
+    What is done so far: `step`, examples or problems `drawn`, `tokens` seen, prompts included (RL: response tokens
+    trained), `seconds` of each phase.
     """
 
     def __init__(self, out: str | Path, settings, world: World):
