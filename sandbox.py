@@ -164,8 +164,8 @@ _ON_NODE = {
     "overhead": 128,
 }
 _LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
-# Ruby starts eight times faster without its gems, which this loads once a program asks for one; messages of errors then
-# lack the hints of did_you_mean.
+# Ruby starts eight times faster without its gems. This loads them once a program asks for one, and what adds hints to
+# the messages of errors once a program asks for a message.
 _GEMS = """autoload :Gem, "rubygems"
 autoload :Monitor, "monitor"
 autoload :MonitorMixin, "monitor"
@@ -180,7 +180,15 @@ module Kernel
     Gem
     require name
   end)
-end"""
+end
+hints = Module.new do
+  define_method(:to_s) do
+    next super() if defined?(DidYouMean)
+    ["error_highlight", "did_you_mean"].each { |name| require name }
+    to_s
+  end
+end
+[NameError, KeyError, LoadError, NoMatchingPatternKeyError].each { |kind| kind.prepend(hints) }"""
 _CPP = "g++ -std=gnu++20 -O1 -w"
 _FAST_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData"
 _JAVA = f"-ea {_FAST_JVM} -Xshare:auto -Djava.io.tmpdir={{tmp}} -Xss256m -Xmx{{mb}}m"

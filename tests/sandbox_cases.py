@@ -470,6 +470,8 @@ int main() {
         ("php", "<?php if (ctype_digit('1') && iconv('UTF-8', 'ISO-8859-1', 'a') && posix_getpid()) echo 'yes';", ""),
         ("ruby", "require 'prime'; require 'matrix'; puts 'yes' if 7.prime? && Matrix[[1]].det == 1", ""),
         ("ruby", "gem 'json'; puts 'yes' if RbConfig::CONFIG['ruby_version'] && Monitor.new.synchronize { true }", ""),
+        ("ruby", "begin; {foo: 1}.fetch(:fo); rescue KeyError => e; end\nbegin; [].lenght; rescue NameError => f; end\n"
+                 "puts 'yes' if e.message.end_with?('Did you mean?  :foo') && f.message.include?('^^^^^^') && f.message.end_with?('length')", ""),
         ("ruby", "Gem.ruby_version; require 'matrix'; begin; require 'none'; rescue LoadError => e; puts 'yes' if e.path == 'none'; end", ""),
         ("java", "class Menu { void main() { System.out.println(\"yes\"); } }\nclass App { public static void main(String[] a) { new Menu().main(); } }", ""),
         ("java", 'class Text { String s = """\n  {{ " \\""" public class No { static void main(String[] a) \n  """; char c = \'"\', d = \'\\\'\'; }\n'
