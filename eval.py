@@ -648,7 +648,7 @@ def draw_transfer(cells: Sequence[dict]):
     for column, arm in itertools.product((source, *TARGETS.values()), arms):
         for model, prefix in (("before RL", ""), ("after RL", "rl-")):
             if c := own.get((prefix + arm, column)):
-                bars.append(c | {"group": column, "column": arm, "model": model})
+                bars.append(c | {"measure": f"{GREEDY}, {RESERVED}", "group": column, "column": arm, "model": model})
     return draw(bars, "arm")
 
 
