@@ -212,6 +212,11 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
     return record
 
 
+def first_kind(records: Sequence[dict]) -> list[dict]:
+    """Of held-out problems those of the first `kind`: in the embedded corpus those in each PL's own words."""
+    return [r for r in records if r.get("kind") == records[0].get("kind")]
+
+
 def gradable(record: dict, language: str) -> bool:
     """Whether the record's tests can judge an answer in the PL."""
     return not record.get("harness") or language in record["harness"]

@@ -809,7 +809,7 @@ def measure_representations(
     """The cells of all models, and model -> view and measure -> "PL → PL" -> a mean for each layer."""
     cells, means = [], defaultdict(lambda: defaultdict(dict))
     for view, (rows_of, shown) in VIEWS.items():
-        own = records if view == "programs" else [r for r in records if r.get("kind") == records[0].get("kind")]
+        own = records if view == "programs" else data.first_kind(records)
         own, titles, before = distinct(own, languages), parts(roles, languages, view), len(cells)
         for name, checkpoint in models.items():
             model, tokenizer = open_checkpoint(checkpoint, world, s)

@@ -643,7 +643,7 @@ def choose_examples(m: Mixture, limit: int) -> Mixture:
 def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
     records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each_alone, "held-out problems")
-    records = [r for r in records if r.get("kind") == records[0].get("kind")]
+    records = data.first_kind(records)
     rows = defaultdict(list)
     for record in records[: s.eval_problems]:
         for language in record["solutions"]:
