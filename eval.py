@@ -74,7 +74,7 @@ import data
 import sandbox
 from data import FORMATS, Roles, Tokenizer, flag
 from model import PREFILL_TOKENS, ROWS, Config, Llama, generate, wide
-from sft import DTYPES, World, collate, fitting, newest_checkpoint, open_checkpoint, pack, starting_point
+from sft import PRECISIONS, World, collate, fitting, newest_checkpoint, open_checkpoint, pack, starting_point
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts: what the model wrote, and what came of it
@@ -730,7 +730,7 @@ class Settings:
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag("", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=DTYPES)
+    precision: str = flag("", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=PRECISIONS)
     format: str = flag("", "prompt format (default: the checkpoint's)", choices=tuple(FORMATS))
 
 

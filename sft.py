@@ -229,7 +229,7 @@ def schedule(progress: float, warmup: float) -> float:
 # --------------------------------------------------------------------------------------------------
 # Learner: a model in training on all ranks. rl.py uses the same.
 
-DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Hardware:
     """The flags that say how an update is computed, which sft.py and rl.py share."""
 
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    precision: str = flag("", "what to compute in (default: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES)
+    precision: str = flag("", "what to compute in (default: bfloat16 on a GPU, float32 on a CPU)", choices=PRECISIONS)
     shard: int = flag(0, "ranks that share a copy of the weights: 1 is data parallelism, 0 means all", least=0)
     micro_tokens: int = flag(1024, "tokens in one forward pass on each rank; a longer sequence goes alone", least=1)
     recompute: bool = flag(False, "recompute activations in the backward pass: a third more work, far less memory")
