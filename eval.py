@@ -444,7 +444,7 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
-def spread(values: Sequence[float]) -> dict:
+def over_seeds(values: Sequence[float]) -> dict:
     """Mean and 95% t-interval of one value a seed: endless for a single seed, nan where a value is."""
     n, centre = len(values), sum(values) / len(values)
     half = math.inf
@@ -463,7 +463,7 @@ def join_cells(runs: Sequence[list[dict]]) -> list[dict]:
         if len(same) != len(runs):
             raise ValueError(f"--join: {len(runs)} files, but {len(same)} of {', '.join(place)}; evaluate all alike")
         problems = sum(c["problems"] for c in same)
-        joined.append({**same[0], **spread([c["value"] for c in same]), "problems": problems})
+        joined.append({**same[0], **over_seeds([c["value"] for c in same]), "problems": problems})
     return joined
 
 
@@ -542,7 +542,7 @@ def claims(runs: Sequence[list[dict]]) -> list[dict]:
 
     def add(claim: str, decides: bool, text: str, value: Callable[[Study], float]) -> None:
         values = [value(study) for study in studies]
-        rows.append({"claim": claim, "decides": decides, "text": text, "values": values, **spread(values)})
+        rows.append({"claim": claim, "decides": decides, "text": text, "values": values, **over_seeds(values)})
 
     there = {column for measure, group, _, column in studies[0].cells if (measure, group) == (GREEDY, RESERVED)}
     targets = {part: column for part, column in TARGETS.items() if column in there}
@@ -617,17 +617,17 @@ def draw(cells: Sequence[dict], x_label: str = "PL"):
         own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
         at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
         values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
-        spread = [
+        errors = [
             [max(0, min(100, b - a)) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))
         ]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         if model == "chance":
             look = {"color": "black", "linestyle": ":"}
         if lines:
-            axis.errorbar(at, values, spread, elinewidth=0.7, label=model, **look)
+            axis.errorbar(at, values, errors, elinewidth=0.7, label=model, **look)
         else:
             axis.bar(
-                at, values, width, color=look["color"], label=model, yerr=spread, capsize=1.5, error_kw={"lw": 0.7}
+                at, values, width, color=look["color"], label=model, yerr=errors, capsize=1.5, error_kw={"lw": 0.7}
             )
         axis.set_title(title, fontsize="medium")
     first, step = axes[0, 0], 1 + len(places) // 12 if lines else 1

@@ -174,16 +174,16 @@ def test_a_record_says_its_kind_and_its_phrase():
     ],
 )  # fmt: skip
 def test_a_mean_over_seeds_has_a_t_interval(values, t):
-    got, n = evaluation.spread(values), len(values)
+    got, n = evaluation.over_seeds(values), len(values)
     half = t * (sum((x - sum(values) / n) ** 2 for x in values) / (n - 1)) ** 0.5 / n**0.5
     assert (got["value"], got["seeds"]) == (sum(values) / n, n)
     assert (got["low"], got["high"]) == pytest.approx((sum(values) / n - half, sum(values) / n + half), rel=1e-4)
 
 
 def test_an_interval_of_one_seed_is_endless_and_of_many_no_narrower_than_it_should():
-    alone = evaluation.spread([0.5])
+    alone = evaluation.over_seeds([0.5])
     assert (alone["low"], alone["value"], alone["high"]) == (-math.inf, 0.5, math.inf)
-    many = evaluation.spread(range(40))
+    many = evaluation.over_seeds(range(40))
     assert (many["high"] - many["value"]) * 40**0.5 / stdev(range(40)) >= 2.023  # t of 39 degrees of freedom
 
 
