@@ -298,7 +298,7 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
 @dataclass(frozen=True)
 class Roles:
     """The part of each PL: `sft` are shown in SFT, the first of them is the source of RL; `unseen`
-    are in the base model's data alone and only evaluated. DATA/languages.json holds them."""
+    occur in base documents alone, also where SFT replays those, and are evaluated. DATA/languages.json holds them."""
 
     sft: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -362,7 +362,7 @@ def statement(record: dict, *languages: str) -> str:
 
 
 def home(function: str, languages: Sequence):
-    """The PL in which a mixture that shows each function in one PL shows this one: always the same, by a hash or id."""
+    """The one of `languages` in which a function is shown where it is shown in one: by its hash (or id), always the same."""
     return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
 
@@ -439,7 +439,7 @@ def pick(seed: str, i: int, count: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _turns(seed: str, turns: tuple[int, ...]) -> list[tuple[int, int]]:
-    """A shuffled pass in which item k has turns[k] places in a row: for each place, its item's number and which turn."""
+    """A shuffled pass in which item k has turns[k] examples in a row: for each, its item's place in the pass and which turn."""
     return [(place, turn) for place, k in enumerate(_shuffle(seed, len(turns))) for turn in range(turns[k])]
 
 
@@ -1908,7 +1908,7 @@ class CorpusSettings:
     out: str = flag("runs/data", "folder to write base, train, rl, dev and test.jsonl.gz and tokenizer.json into")
     sft: tuple = flag(("python", "javascript", "ruby", "php"), "PLs of SFT, the source PL of RL first")
     unseen: tuple = flag(
-        ("perl", "lua", "bash", "tcl"), "PLs that only base documents show, also where SFT replays them; never RL"
+        ("perl", "lua", "bash", "tcl"), "PLs of base documents alone, which SFT may replay; never of RL"
     )
     seed: int = flag(0, "seed of everything in the corpus")
     base: int = flag(12000, "functions drawn for base, each shown as a document of one PL", least=1)
@@ -1998,7 +1998,8 @@ class Corpus:
         for _ in range(10_000):
             count = rng.choices(range(1, len(lengths) + 1), lengths)[0]
             function = random_function(rng, count, must)
-            if self.split_of(function) == split and language in ("", home(fingerprint(function), self.homes)):
+            at_home = not language or home(fingerprint(function), self.homes) == language
+            if at_home and self.split_of(function) == split:
                 return function
         where = f"{split}{must and ' with ' + must}{language and ' at home in ' + language}"
         raise ValueError(f"found no function for {where}; allow longer ones")
@@ -2144,7 +2145,8 @@ def hard_coded(record: dict) -> set[str]:
 
 
 def sift(record: dict, results: dict[str, sandbox.Result], drop: Callable[..., None]) -> dict | None:
-    """The record with its right programs and tests alone, or None; `results`: by PL; drop(what, why) for what goes."""
+    """The record with its right programs and tests alone, None if none is right. `results` are by PL; drop(what, why) is
+    called for each part left out."""
     listed, ran = hard_coded(record), {p: r for p, r in results.items() if r.tests and not record.get("harness")}
     passes = [[r.tests[i].verdict == "ok" for r in ran.values()] for i in range(len(record["tests"]))]
     # Programs that agree against a test are right, where there is a test that they pass; one alone is not.
@@ -2241,7 +2243,7 @@ class SplitSettings:
     data: str = flag("runs/problems", "folder of records, or one JSONL file")
     out: str = flag("runs/data", "folder to write train, rl, dev and test.jsonl.gz and languages.json into")
     sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that most programs are in)")
-    unseen: tuple = flag((), "PLs that SFT and RL never show (default: up to four others that can be tested here)")
+    unseen: tuple = flag((), "PLs that occur in base documents alone, which SFT may replay")
     rl: float = flag(0.2, "share of the problems for RL", least=0, most=1)
     held_out: float = flag(0.1, "share of the problems for dev, and the same for test", least=0, most=0.5)
     seed: int = flag(0, "seed of the order in which problems are dealt")
@@ -2324,7 +2326,8 @@ def show(s: ShowSettings, name: str) -> None:
             if record["id"] == name:
                 statements = dict.fromkeys([record["prompt"], *record.get("prompts", {}).values()])
                 print(*statements, *record["tests"], "", sep="\n")
-                return print(beside(record["solutions"], shutil.get_terminal_size((160, 50)).columns))
+                print(beside(record["solutions"], shutil.get_terminal_size((160, 50)).columns))
+                return
     fail(f"{s.data}: no record {name!r}; the embedded corpus has base-N, train-N, rl-N, dev-own-N and dev-reserved-N")
 
 

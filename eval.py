@@ -49,6 +49,7 @@ the command line, programs from a model (--translate), the command itself.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -406,6 +407,12 @@ def control_cells(cells: Sequence[dict], bag: Sequence[dict]) -> list[dict]:
     return [tokens[measure, column] | place for (measure, _, column), place in own.items()]
 
 
+def guess(records: Sequence[dict], by: str, cell: dict) -> float:
+    """The share of forced choices that guessing gets right, over the records of the cell's kind."""
+    options = [w for r in records if group_of(r, by) == cell["group"] for w in r.get("distractors", {}).values() if w]
+    return mean(1 / (len(wrong) + 1) for wrong in options)
+
+
 def chance_cells(cells: Sequence[dict], measure: str, chance: Callable[[dict], float]) -> list[dict]:
     """A row more for each table of `measure`: what guessing gives."""
     places = {(c["group"], c["column"]): c for c in cells if c["measure"] == measure}
@@ -603,13 +610,14 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def draw(cells: Sequence[dict], x_label: str = "PL"):
+def draw(cells: Sequence[dict], x_label: str = "PL", side_by_side: bool = False):
     """A figure of all models: lines over layers, a panel for each column; or bars over columns, one for each group."""
     lines = "layer" in cells[0]
     panel, x = ("column", "layer") if lines else ("group", "column")
     panels, places, models = (list(dict.fromkeys(c[name] for c in cells)) for name in (panel, x, "model"))
-    row = lines or x_label != "PL"
-    shape, size = ((1, len(panels)), (9, 3.8)) if row else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
+    shape, size = (
+        ((1, len(panels)), (9, 3.8)) if lines or side_by_side else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
+    )
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot().subplots(*shape, figsize=size, **options)
     width = 0.06 if lines else 0.84 / len(models)
@@ -617,9 +625,8 @@ def draw(cells: Sequence[dict], x_label: str = "PL"):
         own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
         at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
         values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
-        errors = [
-            [max(0, min(100, b - a)) for a, b in zip(*ends, strict=True)] for ends in ((low, values), (values, high))
-        ]
+        most = math.inf if lines else 100  # of one seed no interval has an end
+        errors = [[max(0, min(most, b - a)) for a, b in zip(*e, strict=True)] for e in ((low, values), (values, high))]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         if model == "chance":
             look = {"color": "black", "linestyle": ":"}
@@ -649,11 +656,12 @@ def draw_transfer(cells: Sequence[dict]):
         for model, prefix in (("before RL", ""), ("after RL", "rl-")):
             if c := own.get((prefix + arm, column)):
                 bars.append(c | {"measure": f"{GREEDY}, {RESERVED}", "group": column, "column": arm, "model": model})
-    return draw(bars, "arm")
+    return draw(bars, "arm", side_by_side=True)
 
 
-CURVES = {"reward": "mean reward", "no_spread": "groups without spread", "entropy": "entropy, nats"}
-CURVES |= {"held_out": "pass@1 on dev"}
+CURVES = {
+    "reward": "mean reward", "no_spread": "groups without spread", "entropy": "entropy, nats", "held_out": "pass@1 on dev",
+}  # fmt: skip
 
 
 def draw_curves(folders: Sequence[Path]):
@@ -857,8 +865,7 @@ def evaluate_models(s: Settings) -> list[dict]:
         if s.sampling:
             measures = measure(s, world, models, records, languages)
             cells = make_cells(measures, columns(roles, languages))
-            shares = [1 / (len(wrong) + 1) for r in records for wrong in r.get("distractors", {}).values() if wrong]
-            cells += chance_cells(cells, FORCED, lambda _: mean(shares))
+            cells += chance_cells(cells, FORCED, functools.partial(guess, records, s.by))
     if world.rank:
         return []
     cells += added

@@ -38,7 +38,7 @@ expected output stays: a program can't find it, and neither an early exit nor an
    be seen, and how many processors the machine has; the size of the scratch directory is only watched.
    Root's programs run as a user of their own, which has no name, and share /dev/shm with the host;
    others have none, so no semaphores of multiprocessing. There are no local sockets but pairs of
-   streams. /tmp is closed: TMPDIR names the program's own directory, which tmpfile() of C does not ask for.
+   streams. /tmp is closed, so tmpfile() of C, which heeds no TMPDIR, fails.
 3. Both: system calls filtered (no network, no memory outside the limits, no extended attributes,
    no large or young parts of the kernel), no privileges, no environment, no descriptors, limits
    per process, and watched limits on time and memory of all processes together.
@@ -49,12 +49,13 @@ channels, such as timing; a program that guesses or tells test inputs apart (wri
 an answer in a harness that alters what the harness calls, or reads the word it has to print from its own source;
 use of up to the limits by every worker at once (workers x memory should fit the machine). Memory and time are looked
 at every 20 ms: without a spare processor memory can overshoot in between (where the machine has none left, the kernel
-ends programs before the caller), and the time of children that live for less than a look and that nobody waits for
+ends programs before the caller, as a runtime_error), and the time of children that live for less than a look and that nobody waits for
 counts only against the wall limit. What sockets hold is not counted (up to 0.2 MB for each of 256 per process, and
-for 8 that wait to be accepted), nor what locks on parts of files and the kernel's lists of maps take; memory mapped to be shared counts
-as used in full, unless a second thread swaps its descriptor between the look and the mapping. At level `landlock`,
-nothing counts what is in files that have no name and are only mapped, or on their way through a socket, and files
-of the host that can be read can be locked. /proc/cpuinfo and what asks it, as node does, show the machine's processors.
+for 8 that wait to be accepted), nor what locks on parts of files and the kernel's lists of maps take; memory mapped to
+be shared counts as used in full, unless a second thread swaps its descriptor between the look and the mapping.
+/proc/cpuinfo and what asks it, as node does, show the machine's processors. At level `landlock`, nothing counts what is
+in files that have no name and are only mapped, that are on their way through a socket, or that stand in folders of
+others in /dev/shm which are open to all; and files of the host that can be read can be locked.
 
 **Where to find what**, in order:
 
@@ -165,7 +166,7 @@ _ON_NODE = {
 }
 _LODASH = {"node-lodash": "/usr/share/nodejs/lodash/package.json"}
 # Ruby starts eight times faster without its gems. This loads them once a program asks for one, and what adds hints to
-# the messages of errors once a program asks for a message.
+# the messages of errors once a program asks for a message (as of Ruby 3.2 for a detailed one).
 _GEMS = """autoload :Gem, "rubygems"
 autoload :Monitor, "monitor"
 autoload :MonitorMixin, "monitor"
@@ -181,14 +182,15 @@ module Kernel
     require name
   end)
 end
+asked = Exception.method_defined?(:detailed_message) ? :detailed_message : :to_s
 hints = Module.new do
-  define_method(:to_s) do
-    next super() if defined?(DidYouMean)
-    ["error_highlight", "did_you_mean"].each { |name| require name }
-    to_s
+  define_method(asked) do |**how|
+    next super(**how) if defined?(DidYouMean)
+    [*("error_highlight" if RUBY_VERSION >= "3.1"), "did_you_mean"].each { |name| require name }
+    public_send(asked, **how)
   end
 end
-[NameError, KeyError, LoadError, NoMatchingPatternKeyError].each { |kind| kind.prepend(hints) }"""
+[NameError, KeyError, LoadError, TypeError, ArgumentError].each { |kind| kind.prepend(hints) }"""
 _CPP = "g++ -std=gnu++20 -O1 -w"
 _FAST_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData"
 _JAVA = f"-ea {_FAST_JVM} -Xshare:auto -Djava.io.tmpdir={{tmp}} -Xss256m -Xmx{{mb}}m"
@@ -345,7 +347,7 @@ def _main_class(code: str) -> tuple[str | None, str]:
             if text.startswith("def"):
                 value = 2 * bool(kind == "object" and _STRINGS.search(text))
             else:
-                value = 2 if "App" in text or ("static" in text and _STRINGS.search(text)) else 1
+                value = 2 if "main" not in text or ("static" in text and _STRINGS.search(text)) else 1
             found[current] = max(found[current][0], value), found[current][1]
     public = next((name for name, (_, is_public) in found.items() if is_public), None)
     return public, max(found, key=found.get, default="Main")
@@ -749,7 +751,7 @@ _REFUSED = {
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
     "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
-    "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "inotify_init": (253, None), "inotify_init1": (294, 26),  # a user may have but so many watches
 }  # fmt: skip
 # Answered as by a file system that has no such attributes: they outlast a program, and some are inherited.
 _UNSUPPORTED = {"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
@@ -888,9 +890,7 @@ _RESERVE = 16 << 10  # MB of address space that a program may take without using
 _FILES = 4096  # in the scratch directory
 _DESCRIPTORS = 256  # that a process may have: nothing counts what sockets hold
 _OUT_OF_MEMORY = re.compile(
-    rb"MemoryError|bad_alloc|memory allocation of \d+|out of memory|OutOfMemory|heap exhausted"
-    rb"|cannot allocate|not enough memory|allowed memory size|failed to allocate|Storage_Error",
-    re.IGNORECASE,
+    rb"out of memory|OutOfMemory|heap exhausted|cannot allocate|allowed memory size|failed to allocate", re.IGNORECASE
 )
 
 
@@ -1559,10 +1559,11 @@ class _LandlockRunner(_Runner):
             _remove(path)
 
     def shared(self) -> list[os.DirEntry]:
-        """What the programs' user has in common directories."""
-        entries = [entry for top in self.common for entry in _below(top)]
+        """What the programs' user has in common directories, and in its own folders there."""
+        entries = [entry for top in self.common for entry in os.scandir(top)]
         owners = _each(lambda entry: (entry.stat(follow_symlinks=False).st_uid, entry), entries)
-        return [entry for owner, entry in owners if owner == os.getuid()]
+        own = [entry for owner, entry in owners if owner == os.getuid()]
+        return own + [e for entry in own if entry.is_dir(follow_symlinks=False) for e in _below(entry.path)]
 
     def stored_too_much(self, step: dict) -> bool:
         """Or so deep that looking would take long: a path can have 4096 bytes."""
@@ -1776,7 +1777,7 @@ class _Job:
         fill |= {"mb": limits.memory, "cache": cache(language.name, self.level)}
         path = dict.fromkeys([*map(os.path.dirname, tools.values()), *_PATH])
         env = {**_ENV, "PATH": ":".join(path), **language.env}
-        own_limit = "{mb}" in f"{language.run} {language.env}"  # what a runtime may have for its heap
+        own_limit = "{mb}" in f"{line} {language.env}"  # what a runtime may have for its heap
         step = {**vars(limits), "heap": limits.memory * own_limit, "memory": limits.memory + language.overhead}
         step["cwd"] = helper.places[cwd]
         step["env"] = {key: value.format_map(fill) for key, value in env.items()}
@@ -1983,8 +1984,10 @@ def _parse_test(row: object, stdout: bool = True) -> dict:
     if not several and (stdout or given is not None):
         _field(row, "stdout", str)
     args = _field(row, "args", list, [])
-    if not all(isinstance(text, str) and "\0" not in text for text in args):
-        raise ValueError(f'"args" must be texts without NUL in {json.dumps(row)[:80]}')
+    if not all(
+        isinstance(text, str) and text == text.encode(errors="ignore").decode().replace("\0", "") for text in args
+    ):
+        raise ValueError(f'"args" must be texts without NUL or half a surrogate pair in {json.dumps(row)[:80]}')
     return {**row, "stdin": _field(row, "stdin", str, ""), "args": args}
 
 

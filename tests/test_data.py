@@ -707,6 +707,10 @@ def test_what_a_tokenizers_file_carries_means_what_it_means_to_transformers(corp
         messages = [{"role": "user", "content": data.ask(statement, ["python"])}]
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ours.prompt(statement, ["python"]) == ids
+        messages.append({"role": "assistant", "content": "```python\nx = 1\n\n\nprint(x)\n```"})
+        record = {"solutions": {"python": "x = 1\n\n\nprint(x)"}}
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert data.example(ours, record, statement, ["python"]).tokens == ids
     saved, config = (json.loads((tmp_path / "b" / f"tokenizer{x}.json").read_text()) for x in ("", "_config"))
     assert saved["truncation"] is saved["padding"] is None
     assert not {"truncation", "max_length", "padding"} & config.keys()

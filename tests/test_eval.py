@@ -1,5 +1,6 @@
 """Grading and estimates: what counts as a pass, pass@k, intervals, tables, representations, figures."""
 
+import functools
 import itertools
 import json
 import math
@@ -393,9 +394,13 @@ def test_guessing_has_a_row_for_each_table_of_its_measure():
         "low": 0.5,
         "high": 1,
     }
-    others = [cell | {"model": "n"}, cell | {"measure": evaluation.GREEDY}, cell | {"group": "h", "problems": 4}]
-    rows = evaluation.chance_cells([cell, *others], evaluation.FORCED, lambda c: 1 / c.get("problems", 2))
-    sure = [dict.fromkeys(("value", "low", "high"), chance) for chance in (0.5, 0.25)]
+    others = [cell | {"model": "n"}, cell | {"measure": evaluation.GREEDY}, cell | {"group": "h"}]
+    records = [{"id": "1", "kind": "g", "distractors": {"lua": ["a"], "perl": ["a"], "tcl": []}}]
+    records += [{"id": "2", "kind": "g", "distractors": {"lua": ["a", "b", "c"]}}, {"id": "3", "kind": "g"}]
+    records += [{"id": "4", "kind": "h", "distractors": {"lua": ["a", "b", "c"]}}]
+    guess = functools.partial(evaluation.guess, records, "kind")
+    rows = evaluation.chance_cells([cell, *others], evaluation.FORCED, guess)
+    sure = [dict.fromkeys(("value", "low", "high"), chance) for chance in ((0.5 + 0.5 + 0.25) / 3, 0.25)]
     assert rows == [cell | {"model": "chance"} | sure[0], others[-1] | {"model": "chance"} | sure[1]]
 
 
@@ -790,6 +795,7 @@ def test_one_seed_alone_is_drawn_too(tmp_path, figures):
     (tmp_path / "one.json").write_text(json.dumps({"cells": SEEDS[0]}))
     evaluation.main(evaluation.Settings(join=(str(tmp_path / "one.json"),), out=str(tmp_path), plots=True))
     assert len(figures) == 3 and "inf" not in (tmp_path / "joined.md").read_text()
+    assert all(axis.get_ylim()[1] <= 110 for figure in figures for axis in figure.axes)
 
 
 def test_curves_of_rl_runs_side_by_side(tmp_path, figures):

@@ -138,7 +138,9 @@ def state(run):
 
 
 def same(a, b):
-    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else same(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else same(a[k], b[k]) for k in a
+    )
 
 
 def begin_and_kill(job, run, step):

@@ -50,6 +50,7 @@ def test_advantages_by_hand(kind, rewards, expected):
     valid = torch.tensor([[r is not None for r in rewards]])
     got = rl.advantages(torch.tensor([[r or 0.0 for r in rewards]]), valid, kind)
     torch.testing.assert_close(got, torch.tensor([expected], dtype=got.dtype), rtol=1e-5, atol=1e-6)
+    assert (got == 0).tolist() == [[a == 0 for a in expected]]  # to the bit: such responses are not trained
 
 
 def test_a_response_without_reward_is_left_out_of_its_group():

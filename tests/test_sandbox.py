@@ -141,6 +141,11 @@ def test_what_is_kept(box):
             "class A$1 { static void main(int k, String[] s) {} } class B$ { static void main(String[] s) {} }",
             ("B$.java", "B$"),
         ),
+        (
+            "java",
+            "class A { void main(AppConfig c) {} } class B { public static void main(String[] s) {} }",
+            ("B.java", "B"),
+        ),
         ("java", "", ("Main.java", "Main")),
         (
             "scala",
