@@ -93,10 +93,13 @@ def instruct(corpus, tmp_path_factory):
     return folder
 
 
-def conversation():
-    """Of one user, who is answered."""
-    turn = {"role": "user", "content": data.ask("Read integers.", ["python"])}
-    return [turn, {"role": "assistant", "content": "```python\nx = 1\n\n\nprint(x)\n```"}]
+STATEMENT = "  \n Read integers.\n\n    Keep the even ones,\tthen  print them. \n\n"
+
+
+def conversation(answered):
+    """Of one user, with white space around what is said, as the template is to take it off."""
+    turns = [{"role": "user", "content": f"\n {data.ask(STATEMENT, ['python'])}\n\n"}]
+    return turns + [{"role": "assistant", "content": "\n```python\nx = 1\n\n\nprint(x)\n```\n"}] * answered
 
 
 def test_stop_and_pad_tokens_are_those_of_the_model(instruct):
@@ -121,7 +124,7 @@ def test_a_trained_checkpoint_opens_in_transformers(instruct, corpus, tmp_path):
     text = "def f(x):\n    return x , 1 <|eot_id|>"
     assert tokenizer(text) == before(text)
     assert tokenizer.model_max_length == 131072 and tokenizer.pad_token_id == data.Tokenizer(final).pad
-    said = conversation()
+    said = conversation(1)
     assert tokenizer.apply_chat_template(said) == before.apply_chat_template(said)
     ids = tokenizer.apply_chat_template(said, return_tensors="pt")
     with torch.no_grad():
