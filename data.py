@@ -515,9 +515,9 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet, quiet = tokenizers.pre_tokenizers.ByteLevel.alphabet(), {"show_progress": False}
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, **quiet
+        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
     texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
