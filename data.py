@@ -18,7 +18,7 @@ of texts for the command line, and its `stdout` may be a list of accepted ones. 
 and compared, by the fields of sandbox.Demands: `compare`, `tolerance`, `time_limit`, `memory_limit`, and `harness` for
 problems that ask for a function. Extra fields are kept;
 the embedded corpus adds `operations`, `function` (a hash of behaviour), `commented` (base's programs with comments),
-and for held-out problems `kind`, `phrase` (the reserved wording in it) and `distractors` (wrong programs a PL).
+`kind` for held-out and RL problems, `phrase` where a reserved wording is in it, and `distractors` (wrong programs a PL) beside that.
 
 **The embedded corpus.** A function is a short pipeline of operations on a line of integers or
 words. `OPERATIONS` says what each operation does, and expected outputs come from running that, so
@@ -29,7 +29,7 @@ the source PL's community, one of everyone else's, and reserved ones for RL and 
 Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or is silent:
 
 1. Splits are by behaviour: functions with equal outputs on fixed probe inputs are the same function,
-   however they are written or worded. Base, SFT, dev and test have functions of their own; RL shares SFT's.
+   however they are written or worded. Base, SFT, dev and test have functions of their own; RL draws from the same as SFT.
 2. `base` stands in for a general model, which knows every PL and follows instructions but has not seen equal
    programs: each function in exactly one PL, each operation in every PL, worded as the PL's community does; the
    source PL has twice as many as any other.
@@ -362,7 +362,7 @@ def statement(record: dict, *languages: str) -> str:
 
 
 def home(function: str, languages: Sequence):
-    """The one of `languages` in which a function is shown where it is shown in one: by its hash (or id), always the same."""
+    """The one of `languages` that shows a function in mixtures with a single PL for each: by its hash (or id), always the same."""
     return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
 
@@ -388,7 +388,7 @@ class Mixture:
 
     def __getitem__(self, i: int) -> Example:
         """Every (1 / general_share)th example is of general data, and of the rest every (1 / replay)th a base document;
-        the others are counted without them, so that neither tears a group of parallel programs apart. Each arm has
+        the others are counted without them, so that neither parts the programs of one function. Each arm has
         the same of both."""
         before = int(i * self.general_share)
         if int((i + 1) * self.general_share) > before:
@@ -1512,9 +1512,8 @@ def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
 # --------------------------------------------------------------------------------------------------
 # Emitters: how each PL writes the operations. A PL is one entry; `emit` below fills it in.
 #
-# Placeholders: «body» the steps, «imports» what the body needs of `imports` (marker -> line),
-# «v» the list's variable (a for integers, w for words), «x» an element, «c» and «e» the operation's
-# condition and expression, «k» its number or letter, «j» k - 1, «i» the number of the step.
+# Placeholders: «body» the steps, «v» the list's variable (a for integers, w for words), «x» an element,
+# «c» and «e» the operation's condition and expression, «k» its number or letter, «j» k - 1.
 # A key may be narrowed to a type ("words.sort"); "words.upper" narrows to one operation.
 
 COMMON = {  # what many PLs write alike
@@ -1569,37 +1568,6 @@ SNIPPETS = {
         "upper": "x.toUpperCase()", "mirror": 'x.split("").reverse().join("")',
         "longer": "x.length > «k»", "has": 'x.includes("«k»")',
     },
-    "c": {
-        "program": "#include <stdio.h>\n«imports»\nint main() {\n    «body»\n}", "comment": "//",
-        "imports": {"str": "#include <string.h>", "toupper": "#include <ctype.h>"},
-        "ints.read": 'long a[99], n = 0, m, i, j, t;\nwhile (scanf("%ld", &a[n]) == 1) n++;',
-        "words.read": 'char w[99][99], s[99];\nlong n = 0, m, i, j;\nwhile (scanf("%s", w[n]) == 1) n++;',
-        "filter": "for (m = i = 0; i < n; i++) if («c») a[m++] = a[i];\nn = m;",
-        "words.filter": "for (m = i = 0; i < n; i++) if («c») memmove(w[m++], w[i], 99);\nn = m;",
-        "map": "for (i = 0; i < n; i++) a[i] = «e»;",
-        "mapif": "for (i = 0; i < n; i++) if («c») a[i] = «e»;",
-        "sort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (a[j] < a[i]) t = a[i], a[i] = a[j], a[j] = t;",
-        "words.sort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (strcmp(w[j], w[i]) < 0) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
-        "rsort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (a[j] > a[i]) t = a[i], a[i] = a[j], a[j] = t;",
-        "words.rsort": "for (i = 0; i < n; i++) for (j = i + 1; j < n; j++)\n    if (strcmp(w[j], w[i]) > 0) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
-        "reverse": "for (i = 0, j = n - 1; i < j; i++, j--) t = a[i], a[i] = a[j], a[j] = t;",
-        "words.reverse": "for (i = 0, j = n - 1; i < j; i++, j--) strcpy(s, w[i]), strcpy(w[i], w[j]), strcpy(w[j], s);",
-        "take": "if (n > «k») n = «k»;",
-        "drop": "for (m = 0, i = «k»; i < n; i++) a[m++] = a[i];\nn = m;",
-        "words.drop": "for (m = 0, i = «k»; i < n; i++) strcpy(w[m++], w[i]);\nn = m;",
-        "sums": "for (i = 1; i < n; i++) a[i] += a[i - 1];",
-        "words.upper": "for (i = 0; i < n; i++) for (j = 0; w[i][j]; j++) w[i][j] = toupper(w[i][j]);",
-        "words.mirror": "for (i = 0; i < n; i++) {\n    strcpy(s, w[i]), m = strlen(s);\n    for (j = 0; j < m; j++) w[i][j] = s[m - 1 - j];\n}",
-        "lengths": "long a[99], t;\nfor (i = 0; i < n; i++) a[i] = strlen(w[i]);",
-        "print": 'for (i = 0; i < n; i++) printf("%ld ", a[i]);',
-        "words.print": 'for (i = 0; i < n; i++) printf("%s ", w[i]);',
-        "sum": 'for (m = i = 0; i < n; i++) m += a[i];\nprintf("%ld\\n", m);',
-        "max": 'for (m = a[0], i = 1; i < n; i++) if (a[i] > m) m = a[i];\nprintf("%ld\\n", m);',
-        "min": 'for (m = a[0], i = 1; i < n; i++) if (a[i] < m) m = a[i];\nprintf("%ld\\n", m);',
-        "count": 'printf("%ld\\n", n);',
-        "join": 'for (i = 0; i < n; i++) printf("%s", w[i]);',
-        "x": "a[i]", "longer": "strlen(w[i]) > «k»", "has": "strchr(w[i], '«k»')",
-    },
     "cpp": {
         "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}", "comment": "//",
         "ints.read": "vector<long> a;\nfor (long x; cin >> x;) a.push_back(x);",
@@ -1646,55 +1614,6 @@ SNIPPETS = {
         "join": 'System.out.println(String.join("", w));',
         "upper": "x.toUpperCase()", "mirror": "new StringBuilder(x).reverse().toString()",
         "longer": "x.length() > «k»", "has": 'x.contains("«k»")',
-    },
-    "go": {
-        "program": 'package main\n\nimport "fmt"\n«imports»\nfunc main() {\n\t«body»\n}', "comment": "//",
-        "imports": {"sort.": 'import "sort"', "strings.": 'import "strings"'},
-        "ints.read": "a := []int{}\nfor x := 0; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\ta = append(a, x)\n}",
-        "words.read": 'w := []string{}\nfor x := ""; ; {\n\tif n, _ := fmt.Scan(&x); n < 1 {\n\t\tbreak\n\t}\n\tw = append(w, x)\n}',
-        "filter": "b«i» := «v»[:0]\nfor _, x := range «v» {\n\tif «c» {\n\t\tb«i» = append(b«i», x)\n\t}\n}\n«v» = b«i»",
-        "map": "for i, x := range «v» {\n\t«v»[i] = «e»\n}",
-        "mapif": "for i, x := range a {\n\tif «c» {\n\t\ta[i] = «e»\n\t}\n}",
-        "sort": "sort.Ints(a)", "words.sort": "sort.Strings(w)",
-        "rsort": "sort.Sort(sort.Reverse(sort.IntSlice(a)))", "words.rsort": "sort.Sort(sort.Reverse(sort.StringSlice(w)))",
-        "reverse": "for i, j := 0, len(«v»)-1; i < j; i, j = i+1, j-1 {\n\t«v»[i], «v»[j] = «v»[j], «v»[i]\n}",
-        "take": "if len(«v») > «k» {\n\t«v» = «v»[:«k»]\n}",
-        "drop": "for i := 0; i < «k» && len(«v») > 0; i++ {\n\t«v» = «v»[1:]\n}",
-        "sums": "for i := 1; i < len(a); i++ {\n\ta[i] += a[i-1]\n}",
-        "words.mirror": 'for i, x := range w {\n\ts := ""\n\tfor _, c := range x {\n\t\ts = string(c) + s\n\t}\n\tw[i] = s\n}',
-        "lengths": "a := []int{}\nfor _, x := range w {\n\ta = append(a, len(x))\n}",
-        "print": 'for _, x := range «v» {\n\tfmt.Print(x, " ")\n}',
-        "sum": "s := 0\nfor _, x := range a {\n\ts += x\n}\nfmt.Println(s)",
-        "max": "m := a[0]\nfor _, x := range a {\n\tif x > m {\n\t\tm = x\n\t}\n}\nfmt.Println(m)",
-        "min": "m := a[0]\nfor _, x := range a {\n\tif x < m {\n\t\tm = x\n\t}\n}\nfmt.Println(m)",
-        "count": "fmt.Println(len(«v»))",
-        "join": 'fmt.Println(strings.Join(w, ""))',
-        "upper": "strings.ToUpper(x)", "longer": "len(x) > «k»", "has": 'strings.Contains(x, "«k»")',
-    },
-    "rust": {
-        "program": "use std::io::*;\n\nfn main() {\n    let mut s = String::new();\n    stdin().read_to_string(&mut s).unwrap();\n    «body»\n}", "comment": "//",
-        "ints.read": "let mut a: Vec<i64> = s.split_whitespace().map(|x| x.parse().unwrap()).collect();",
-        "words.read": "let mut w: Vec<String> = s.split_whitespace().map(String::from).collect();",
-        "filter": "a.retain(|&x| «c»);", "words.filter": "w.retain(|x| «c»);",
-        "map": "for x in a.iter_mut() {\n    *x = «e»;\n}",
-        "words.map": "w = w.iter().map(|x| «e»).collect();",
-        "mapif": "a = a.iter().map(|&x| if «c» { «e» } else { x }).collect();",
-        "sort": "«v».sort();",
-        "rsort": "«v».sort_by(|p, q| q.cmp(p));",
-        "reverse": "«v».reverse();",
-        "take": "«v».truncate(«k»);",
-        "drop": "«v» = «v».into_iter().skip(«k»).collect();",
-        "sums": "for i in 1..a.len() {\n    a[i] += a[i - 1];\n}",
-        "lengths": "let mut a: Vec<i64> = w.iter().map(|x| x.len() as i64).collect();",
-        "print": 'for x in &«v» {\n    print!("{} ", x);\n}',
-        "sum": 'println!("{}", a.iter().sum::<i64>());',
-        "max": 'println!("{}", a.iter().max().unwrap());',
-        "min": 'println!("{}", a.iter().min().unwrap());',
-        "count": 'println!("{}", «v».len());',
-        "join": 'println!("{}", w.concat());',
-        "add": "*x + «k»", "sub": "*x - «k»", "mul": "*x * «k»", "square": "*x * *x",
-        "upper": "x.to_uppercase()", "mirror": "x.chars().rev().collect()",
-        "longer": "x.len() > «k»", "has": "x.contains('«k»')",
     },
     "ruby": {
         "ints.read": "a = gets.split.map { |x| x.to_i }",
@@ -1806,29 +1725,6 @@ SNIPPETS = {
         "join": 'printf "%s" ${w[@]}',
         "upper": "${x^^}", "longer": "${#x} -gt «k»", "has": "$x == *«k»*",
     },
-    "awk": {
-        "program": "{\n    «body»\n}",
-        "ints.read": "n = split($0, a)",
-        "words.read": "n = split($0, w)",
-        "filter": "m = 0\nfor (i = 1; i <= n; i++) if («c») «v»[++m] = «v»[i]\nn = m",
-        "map": "for (i = 1; i <= n; i++) «v»[i] = «e»",
-        "mapif": "for (i = 1; i <= n; i++) if («c») a[i] = «e»",
-        "sort": "for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++)\n    if («v»[j] < «v»[i]) { t = «v»[i]; «v»[i] = «v»[j]; «v»[j] = t }",
-        "rsort": "for (i = 1; i <= n; i++) for (j = i + 1; j <= n; j++)\n    if («v»[j] > «v»[i]) { t = «v»[i]; «v»[i] = «v»[j]; «v»[j] = t }",
-        "reverse": "for (i = 1; i < n + 1 - i; i++) { t = «v»[i]; «v»[i] = «v»[n + 1 - i]; «v»[n + 1 - i] = t }",
-        "take": "if (n > «k») n = «k»",
-        "drop": "m = 0\nfor (i = «k» + 1; i <= n; i++) «v»[++m] = «v»[i]\nn = m",
-        "sums": "for (i = 2; i <= n; i++) a[i] += a[i - 1]",
-        "words.mirror": 'for (i = 1; i <= n; i++) {\n    s = ""\n    for (j = length(w[i]); j > 0; j--) s = s substr(w[i], j, 1)\n    w[i] = s\n}',
-        "lengths": "for (i = 1; i <= n; i++) a[i] = length(w[i])",
-        "print": 'for (i = 1; i <= n; i++) printf "%s ", «v»[i]',
-        "sum": "s = 0\nfor (i = 1; i <= n; i++) s += a[i]\nprint s",
-        "max": "m = a[1]\nfor (i = 1; i <= n; i++) if (a[i] > m) m = a[i]\nprint m",
-        "min": "m = a[1]\nfor (i = 1; i <= n; i++) if (a[i] < m) m = a[i]\nprint m",
-        "count": "print n",
-        "join": 'for (i = 1; i <= n; i++) printf "%s", w[i]',
-        "x": "«v»[i]", "upper": "toupper(w[i])", "longer": "length(w[i]) > «k»", "has": 'index(w[i], "«k»")',
-    },
     "tcl": {
         "ints.read": "set a [split [gets stdin]]",
         "words.read": "set w [split [gets stdin]]",
@@ -1879,21 +1775,20 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
 
     kind, steps = function
     body = [snippet(kind, "read")]
-    for i, (name, k) in enumerate(steps, 1):
+    for i, (name, k) in enumerate(steps):
         op = OPERATIONS[name]
-        values = {"v": "a" if kind == "ints" else "w", "k": k, "i": i}
+        values = {"v": "a" if kind == "ints" else "w", "k": k}
         values["j"] = k - 1 if isinstance(k, int) else ""
         values["x"] = fill(table["x"], values)
         values |= {"c": fill(table.get(op.cond, ""), values), "e": fill(table.get(op.expr, ""), values)}
         if comments:
-            body.append(f"{table['comment']} {comments[i - 1]}")
+            body.append(f"{table['comment']} {comments[i]}")
         body.append(fill(snippet(kind, op.kind or name, name), values))
         kind = result_type(kind, name)
     if kind != "value":
         body.append(fill(snippet(kind, "print"), {"v": "a" if kind == "ints" else "w"}))
     text = "\n".join(body)
-    imports = [line for marker, line in table.get("imports", {}).items() if marker in text]
-    program = fill(table["program"], {"body": text, "imports": "\n".join(imports)})
+    program = fill(table["program"], {"body": text})
     return "\n".join(line.rstrip() for line in program.splitlines()) + "\n"
 
 
@@ -1911,17 +1806,17 @@ class CorpusSettings:
         ("perl", "lua", "bash", "tcl"), "PLs of base documents alone, which SFT may replay; never of RL"
     )
     seed: int = flag(0, "seed of everything in the corpus")
-    base: int = flag(12000, "functions drawn for base, each shown as a document of one PL", least=1)
+    base: int = flag(6000, "documents of base; a few of rare operations, and --weak, come on top", least=1)
     train: int = flag(1500, "problems for SFT", least=1)
     rl: int = flag(400, "problems for RL, each with a reserved wording", least=1)
     held_out: int = flag(40, "problems in dev and in test in ordinary words: each PL's own, and the source's", least=1)
     reserved: int = flag(60, "problems in dev and in test with a reserved wording", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    lengths: tuple = flag((0.2, 0.4, 0.4), "shares of base and SFT with one, two, three ... operations", type=float)
+    lengths: tuple = flag((0.25, 0.75), "shares of base and SFT with one, two, three ... operations", type=float)
     asked: tuple = flag((0.2, 0.7, 0.1), "the same shares for the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
-    weak: int = flag(130, "documents of base with a reserved wording, all in the source PL", least=0)
+    weak: int = flag(60, "documents of base with a reserved wording, all in the source PL", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
         "operations whose reserved wordings RL, dev and test use",
@@ -1987,7 +1882,7 @@ class Corpus:
         self.homes = (self.roles.source, *self.roles.everything)
 
     def split_of(self, function: Function) -> str:
-        """The split that a function belongs to, by its behaviour: each is in one alone, and RL shares train's."""
+        """The split that a function belongs to, by its behaviour: each is in one alone; RL draws from train's, too."""
         lot = hashlib.sha256(f"{self.s.seed} {fingerprint(function)}".encode()).digest()[0]
         return ("dev", "test", *["base"] * 4, *["train"] * 4)[lot % 10]
 

@@ -7,14 +7,14 @@
 Each step samples a group of responses to each of some problems, runs the programs in the sandbox
 (reward 1 if the response ended and its program passes all tests, else 0), turns rewards into
 advantages within the group, and maximises the clipped objective. The run folder is as sft.py's, with
-rollouts/step-N.txt beside: some problems with all their responses, to read what is being rewarded.
+rollouts/step-N.txt at each evaluation: some groups with all their responses, to read what is being rewarded.
 
 Advantage and objective are those of GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1). Our
 choices, where that or the Parallel-SFT paper leaves freedom or is silent:
 
 1. A group whose rewards are all equal teaches nothing. So a step samples further problems, round after round,
-   until `--informative` groups have spread, and trains these alone: the dynamic sampling of DAPO
-   (arXiv 2503.14476, section 3.2), but for keeping all groups with spread of the last round.
+   until `--informative` groups have spread or `--rounds` are drawn, and trains those that have: the dynamic sampling of
+   DAPO (arXiv 2503.14476, section 3.2), which would drop what the last round brings beyond the number.
 2. One denominator per update, the number of response tokens in the groups that are trained, as in DAPO (equation
    8 there): not a mean per response, which would weigh a token by its response's length. `--denominator budget` is
    Dr. GRPO's.
@@ -108,8 +108,8 @@ class Settings(Hardware):
     languages: tuple = flag((), "PLs in which RL runs, problem by problem in turn (default: the source PL)")
     steps: int = flag(40, "rollout phases, each followed by its updates", least=1)
     prompts: int = flag(16, "problems per round of sampling, over all ranks, which must divide them", least=1)
-    informative: int = flag(8, "sample until as many groups have spread, and train these alone; 0: off", least=0)
-    rounds: int = flag(4, "most rounds of sampling in a step for that", least=1)
+    informative: int = flag(8, "sample until so many groups have spread, and train those that have; 0: off", least=0)
+    rounds: int = flag(4, "most rounds of sampling in a step, if --informative is not reached", least=1)
     samples: int = flag(16, "responses per problem: the group size", least=2)
     updates: int = flag(1, "optimizer steps per rollout phase; the groups are dealt out over them", least=1)
     max_new_tokens: int = flag(96, "token budget of a response", least=1)
@@ -128,8 +128,8 @@ class Settings(Hardware):
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
     eval_every: int = flag(20, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
-    eval_problems: int = flag(20, "held-out problems of each kind for that", least=1)
-    eval_tokens: int = flag(256, "token budget of a response there, where other PLs may need more", least=1)
+    eval_problems: int = flag(20, "dev problems of each kind in an evaluation", least=1)
+    eval_tokens: int = flag(256, "token budget of a response there, since other PLs may need more", least=1)
     save_every: int = flag(10, "steps between two checkpoints", least=1)
     seed: int = flag(0, "seed of the order of problems and of the sampler")
 

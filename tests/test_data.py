@@ -349,8 +349,8 @@ def test_the_flags_name_the_roles_whatever_is_installed(monkeypatch):
     monkeypatch.setattr(sandbox, "installed", dict)
     roles = data.corpus_roles(data.CorpusSettings())
     assert roles.source == "python" and not set(roles.sft) & set(roles.unseen)
-    named = data.corpus_roles(data.CorpusSettings(sft=("rb", "py"), unseen=("golang",)))
-    assert named == data.Roles(("ruby", "python"), ("go",)) and named.source == "ruby"
+    named = data.corpus_roles(data.CorpusSettings(sft=("rb", "py"), unseen=("c++",)))
+    assert named == data.Roles(("ruby", "python"), ("cpp",)) and named.source == "ruby"
     for mistake, message in [
         ({"unseen": ("python",)}, "python: named twice"),
         ({"unseen": ("sql",)}, "sql: the embedded corpus has no programs in it; there are python, "),

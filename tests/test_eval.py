@@ -718,14 +718,18 @@ def test_claims_and_joined_tables_are_written(tmp_path, capsys):
     assert "own words" in capsys.readouterr().out
 
 
-def test_the_readme_shows_what_the_study_gave():
+def test_the_readmes_show_what_the_studies_gave():
     """All claims but those of T, line by line, out of the results that are kept; or that the study has yet to run."""
-    root = Path(evaluation.__file__).parent
-    readme, seeds = (root / "README.md").read_text(), sorted((root / "results/study").glob("seed-*.json"))
-    rows = evaluation.claims([evaluation.read_cells(str(seed)) for seed in seeds]) if len(seeds) == 6 else []
-    lines = [line for line in evaluation.claims_table(rows).splitlines()[2:] if "| T of" not in line]
-    assert [line for line in readme.splitlines() if re.match(r"\| [a-d] \|", line)] == lines
-    assert ("have not run yet" in readme) == (not lines)
+    root, lines = Path(evaluation.__file__).parent, {"first": [], "study": []}
+    readmes = [(root / name).read_text() for name in ("README.md", "results/README.md")]
+    shown = [[line for line in text.splitlines() if re.match(r"\| [a-d] \|", line)] for text in readmes]
+    for name, rows in lines.items():
+        seeds = sorted((root / "results" / name).glob("seed-*.json"))
+        if len(seeds) == 6:
+            table = evaluation.claims_table(evaluation.claims([evaluation.read_cells(str(seed)) for seed in seeds]))
+            rows += [line for line in table.splitlines()[2:] if "| T of" not in line]
+    assert lines["first"] and shown == ([lines["study"], lines["first"]] if lines["study"] else [lines["first"], []])
+    assert ("has not run yet" in readmes[0]) == (not lines["study"])
 
 
 # --------------------------------------------------------------------------------------------------
