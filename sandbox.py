@@ -326,16 +326,19 @@ _NO_CODE = re.compile(
 )
 _MAIN_CLASS = re.compile(
     r"[{}]|(?:\bpublic\s[\w\s]{0,99}?)?\b(?P<kind>class|record|enum|interface|object)\s+(?P<name>[\w$]+)"
-    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\b(?:void|def)\s+main\s*\([^)]{0,99}|\b(?:extends|with)\s+App\b)"
+    r"|(?P<main>(?:\bstatic\s[\w\s]{0,99}?)?\b(?:void|def)\s+main\s*\([^)]{0,99}|\b(?:extends|with)\s+App\b"
+    r"|(?:@JvmStatic\s[\w\s]{0,99}?)?\bfun\s+main\s*\()"
 )
 # The parameter of a main method that is given the command line: String[] x, String... x or String x[]; in Scala Array[
 _STRINGS = re.compile(r"\([^,]*(?:\bString\s*(?:\[|\.\.\.|\w+\s*\[)|\bArray\s*\[)[^,]*\Z")
 
 
-def _main_class(code: str) -> tuple[str | None, str]:
+def _main_class(code: str, whole: str = "") -> tuple[str | None, str]:
     """The public class in Java or Scala, if there is one, and that to be run: the one whose main method takes strings
-    and is static, else one with any main method, and of several the public one, else the first."""
-    depth, current, found = 0, "", {}  # found: by class how good its main method is, and whether it is public
+    and is static, else one with any main method, and of several the public one, else the first. In Kotlin `whole` stands
+    for the file's own functions, and comes before a class with a static main."""
+    found = {whole: (1, False)} if whole else {}  # by class how good its main method is, and whether it is public
+    depth, current = 0, ""
     for token in _MAIN_CLASS.finditer(code):
         text = token[0]
         if text in "{}":
@@ -343,6 +346,8 @@ def _main_class(code: str) -> tuple[str | None, str]:
         elif token["name"] and depth == 0:
             current, kind = token["name"], token["kind"]
             found.setdefault(current, (0, text.startswith("public")))
+        elif whole and "fun" in text:
+            found |= {whole: (3, False)} if depth == 0 else {current: (2, False)} if text.startswith("@") else {}
         elif token["main"] and current and depth <= ("main" in text):  # not of a class in it
             if text.startswith("def"):
                 value = 2 * bool(kind == "object" and _STRINGS.search(text))
@@ -362,7 +367,9 @@ def _source_name(language: Language, program: str) -> tuple[str, str]:
     if language.name not in ("java", "kotlin", "scala"):
         return _cut(stem) + suffix, ""
     code = _NO_CODE.sub(" ", program)
-    public, main = (None, "MainKt") if language.name == "kotlin" else _main_class(code)
+    named = re.search(r'^[ \t]*@file:JvmName\("([\w$]+)"\)', program, re.M)
+    whole = (named[1] if named else "MainKt") if language.name == "kotlin" else ""
+    public, main = _main_class(code, whole)
     stem = public or main if language.name == "java" else stem
     package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
     return _cut(stem) + suffix, f"{package[1]}.{main}" if package else main

@@ -477,7 +477,8 @@ int main() {
         ("java", 'class Text { String s = """\n  {{ " \\""" public class No { static void main(String[] a) \n  """; char c = \'"\', d = \'\\\'\'; }\n'
                  'public class App { public static void main(String... a) { System.out.println("yes"); } }', ""),
         ("java", "import java.nio.file.*; class M { public static void main(String[] a) throws Exception { Files.createTempFile(\"a\", \"b\"); System.out.println(\"yes\"); } }", ""),
-        ("kotlin", 'package demo\nfun main() { println("yes") }', ""),
+        ("kotlin", '@file:JvmName("Foo")\npackage demo\nclass No { fun main() {} }\nfun main() { println("yes") }', ""),
+        ("kotlin", 'class App { companion object { @JvmStatic fun main(a: Array<String>) { println("yes") } } }', ""),
         ("scala", 'object Solver { val a = "object X {" }\nobject Main { def main(a: Array[String]): Unit = println("yes") }', ""),
         ("rust", '#[test] fn x() { assert!(true) }\n#[allow(dead_code)] fn main() { println!("{}", r#"yes"#); }', ""),
         ("go", 'package main; import ("fmt"; "testing"); func main() { fmt.Println("yes") }; func TestX(t *testing.T) { t.Fatal() }', ""),
