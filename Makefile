@@ -1,5 +1,5 @@
 # make demo        the whole pipeline on a CPU, set-up included: two arms, one seed; prints the transfer table
-# make study       four arms, six seeds, hours: the README's second design; goes on where it stopped
+# make study       four arms, six seeds, hours; goes on where it stopped
 # make smollm2     the pipeline from SmolLM2-135M-Instruct, hours on a CPU
 # make test        ruff and pytest, set-up included
 # make toolchains  the compilers and interpreters that Debian packages (as root)
@@ -87,9 +87,9 @@ $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 # --- the demo
 
 JOINED := $(firstword $(wildcard results/study/joined.md results/first/joined.md))
-# Smaller than the study: a third of its SFT and of its reserved problems, two arms, one seed.
+# Smaller than the study: three quarters of its SFT and RL, a third of its reserved problems, two arms, one seed.
 demo: interpreters .venv/installed-plots
-	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 500000" EVAL="--problems 20 --plots"
+	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 750000" RL="--steps 30" EVAL="--problems 20 --plots"
 	@cat runs/demo/eval/table.md
 	@echo "the figure: runs/demo/eval/transfer.png"
 	@echo "That was one seed. The study, over $$(ls $(dir $(JOINED))seed-*.json | wc -l) seeds ($(JOINED)):"

@@ -1399,7 +1399,7 @@ def interpret(function: Function, line: str) -> str | None:
             return None
         values = OPERATIONS[name].run(values, k)
         values = values if isinstance(values, list) else [values]
-        if any(isinstance(x, int) and abs(x) >= 2**31 for x in values):
+        if values and isinstance(values[0], int) and max(map(abs, values)) >= 2**31:
             return None
     return " ".join(map(str, values)) + "\n"
 
@@ -1452,6 +1452,13 @@ def is_interesting(function: Function) -> bool:
     return True
 
 
+@functools.cache
+def fitting(kind: str, last: bool) -> tuple[list[Operation], list[float]]:
+    """The operations that take a `kind` value, folds only as the `last`, and how often each is drawn."""
+    fit = [op for op in OPERATIONS.values() if result_type(kind, op.name) and (last or op.gives != "value")]
+    return fit, [len(op.params) ** 0.5 for op in fit]
+
+
 def random_function(rng: random.Random, operations: int, must: str = "") -> Function:
     """An interesting pipeline of `operations` steps, one of them the operation `must` if that is given.
 
@@ -1461,9 +1468,7 @@ def random_function(rng: random.Random, operations: int, must: str = "") -> Func
         kind = start = rng.choice(("ints", "ints", "words"))
         steps: list[tuple[str, Any]] = []
         for i in range(operations):
-            fit = [op for op in OPERATIONS.values() if result_type(kind, op.name)]
-            fit = [op for op in fit if op.gives != "value" or i == operations - 1]
-            op = rng.choices(fit, [len(op.params) ** 0.5 for op in fit])[0]
+            op = rng.choices(*fitting(kind, last=i == operations - 1))[0]
             steps.append((op.name, rng.choice(op.params)))
             kind = result_type(kind, op.name)
         function = (start, tuple(steps))
@@ -1806,17 +1811,17 @@ class CorpusSettings:
         ("perl", "lua", "bash", "tcl"), "PLs of base documents alone, which SFT may replay; never of RL"
     )
     seed: int = flag(0, "seed of everything in the corpus")
-    base: int = flag(6000, "documents of base; a few of rare operations, and --weak, come on top", least=1)
+    base: int = flag(12000, "documents of base; a few of rare operations, and --weak, come on top", least=1)
     train: int = flag(1500, "problems for SFT", least=1)
     rl: int = flag(400, "problems for RL, each with a reserved wording", least=1)
     held_out: int = flag(40, "problems in dev and in test in ordinary words: each PL's own, and the source's", least=1)
     reserved: int = flag(60, "problems in dev and in test with a reserved wording", least=1)
     tests: int = flag(4, "tests per problem", least=1)
-    lengths: tuple = flag((0.25, 0.75), "shares of base and SFT with one, two, three ... operations", type=float)
+    lengths: tuple = flag((0.2, 0.4, 0.4), "shares of base and SFT with one, two, three ... operations", type=float)
     asked: tuple = flag((0.2, 0.7, 0.1), "the same shares for the problems of RL, dev and test", type=float)
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
-    weak: int = flag(60, "documents of base with a reserved wording, all in the source PL", least=0)
+    weak: int = flag(130, "documents of base with a reserved wording, all in the source PL", least=0)
     reworded: tuple = flag(
         ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
         "operations whose reserved wordings RL, dev and test use",
