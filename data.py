@@ -1792,8 +1792,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
         kind = result_type(kind, name)
     if kind != "value":
         body.append(fill(snippet(kind, "print"), {"v": "a" if kind == "ints" else "w"}))
-    text = "\n".join(body)
-    program = fill(table["program"], {"body": text})
+    program = fill(table["program"], {"body": "\n".join(body)})
     return "\n".join(line.rstrip() for line in program.splitlines()) + "\n"
 
 

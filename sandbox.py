@@ -346,7 +346,7 @@ def _main_class(code: str, whole: str = "") -> tuple[str | None, str]:
         elif token["name"] and depth == 0:
             current, kind = token["name"], token["kind"]
             found.setdefault(current, (0, text.startswith("public")))
-        elif whole and "fun" in text:
+        elif whole and token["main"]:
             found |= {whole: (3, False)} if depth == 0 else {current: (2, False)} if text.startswith("@") else {}
         elif token["main"] and current and depth <= ("main" in text):  # not of a class in it
             if text.startswith("def"):
@@ -367,8 +367,10 @@ def _source_name(language: Language, program: str) -> tuple[str, str]:
     if language.name not in ("java", "kotlin", "scala"):
         return _cut(stem) + suffix, ""
     code = _NO_CODE.sub(" ", program)
-    named = re.search(r'^[ \t]*@file:JvmName\("([\w$]+)"\)', program, re.M)
-    whole = (named[1] if named else "MainKt") if language.name == "kotlin" else ""
+    whole = ""
+    if language.name == "kotlin":
+        named = re.search(r'^[ \t]*@file:JvmName\("([\w$]+)"\)', program, re.M)
+        whole = named[1] if named else "MainKt"
     public, main = _main_class(code, whole)
     stem = public or main if language.name == "java" else stem
     package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
