@@ -27,6 +27,12 @@ compiled once, and runs it once per test; it watches time, memory and files, end
 started, and reports what was written and how it ended. Whether that is right is decided in the caller, where the
 expected output stays: a program can't find it, and neither an early exit nor anything printed is a pass.
 
+To start python takes longer than most of its programs. So at level `namespaces` the runner's parent, which stands
+outside the programs' process namespace, where none can see or signal it, turns into an interpreter that has started,
+and each run is a copy of it by fork, left to the runner. It runs no program itself and is handed nothing of a run
+but its streams, so each begins in the same state. A program can't tell, but that strings have the same hash in all
+runs of a worker, and that some more objects exist.
+
 **What a program is kept from** (each claim is a case in tests/sandbox_cases.py):
 
 1. Level `namespaces`: user, process, mount, network, IPC and UTS namespaces; a root directory that
@@ -147,11 +153,55 @@ class Language:
     warm: str = ""  # shell lines that prepare $OUT, which {cache} and $CACHE will be
     sysroot: str = ""  # arguments that make a proxy, such as rustup's, print where the real tool lives
     libraries: dict[str, str] = field(default_factory=dict)  # that tests of public problems call: package -> its file
+    copied: bool = False  # whether its command can wait on descriptor 3 and fork a copy of itself for each run
 
 
+# An interpreter that has descriptor 3 to be asked on waits here, and forks a copy of itself for each run: the copy,
+# left to the runner by its parent's end, leaves this text with the run's streams, in its scratch directory, once its
+# limits are set. Nothing is left that would tell it from one that has just started.
+_COPY = """import posix, sys
+try:
+    posix.fstat(3)
+except OSError:
+    pass
+else:
+    finders = [*sys.path_importer_cache]
+    from _socket import socket
+    asked = socket(fileno=3)
+    compile("", "", "exec")  # makes types that last
+    asked.send(b"ready")
+    while True:
+        said, rights, *_ = asked.recvmsg(1, 64)
+        if not said:
+            posix._exit(0)
+        fds = [int.from_bytes(rights[0][2][i : i + 4], sys.byteorder) for i in (0, 4, 8, 12)]
+        if pid := posix.fork():
+            posix.waitpid(pid, 0)
+            for fd in fds:
+                posix.close(fd)
+            asked.send(b"forked")
+        elif posix.fork():
+            posix._exit(0)
+        else:
+            break
+    asked.close()
+    posix.setsid()
+    for target, fd in enumerate(fds[:3]):
+        posix.dup2(fd, target)
+        posix.close(fd)
+    posix.chdir(posix.environ[b"TMPDIR"])
+    limited = socket(fileno=fds[3])
+    limited.send(b"%d" % posix.getpid())
+    limited.recv(1)
+    limited.close()
+    del sys.modules["_socket"]
+    for path in [*sys.path_importer_cache][len(finders) :]:
+        del sys.path_importer_cache[path]
+"""
 # Without the site module python starts four times faster, but lacks exit() and quit(). The names
 # below are those that a program run as a file finds, and no others.
 _PYTHON = (
+    f"exec({_COPY!r}, dict());"
     '__builtins__.exit = __builtins__.quit = __import__("sys").exit;'
     '__import__("sys").argv.pop(0); __file__ = __import__("sys").argv[0];'
     'exec(compile(open(__file__, "rb").read(), __file__, "exec"))'
@@ -206,7 +256,7 @@ _ON_ERLANG = {"ERL_FLAGS": "+S 1:1 +SDcpu 1 +SDio 1 +A 1"}
 # fmt: off
 _TABLE = (
     Language("python", "main.py", f"python3 -I -S -B -c {shlex.quote(_PYTHON)} {{box}}/main.py", "python3",
-             aliases=("py", "python3")),
+             aliases=("py", "python3"), copied=True),
     Language("javascript", "main.js", _NODE, "nodejs", aliases=("js", "node"), **_ON_NODE, libraries=_LODASH),
     Language("typescript", "main.ts", _NODE, "esbuild nodejs",
              "esbuild --log-level=error --format=cjs --outfile={box}/main.js {file}",
@@ -1055,16 +1105,14 @@ def _sealed(data: bytes) -> int:
     return source
 
 
-def _set_limits(step: dict) -> None:
-    """Limits per process, beside those on all processes together that the runner keeps."""
+def _set_limits(step: dict, pid: int = 0) -> None:
+    """Limits of a process, by default this one, beside those on all together that the runner keeps."""
     mb, cpu = 1 << 20, int(step["cpu"]) + 2
     # Of address space more than of memory: it is cheap and runtimes reserve much of it; what is used is watched.
     limits = {"CORE": 0, "MSGQUEUE": 0, "MEMLOCK": 64 << 10, "NOFILE": _DESCRIPTORS, "NPROC": step["processes"]}
     limits |= {"CPU": cpu, "FSIZE": step["files"] * mb, "DATA": (step["memory"] + _RESERVE) * mb}
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)  # which programs raise; it is memory, and watched
-    resource.setrlimit(resource.RLIMIT_STACK, (min(_STACK * mb, most % (1 << 64)), most))
+        resource.prlimit(pid, getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def _signal_name(number: int) -> str:
@@ -1134,20 +1182,26 @@ class _Runner:
     def start(self, step: dict, stdin: bytes) -> _Run:
         """Returns when the new process has turned into the program, or could not."""
         source, out, err, (ours, theirs) = _sealed(stdin), os.pipe(), os.pipe(), socket.socketpair()
-        began, program_filter = time.monotonic(), self.filter()
-        pid = os.fork()
-        if pid == 0:
-            self.become(step, (source, out[1], err[1]), theirs, program_filter)
+        began = time.monotonic()
+        pid, listener = self.launch(step, (source, out[1], err[1]), ours, theirs)
         for end in (source, out[1], err[1], theirs.detach()):
             os.close(end)
         for pipe, _ in (out, err):
             os.set_blocking(pipe, False)  # the kernel may hold the other end when all processes have gone
-        listener, trouble = None, b""
+        trouble = b""
         with ours:
             while (said := socket.recv_fds(ours, 1 << 12, 1))[0]:
                 trouble, listener = trouble + said[0].strip(b"\0"), (*said[1], listener)[0]
         streams = {out[0]: bytearray(), err[0]: bytearray()}
         return _Run(step, began, pid, streams, listener, trouble.decode("utf-8", "replace"))
+
+    def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
+        """A process that becomes the program, and where its filter asks if that is known. The process says on
+        `theirs` what else there is to say, and closes it."""
+        program_filter = self.filter()
+        if (pid := os.fork()) == 0:
+            self.become(step, streams, theirs, program_filter)
+        return pid, None
 
     def become(self, step: dict, streams: tuple[int, int, int], trouble: socket.socket, program_filter) -> None:
         """In the new process: gives up all it can and turns into the program, which closes `trouble`. Whatever can't
@@ -1342,8 +1396,9 @@ def _die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _enter_namespaces(top: str, paths: Iterable[str]) -> None:
-    """Returns in a new process: the first of its own process namespace, in a private root."""
+def _enter_namespaces(top: str, paths: Iterable[str]) -> socket.socket:
+    """Returns in a new process: the first of its own process namespace, in a private root. What it returns leads to
+    its parent, which no program can see; the parent's children are of the new namespace, too."""
     _die_with_parent()
     as_root = os.geteuid() == 0
     if as_root:  # builds first, from directories that others may not enter
@@ -1359,11 +1414,32 @@ def _enter_namespaces(top: str, paths: Iterable[str]) -> None:
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")
     if not as_root:
         _build_root(top, paths)
-    if pid := os.fork():
-        os.waitpid(pid, 0)
-        os._exit(0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        ours.close()
+        _wait_to_be_copied(theirs)
+    theirs.close()
     _die_with_parent()
     _settle(top)
+    return ours
+
+
+def _wait_to_be_copied(sock: socket.socket) -> None:
+    """The rest of the parent's life: it waits until the runner ends, or sends a command that can be copied, and turns
+    into that, with a program's streams and filter."""
+    try:
+        text, streams, *_ = socket.recv_fds(sock, 1 << 16, 3)
+        if text:
+            argv, env = json.loads(text)
+            _prctl(_PR_NO_NEW_PRIVS, 1)
+            for target, fd in enumerate((*streams, sock.fileno())):
+                os.dup2(fd, target)
+            os.set_inheritable(3, True)
+            socket.send_fds(sock, [b"."], [_seccomp(_filter())])
+            os.closerange(4, _DESCRIPTORS)  # those that came are inherited
+            os.execve(argv[0], argv, env)
+    finally:
+        os._exit(0)
 
 
 def _settle(top: str) -> None:
@@ -1385,7 +1461,36 @@ def _settle(top: str) -> None:
 
 class _NamespaceRunner(_Runner):
     """Process 1 of a world that it alone outlives: work directories are file systems of their
-    own and kill(-1) reaches every program."""
+    own and kill(-1) reaches every program. One that can be copied is, from the runner's parent."""
+
+    def __init__(self, sock: socket.socket, settings: dict, parent: socket.socket):
+        super().__init__(sock, settings)
+        self.parent, self.listener = parent, None  # where the parent's filter, and those of its copies, ask
+
+    def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
+        if not step.get("copied"):
+            return super().launch(step, streams, ours, theirs)
+        if self.listener is None:
+            self.listener = self.start_parent(step, streams)
+        socket.send_fds(self.parent, [b"."], [*streams, theirs.fileno()])
+        self.parent.recv(16)  # it has forked
+        pid = int(ours.recv(16))
+        _set_limits(step, pid)
+        ours.send(b".")
+        return pid, os.dup(self.listener)
+
+    def start_parent(self, step: dict, streams: tuple) -> int:
+        """Has the parent turn into the command, on streams of the kind that the copies will have."""
+        socket.send_fds(self.parent, [json.dumps([step["argv"], step["env"]]).encode()], streams)
+        _, (listener,), *_ = socket.recv_fds(self.parent, 1, 1)
+        os.set_inheritable(listener, False)
+        starting, poll = _Run(step, time.monotonic(), 0, {}, listener, ""), select.poll()
+        for fd in (listener, self.parent):
+            poll.register(fd, select.POLLIN)
+        while self.parent.fileno() not in dict(poll.poll()):
+            self.decide(starting)
+        self.parent.recv(16)  # it is ready
+        return listener
 
     def filter(self):
         return _filter()
@@ -1618,11 +1723,12 @@ def _runner(sock: socket.socket, settings: dict) -> None:
         if _ARCH is None and level != "none":
             raise OSError(f"system calls of {os.uname().machine} are not in the table")
         if level == "namespaces":
-            _enter_namespaces(settings["home"], settings["paths"])
-        elif settings["own_user"]:
-            os.chown(settings["home"], uid := _spare_uid(), uid)
-            _drop_to(uid)
-        runner = (_NamespaceRunner if level == "namespaces" else _LandlockRunner)(sock, settings)
+            runner = _NamespaceRunner(sock, settings, _enter_namespaces(settings["home"], settings["paths"]))
+        else:
+            if settings["own_user"]:
+                os.chown(settings["home"], uid := _spare_uid(), uid)
+                _drop_to(uid)
+            runner = _LandlockRunner(sock, settings)
         runner.new_box()
         trial = {**vars(Limits()), "heap": 1, "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": runner.tmp}
         outcome, streams = runner.execute(trial, b"")
@@ -1647,6 +1753,8 @@ def _helper(fd: int, settings: dict) -> None:
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
     os.sched_setaffinity(0, _few(os.sched_getaffinity(0)))
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)  # which programs raise; it is memory, and watched
+    resource.setrlimit(resource.RLIMIT_STACK, (min(_STACK << 20, most % (1 << 64)), most))
     with contextlib.suppress(OSError):  # where memory runs out, programs go before the caller
         Path("/proc/self/oom_score_adj").write_text("1000")
     _prctl(_PR_SUBREAPER, 1)
@@ -1809,8 +1917,9 @@ class _Job:
         """Runs the program on each test and compares its output here, in the caller."""
         step = self.step(helper, self.language.run, self.limits, "tmp")
         for test in self.tests:
-            argv = [*step["argv"], *map(str, test.get("args", ()))]
-            request = _message({"op": "test", "step": {**step, "argv": argv}}, _encode(test.get("stdin", "")))
+            args = [*map(str, test.get("args", ()))]
+            own = {**step, "argv": step["argv"] + args, "copied": self.language.copied and not args}
+            request = _message({"op": "test", "step": own}, _encode(test.get("stdin", "")))
             result, stdout = self.ask(helper, request, self.limits.wall)
             if result.verdict == "ok" and not self.checker(test, stdout):
                 result = replace(result, verdict="wrong_answer")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,82 @@ def test_a_checker_that_fails_is_the_callers_error(box):
     with pytest.raises(KeyError):
         box.run("print(1)", "python", [{"stdin": ""}])
     assert box.run(ADD, "python", TESTS).passed
+
+
+# ---------------------------------------------------------------------------------------------
+# Copies of an interpreter
+
+# What a program in python can see of its interpreter and its process, and every way to end.
+SURROUNDINGS = r"""
+print(sorted(globals()), __name__, __file__, __doc__, __spec__, __loader__, __package__, __builtins__)
+import sys; [print(n, v) for n, v in sorted(vars(sys).items()) if n != "modules" and not callable(v)]
+import sys; print([*sys.modules], sys.path_importer_cache); import socket; print([*sys.modules], sys.path_importer_cache)
+import sys; [print(s, s.buffer.raw, s.isatty(), s.seekable(), s.errors, s.line_buffering) for s in (sys.stdin, sys.stdout, sys.stderr)]
+import os; print(os.getppid(), os.getsid(0) == os.getpid() == os.getpgrp(), os.getcwd(), os.environ, os.getresuid(), os.getgroups())
+import os; print(os.umask(0), os.nice(0), os.times()[2:4], [fd for fd in range(300) if os.path.exists(f"/proc/self/fd/{fd}")])
+import os; print(sorted(os.listdir("/proc"))[:2] == [str(os.getpid()), "acpi"], os.listdir("/tmp"), os.listdir("/box"))
+print([open("/proc/self/" + n).read() for n in ("cmdline", "environ", "limits", "oom_score_adj", "comm", "uid_map")])
+print([x for x in open("/proc/self/status") if x[:3] in ("Sig", "Shd", "Cap", "NoN", "Sec", "Thr", "TID", "Uid", "Gro")])
+import signal; print([(s, signal.getsignal(s)) for s in range(1, 32)], signal.pthread_sigmask(0, []), signal.set_wakeup_fd(-1))
+import resource as r; print([r.getrlimit(n) for n in range(16)], r.getrusage(r.RUSAGE_CHILDREN))
+import ctypes; print([ctypes.CDLL(None).prctl(option, 0, 0, 0, 0) for option in (3, 7, 21, 23, 27, 39)])
+import threading as t; print(t.active_count(), t.get_ident() == t.main_thread().ident, t.stack_size(), t._dangling.__len__())
+import gc; print(gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.callbacks, gc.garbage)
+import traceback, sys; traceback.print_stack(); print(sys._getframe().f_back.f_globals is globals(), sys._getframe().f_back.f_back)
+f = lambda n: f(n + 1)\nf(0)
+n = [0]\ndef f(): n[0] += 1; f()\ntry: f()\nexcept RecursionError: print(n)
+import sys; sys.setrecursionlimit(10**6); f = lambda n: n and 1 + f(n - 1); print(f(40_000))
+print(input(), open(0).read()); input()
+import sys, os; print([*sys.stdin], os.lseek(0, 0, 0), os.read(0, 3), os.fstat(0).st_size)
+import sys; print(1, end=""); sys.exit(3)
+exit("bye")
+import os; print(1); os._exit(4)
+import atexit; print(atexit._ncallbacks()); [atexit.register(print, n) for n in range(3)]; raise ValueError("é")
+try: 1 / 0\nexcept ArithmeticError as e: raise KeyError("x") from e
+def f(:
+x = "\0"
+import os, signal; os.kill(os.getpid(), signal.SIGINT); print(1)
+import os; os.abort()
+import os; os.close(1); print(1)
+import sys; sys.stdout.close(); print(1)
+import os; os.close(2); 1 / 0
+import sys; sys.excepthook = lambda *a: print(a[0]); 1 / 0
+class A: __del__ = lambda self: 1 / 0\na = A()
+import threading, time; threading.Thread(target=lambda: time.sleep(9), daemon=True).start(); print(1)
+import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print(2))).start(); print(1)
+import threading; threading.Thread(target=lambda: 1 / 0, name="t").start()
+from multiprocessing import get_context as c; __name__ == "__main__" and print([c(n).Pool(1).map(abs, [-1]) for n in ("fork", "spawn", "forkserver")])
+import subprocess, sys; print(subprocess.run([sys.executable, "-c", "import os; print(os.listdir('/proc/self/fd'))"], capture_output=True))
+import os, sys; "exec" in sys.argv or os.execv(sys.executable, [sys.executable, __file__, "exec"]); print(sys.argv, sys.orig_argv)
+import runpy; x = __name__ != "__main__" or runpy.run_path(__file__)["x"]; print(x)
+import inspect; f = lambda: 1; print(inspect.getsource(f))
+import pickle; A = type("A", (), {}); print(pickle.loads(pickle.dumps(A)) is A)
+import os; [os.fork() for _ in range(3)]; os.getpid() % 2 and os.kill(os.getppid(), 0)
+import os; os.kill(-1, 9); print(1)
+x = []\nwhile True: x.append(bytearray(1 << 20))
+while True: print("x" * 999)
+f = open("x", "wb")\nwhile True: f.write(bytes(1 << 20))
+"""
+
+
+def test_a_copy_of_an_interpreter_is_like_one_that_has_just_started(monkeypatch):
+    """Each program's verdict, end and output, but for addresses; the hash of a string tells that there were copies."""
+    programs = ["print(hash('x'))"] * 2 + [line.replace("\\n", "\n") for line in SURROUNDINGS.strip().split("\n")]
+    jobs, seen = [(program, "python", [{"stdin": "a\nb", "stdout": ""}]) for program in programs], []
+    with Sandbox(1, Limits(memory=128, files=8)) as box:
+        if box.level != "namespaces":
+            pytest.skip("copies need namespaces")
+        for copied in (True, False):
+            monkeypatch.setitem(sandbox.LANGUAGES, "python", replace(sandbox.LANGUAGES["python"], copied=copied))
+            results = box.map(jobs)
+            (a, b), rest = [r.tests[0].stdout for r in results[:2]], results[2:]
+            assert (a == b) is copied
+            test = [r.tests[0] for r in rest]
+            seen.append([(t.verdict, t.message, t.exit_code, t.signal, t.stdout, t.stderr) for t in test])
+    for program, *both in zip(programs[2:], *seen, strict=True):
+        copy, fresh = ([re.sub("0x[0-9a-f]+", "0x", str(part)) for part in each] for each in both)
+        assert copy == fresh, program
+    assert len({each[0] for each in seen[0]}) >= 4  # wrong_answer, runtime_error, memory_limit, output_limit
 
 
 # ---------------------------------------------------------------------------------------------
