@@ -581,7 +581,7 @@ class Settings(Hardware):
     model: str = flag("", "checkpoint or run folder to start from (default: runs/base, made if missing; base: none)")
     out: str = flag("", "run folder (default: runs/MIXTURE)")
     format: str = flag("", "prompt format (default: the starting model's own)", choices=tuple(FORMATS))
-    tokens: int = flag(0, "tokens to train on, prompts included; 0: 2,000,000 for base, else 1,000,000", least=0)
+    tokens: int = flag(0, "tokens to train on, prompts included; 0: 1,750,000 for base, else 2,000,000", least=0)
     batch: int = flag(1024, "tokens per update, over all ranks; the last sequence may go beyond", least=1)
     lr: float = flag(0.0, "peak learning rate; 0: 3e-3 for base, else 1e-3", least=0)
     warmup: float = flag(0.05, "share of the run over which the learning rate rises", least=0, most=1)
@@ -602,7 +602,7 @@ class Settings(Hardware):
 
 def resolve(s: Settings) -> Settings:
     """The settings with the defaults that depend on the mixture filled in."""
-    model, tokens, lr = ("", 2_000_000, 3e-3) if s.mixture == "base" else ("runs/base", 1_000_000, 1e-3)
+    model, tokens, lr = ("", 1_750_000, 3e-3) if s.mixture == "base" else ("runs/base", 2_000_000, 1e-3)
     out = s.out or f"runs/{s.mixture}"
     return replace(s, model=s.model or model, out=out, tokens=s.tokens or tokens, lr=s.lr or lr)
 
