@@ -30,8 +30,9 @@ expected output stays: a program can't find it, and neither an early exit nor an
 To start python takes longer than most of its programs. So at level `namespaces` the runner's parent, which stands
 outside the programs' process namespace, where none can see or signal it, turns into an interpreter that has started,
 and each run is a copy of it by fork, left to the runner. It runs no program itself and is handed nothing of a run
-but its streams, so each begins in the same state. A program can't tell, but that strings have the same hash in all
-runs of a worker, and that some more objects exist.
+but its streams, so each begins in the same state. What a program can tell: hashes and addresses are the same in all
+runs of a worker, some 80 more objects exist (so that garbage is collected a little earlier, the first time), and the
+kernel's flags say that it was forked.
 
 **What a program is kept from** (each claim is a case in tests/sandbox_cases.py):
 
@@ -156,34 +157,39 @@ class Language:
     copied: bool = False  # whether its command can wait on descriptor 3 and fork a copy of itself for each run
 
 
-# An interpreter that has descriptor 3 to be asked on waits here, and forks a copy of itself for each run: the copy,
-# left to the runner by its parent's end, leaves this text with the run's streams, in its scratch directory, once its
-# limits are set. Nothing is left that would tell it from one that has just started.
+# An interpreter whose descriptor 3 is a socket to be asked on waits here, and forks a copy of itself for each run: the
+# copy, left to the runner by its parent's end, leaves this text with the run's streams, in its scratch directory, once
+# its limits are set. Nothing is left that would tell it from one that has just started.
 _COPY = """import posix, sys
+finders = [*sys.path_importer_cache]
 try:
     posix.fstat(3)
+    from _socket import socket
+    asked = socket(fileno=3)
 except OSError:
     pass
 else:
-    finders = [*sys.path_importer_cache]
-    from _socket import socket
-    asked = socket(fileno=3)
     compile("", "", "exec")  # makes types that last
+    for stream in range(3):  # streams of the first run, which shall end with it
+        posix.dup2(3, stream)
     asked.send(b"ready")
     while True:
         said, rights, *_ = asked.recvmsg(1, 64)
         if not said:
             posix._exit(0)
         fds = [int.from_bytes(rights[0][2][i : i + 4], sys.byteorder) for i in (0, 4, 8, 12)]
-        if pid := posix.fork():
-            posix.waitpid(pid, 0)
-            for fd in fds:
-                posix.close(fd)
-            asked.send(b"forked")
-        elif posix.fork():
-            posix._exit(0)
-        else:
-            break
+        try:
+            if pid := posix.fork():
+                posix.waitpid(pid, 0)
+            elif posix.fork():
+                posix._exit(0)
+            else:
+                break
+        except OSError:
+            posix._exit(1)
+        for fd in fds:
+            posix.close(fd)
+        asked.send(b"forked")
     asked.close()
     posix.setsid()
     for target, fd in enumerate(fds[:3]):
@@ -192,7 +198,8 @@ else:
     posix.chdir(posix.environ[b"TMPDIR"])
     limited = socket(fileno=fds[3])
     limited.send(b"%d" % posix.getpid())
-    limited.recv(1)
+    if limited.recv(1) != b".":
+        posix._exit(1)
     limited.close()
     del sys.modules["_socket"]
     for path in [*sys.path_importer_cache][len(finders) :]:
@@ -1182,9 +1189,10 @@ class _Runner:
     def start(self, step: dict, stdin: bytes) -> _Run:
         """Returns when the new process has turned into the program, or could not."""
         source, out, err, (ours, theirs) = _sealed(stdin), os.pipe(), os.pipe(), socket.socketpair()
-        began = time.monotonic()
         pid, listener = self.launch(step, (source, out[1], err[1]), ours, theirs)
-        for end in (source, out[1], err[1], theirs.detach()):
+        began = time.monotonic()
+        theirs.close()
+        for end in (source, out[1], err[1]):
             os.close(end)
         for pipe, _ in (out, err):
             os.set_blocking(pipe, False)  # the kernel may hold the other end when all processes have gone
@@ -1438,6 +1446,8 @@ def _wait_to_be_copied(sock: socket.socket) -> None:
             socket.send_fds(sock, [b"."], [_seccomp(_filter())])
             os.closerange(4, _DESCRIPTORS)  # those that came are inherited
             os.execve(argv[0], argv, env)
+    except Exception as error:
+        print(f"sandbox helper: {error!r}", file=sys.stderr, flush=True)
     finally:
         os._exit(0)
 
@@ -1465,32 +1475,43 @@ class _NamespaceRunner(_Runner):
 
     def __init__(self, sock: socket.socket, settings: dict, parent: socket.socket):
         super().__init__(sock, settings)
-        self.parent, self.listener = parent, None  # where the parent's filter, and those of its copies, ask
+        self.parent, self.command = parent, None  # what the parent has turned into, once it has
 
     def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
-        if not step.get("copied"):
+        command = [step["argv"], step["env"]]
+        if not step.get("copied") or self.command not in (None, command):
             return super().launch(step, streams, ours, theirs)
-        if self.listener is None:
-            self.listener = self.start_parent(step, streams)
+        if self.command is None:
+            self.start_parent(command, streams)
         socket.send_fds(self.parent, [b"."], [*streams, theirs.fileno()])
-        self.parent.recv(16)  # it has forked
-        pid = int(ours.recv(16))
+        theirs.close()
+        self.hear(self.parent)  # it has forked
+        pid = int(self.hear(ours))
         _set_limits(step, pid)
         ours.send(b".")
         return pid, os.dup(self.listener)
 
-    def start_parent(self, step: dict, streams: tuple) -> int:
+    def start_parent(self, command: list, streams: tuple) -> None:
         """Has the parent turn into the command, on streams of the kind that the copies will have."""
-        socket.send_fds(self.parent, [json.dumps([step["argv"], step["env"]]).encode()], streams)
-        _, (listener,), *_ = socket.recv_fds(self.parent, 1, 1)
-        os.set_inheritable(listener, False)
-        starting, poll = _Run(step, time.monotonic(), 0, {}, listener, ""), select.poll()
-        for fd in (listener, self.parent):
-            poll.register(fd, select.POLLIN)
-        while self.parent.fileno() not in dict(poll.poll()):
-            self.decide(starting)
-        self.parent.recv(16)  # it is ready
-        return listener
+        socket.send_fds(self.parent, [json.dumps(command).encode()], streams)
+        _, (self.listener,), *_ = socket.recv_fds(self.parent, 1, 1)  # where it and its copies ask
+        os.set_inheritable(self.listener, False)
+        self.hear(self.parent)  # it is ready
+        self.command = command
+
+    def hear(self, sock: socket.socket) -> bytes:
+        """What the parent or a copy says; meanwhile answers what its filter asks. Raises OSError where it has gone, EOFError
+        where the caller has."""
+        poll, unlimited = select.poll(), _Run({}, 0, 0, {}, self.listener, "", had_waited=0)
+        for fd, events in ((sock, select.POLLIN), (self.listener, select.POLLIN), (self.sock, select.POLLRDHUP)):
+            poll.register(fd, events)
+        while sock.fileno() not in (ready := dict(poll.poll())):
+            if self.sock.fileno() in ready:
+                raise EOFError("the caller has gone")
+            self.decide(unlimited)
+        if not (said := sock.recv(16)):
+            raise OSError("the interpreter that is copied has gone")
+        return said
 
     def filter(self):
         return _filter()
