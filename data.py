@@ -954,7 +954,7 @@ _C_LIKE, _HASH = r"/\*[\s\S]*?\*/|^[ \t]*//.*\n", r"^[ \t]*#(?!lang|!).*\n"
 COMMENTS = {
     **dict.fromkeys("c cpp java javascript typescript go rust kotlin scala csharp swift d dart".split(), _C_LIKE),
     **dict.fromkeys("ruby perl bash r elixir coffeescript tcl julia awk".split(), _HASH), "php": f"{_C_LIKE}|{_HASH}",
-    "python": rf"^[ \t]*r?(\"\"\"|\'\'\')[\s\S]*?\1|{_HASH}", "lua": r"--\[\[[\s\S]*?\]\]-*|^[ \t]*--.*\n",
+    "python": rf"(?:\A\s*|^[ \t]+|(?<=:\n))r?(\"\"\"|\'\'\')[\s\S]*?\1|{_HASH}", "lua": r"--\[\[[\s\S]*?\]\]-*|^[ \t]*--.*\n",
     "haskell": r"\{-[\s\S]*?-\}|^[ \t]*--.*\n", "pascal": r"\(\*(?:\(\*[\s\S]*?\*\)|[\s\S])*?\*\)", "erlang": r"^[ \t]*%.*\n", "fortran": r"^[ \t]*!.*\n",
     **dict.fromkeys(("racket", "commonlisp"), r"#\|[\s\S]*?\|#|^[ \t]*;.*\n"),
 }  # fmt: skip
@@ -1453,7 +1453,7 @@ def is_interesting(function: Function) -> bool:
 
 
 @functools.cache
-def fitting(kind: str, last: bool) -> tuple[list[Operation], list[float]]:
+def suited(kind: str, last: bool) -> tuple[list[Operation], list[float]]:
     """The operations that take a `kind` value, folds only as the `last`, and how often each is drawn."""
     fit = [op for op in OPERATIONS.values() if result_type(kind, op.name) and (last or op.gives != "value")]
     return fit, [len(op.params) ** 0.5 for op in fit]
@@ -1468,7 +1468,7 @@ def random_function(rng: random.Random, operations: int, must: str = "") -> Func
         kind = start = rng.choice(("ints", "ints", "words"))
         steps: list[tuple[str, Any]] = []
         for i in range(operations):
-            op = rng.choices(*fitting(kind, last=i == operations - 1))[0]
+            op = rng.choices(*suited(kind, last=i == operations - 1))[0]
             steps.append((op.name, rng.choice(op.params)))
             kind = result_type(kind, op.name)
         function = (start, tuple(steps))

@@ -148,6 +148,10 @@ def test_functions_are_asked_for_as_a_whole_and_shown_with_their_signature(tmp_p
     [record] = bring(tmp_path, "mbxp", *FORMATS["mbxp"][0])
     assert PY["prompt"].strip() in record["prompts"]["python"] and "func twice (x int) int {" in record["prompts"]["go"]
     assert record["solutions"] == {"python": "def twice(x):\n    return x * 2"}  # without what the statement says
+    # A text's end begins a line, as a comment may.
+    held = PY | {"prompt": f"TEXT = '''\nNo comment.\n'''\n\n{PY['prompt']}"}
+    [other] = bring(tmp_path, "mbxp", FORMATS["mbxp"][0][0] | held)
+    assert other["solutions"] == {"python": "TEXT = '''\nNo comment.\n'''\n\ndef twice(x):\n    return x * 2"}
     assert (
         record["harness"]["go"].startswith("package main")
         and data.gradable(record, "go")
