@@ -7,7 +7,7 @@ similar the representations of equal programs are.
     python eval.py --samples 8 --k 1 8                # pass@k from 8 samples beside greedy pass@1
     python eval.py --representations                  # cross-PL retrieval in the residual stream, beside pass@1
     python eval.py --representations --no-sampling    # that alone: no toolchain and no sandbox
-    python eval.py --join results/first/seed-*.json   # runs with different seeds: the claims, means and intervals
+    python eval.py --join results/study/seed-*.json   # runs with different seeds: the claims, means and intervals
     python eval.py --curves runs/rl-*                 # RL runs side by side, by step (needs matplotlib)
     python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
     python eval.py --translate --models M --data DIR --to ruby php --samples 4 --keep OUT
