@@ -120,16 +120,7 @@ references:
 	$(MAKE) study SEEDS="7 8" STUDY=results/aligned STUDY_ARMS="source parallel" CORPUS="--base-programs all"
 	$(MAKE) study SEEDS="7 8" STUDY=results/borrowed STUDY_ARMS="source parallel" CORPUS="--borrowed 0.1"
 	$(MAKE) study SEEDS="7 8" STUDY=results/ruby STUDY_ARMS="source parallel" CORPUS="--sft ruby python javascript php"
-	$(MAKE) --no-print-directory --jobs=2 results/oracle/seed-7.json results/oracle/seed-8.json
-	$(PY) eval.py --join results/oracle/seed-7.json results/oracle/seed-8.json --out results/oracle
-
-results/oracle/seed-%.json: export OMP_NUM_THREADS = 1
-results/oracle/seed-%.json: results/study/seed-%.json # whose runs must still be there
-	$(PY) rl.py --languages ruby --seed $* --data runs/study-$*/data --model runs/study-$*/source --out runs/study-$*/rl-oracle
-	$(PY) eval.py --data runs/study-$*/data --models oracle=runs/study-$*/source rl-oracle=runs/study-$*/rl-oracle \
-		--out runs/study-$*/eval-oracle >/dev/null
-	@mkdir -p $(@D)
-	cp runs/study-$*/eval-oracle/eval.json $@
+	$(MAKE) study SEEDS="7 8" STUDY=results/oracle STUDY_ARMS=source RL="--languages ruby"
 
 # The same as the study on dev problems and dev seeds, to choose settings by; says which gates hold.
 gates: interpreters .venv/installed
