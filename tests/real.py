@@ -68,7 +68,7 @@ def passes_by_hand(text: str, language: str) -> bool:
             command = [tools.get(word, word).format_map(fill) for word in line.split()]
             try:
                 done = subprocess.run(
-                    command, cwd=place, env=env, capture_output=True, timeout=120, stdin=subprocess.DEVNULL
+                    command, cwd=place, env=env, capture_output=True, timeout=30, stdin=subprocess.DEVNULL
                 )
             except subprocess.TimeoutExpired:
                 return False
@@ -113,7 +113,7 @@ def main(options: argparse.Namespace) -> int:
                 new = [job for job in jobs if job[0] not in known]
                 results = box.stream([data.job(*job[1:4]) for job in new], progress=name)
                 for (what, _, language, _, row), result in zip(new, results, strict=True):
-                    hand = not result.passed and passes_by_hand(whole(SETS[name][0], row, language), language)
+                    hand = not result.passed and not wrong and passes_by_hand(whole(SETS[name][0], row, language), language)
                     known[what] = [result.passed, hand]
                     log.write(json.dumps([what, known[what]]) + "\n")
                     log.flush()
