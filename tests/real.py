@@ -113,7 +113,8 @@ def main(options: argparse.Namespace) -> int:
                 new = [job for job in jobs if job[0] not in known]
                 results = box.stream([data.job(*job[1:4]) for job in new], progress=name)
                 for (what, _, language, _, row), result in zip(new, results, strict=True):
-                    hand = not result.passed and not wrong and passes_by_hand(whole(SETS[name][0], row, language), language)
+                    failed = not result.passed and not wrong
+                    hand = failed and passes_by_hand(whole(SETS[name][0], row, language), language)
                     known[what] = [result.passed, hand]
                     log.write(json.dumps([what, known[what]]) + "\n")
                     log.flush()
