@@ -1057,10 +1057,11 @@ def function_part(
 
 def humaneval_x(row: Row) -> dict:
     name, number = row("task_id").split("/")
+    language = public_language(name)
     opening, shown = row("import", str, "") + row("declaration"), row("prompt")
+    opening = shown if language == "python" else opening  # a declaration there may hold half a docstring
     shown += "" if opening.strip().split("\n")[-1] in shown else opening
     own = {"shown": shown, "setup": row("test_setup", str, "")}
-    language = public_language(name)
     return function_part(f"HumanEval/{number}", language, opening, row("canonical_solution"), row("test"), **own)
 
 
