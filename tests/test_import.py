@@ -61,7 +61,7 @@ MULTIPL_E = {
 }  # fmt: skip
 FORMATS = {  # format -> (rows, what of the one record is to be found); every python program of it passes
     "humaneval-x": (
-        [PY | {"task_id": "Python/7", "declaration": "def twice(x):\n", "canonical_solution": "    return x * 2\n",
+        [PY | {"task_id": "Python/7", "declaration": "def twice(x):\n    '\n", "canonical_solution": "    return x * 2\n",
                "test": PY["test"] + "check(twice)\n", "example_test": ""}], {"id": "HumanEval/7"},
     ),
     "humanevalpack": (
