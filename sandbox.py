@@ -159,7 +159,7 @@ class Language:
 
 # An interpreter whose descriptor 3 is a socket to be asked on waits here, and forks a copy of itself for each run: the
 # copy, left to the runner by its parent's end, leaves this text with the run's streams, in its scratch directory, once
-# its limits are set. Nothing is left that would tell it from one that has just started.
+# its limits are set. What could tell it from one that has just started is undone, but for what the top of this file says.
 _COPY = """import posix, sys
 finders = [*sys.path_importer_cache]
 try:
@@ -1476,8 +1476,10 @@ class _NamespaceRunner(_Runner):
     def __init__(self, sock: socket.socket, settings: dict, parent: socket.socket):
         super().__init__(sock, settings)
         self.parent, self.command = parent, None  # what the parent has turned into, once it has
+        self.listener: int  # where it and its copies ask, from then on
 
     def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
+        """By a copy of the parent, if the step asks for one and the parent is, or can become, its command."""
         command = [step["argv"], step["env"]]
         if not step.get("copied") or self.command not in (None, command):
             return super().launch(step, streams, ours, theirs)
@@ -1494,7 +1496,7 @@ class _NamespaceRunner(_Runner):
     def start_parent(self, command: list, streams: tuple) -> None:
         """Has the parent turn into the command, on streams of the kind that the copies will have."""
         socket.send_fds(self.parent, [json.dumps(command).encode()], streams)
-        _, (self.listener,), *_ = socket.recv_fds(self.parent, 1, 1)  # where it and its copies ask
+        _, (self.listener,), *_ = socket.recv_fds(self.parent, 1, 1)
         os.set_inheritable(self.listener, False)
         self.hear(self.parent)  # it is ready
         self.command = command

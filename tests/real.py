@@ -4,8 +4,8 @@
     python tests/real.py ../shared/data --sets mbxp --languages ruby php --every 10
 
 Prints for each set and PL how many programs pass, how many of the others pass by hand (their compiler or interpreter
-alone, as the data's publishers put programs together), and names these: each is a fault of ours. HumanEvalPack's wrong
-programs go the same way, and have to fail. What was judged is kept in OUT/verdicts.jsonl, and not run again.
+alone, as the data's publishers put programs together), and names these: each is a fault of ours, unless it only ends
+with success before its tests were run. HumanEvalPack's wrong programs have to fail in the sandbox. What was judged is kept in OUT/verdicts.jsonl, and not run again.
 """
 
 import argparse
