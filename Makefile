@@ -79,10 +79,10 @@ $(ARMS:%=$(RUN)/%/summary.json): $(RUN)/%/summary.json: $(RUN)/base/summary.json
 $(ARMS:%=$(RUN)/rl-%/summary.json): export OMP_NUM_THREADS = $(THREADS)
 $(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.json
 	@$(ANEW)
-	$(PY) rl.py --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(@D) --workers $(THREADS) $(RL)
+	$(PY) rl.py --forkserver --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(@D) --workers $(THREADS) $(RL)
 
 $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
-	$(PY) eval.py --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) >/dev/null
+	$(PY) eval.py --forkserver --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) >/dev/null
 
 # --- the demo
 

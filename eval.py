@@ -736,6 +736,7 @@ class Settings:
     rows: int = flag(0, "responses to write at a time; 0: what a GPU's free memory holds, 512 on a CPU", least=0)
     workers: int = flag(0, "programs to run at once; 0 shares the cores out over the ranks of a host", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
+    forkserver: bool = flag(False, "fork python's runs from one interpreter: faster, and a program can tell")
     seed: int = flag(0, "seed of the samples")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     precision: str = flag("", "default: bfloat16 on a GPU, the checkpoint's own on a CPU", choices=PRECISIONS)
@@ -790,7 +791,8 @@ def count_untested(records: Sequence[dict], languages: Sequence[str]) -> None:
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
     """The sandbox of this rank: `s.workers` programs at a time, or its share of the cores."""
     workers = s.workers or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-    return sandbox.Sandbox(workers, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit))
+    limits = sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
+    return sandbox.Sandbox(workers, limits, forkserver=s.forkserver)
 
 
 def measure(s: Settings, world: World, models: dict[str, Path], records: list[dict], languages: list[str]) -> dict:

@@ -126,6 +126,7 @@ class Settings(Hardware):
     rows: int = flag(0, "responses to write at a time; 0: what a GPU's free memory holds, 512 on a CPU", least=0)
     workers: int = flag(0, "programs to run at once, on each rank; 0 shares the cores out", least=0)
     time_limit: float = flag(5.0, "seconds that a program may take for a test", least=0.01)
+    forkserver: bool = flag(False, "fork python's runs from one interpreter: faster, and a program can tell")
     eval_every: int = flag(20, "steps between two evaluations", least=1)
     eval_languages: tuple = flag((), "PLs to evaluate on the way (default: the source PL)")
     eval_problems: int = flag(20, "dev problems of each kind in an evaluation", least=1)

@@ -410,7 +410,7 @@ def digest(folder: str | Path, splits: Sequence[str], *files: Path) -> str:
 
 
 # Settings that may differ when a run is taken up again.
-FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "out", "rows"}
+FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "forkserver", "out", "rows"}
 FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems", "eval_tokens"}
 
 

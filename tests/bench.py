@@ -133,19 +133,23 @@ def overshoot(box: sandbox.Sandbox, program: str, limits: sandbox.Limits) -> flo
 
 def bench_sandbox(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
-    with sandbox.Sandbox(1, level=options.level) as box:
-        first = [box.run(PROGRAMS[name], name, tests_of(1)) for name in PROGRAMS]
+    with (
+        sandbox.Sandbox(1, level=options.level) as box,
+        sandbox.Sandbox(1, level=options.level, forkserver=True) as forks,
+    ):
+        rows = [("python, --forkserver", forks, "python"), *((name, box, name) for name in PROGRAMS)]
+        first = [each.run(PROGRAMS[name], name, tests_of(1)) for _, each, name in rows]
         assert all(result.passed for result in first), first
         print(f"level {first[0].level}, {cores} cores, one program at a time")
-        print("language  tests  sandbox runs/s  naive runs/s  ratio")
-        for name in PROGRAMS:
+        print("language              tests  sandbox runs/s  naive runs/s  ratio")
+        for title, each, name in rows:
             for count in (1, 10):
-                ours, theirs = throughput(box, name, count, options.repeats)
-                print(f"{name:9} {count:5} {ours:15.1f} {theirs:13.1f} {ours / theirs:6.2f}")
-        print("language  ms per run, sandbox   subprocess.run   added")
-        for name in PROGRAMS:
-            inside, outside, added = added_per_run(box, name, options.repeats)
-            print(f"{name:9} {inside:21.2f} {outside:16.2f} {added:7.2f}")
+                ours, theirs = throughput(each, name, count, options.repeats)
+                print(f"{title:21} {count:5} {ours:15.1f} {theirs:13.1f} {ours / theirs:6.2f}")
+        print("language              ms per run, sandbox   subprocess.run   added")
+        for title, each, name in rows:
+            inside, outside, added = added_per_run(each, name, options.repeats)
+            print(f"{title:21} {inside:21.2f} {outside:16.2f} {added:7.2f}")
         limits = sandbox.Limits(wall=0.5, cpu=60)
         late = [overshoot(box, SLEEP, limits) for _ in range(options.repeats)]
         print(f"time limit by the clock: late by {statistics.median(late):.1f} ms, at most {max(late):.1f}")
@@ -572,7 +576,7 @@ def bench_rl(options: argparse.Namespace) -> None:
     """The peers can't take turns step by step here: ours runs before TRL and after it, and both count."""
     s = rl.Settings(
         data=options.data, model=options.model, out=tempfile.mkdtemp(), prompts=PROMPTS, samples=SAMPLES, lr=1e-5,
-        informative=0,
+        informative=0, forkserver=True,
     )  # fmt: skip
     folder, languages = sft.newest_checkpoint(s.model), [data.read_roles(s.data).source]
     records, ours = data.read_split(s.data, "rl")[: 40 * PROMPTS], []

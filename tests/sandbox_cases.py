@@ -521,28 +521,29 @@ def run_case(box: sandbox.Sandbox, case: Case, secret: Path) -> sandbox.Result:
     return result
 
 
-def run_threads(level: str | None) -> sandbox.Result:
+def run_threads(level: str | None, forkserver: bool) -> sandbox.Result:
     """The worst of four programs with many threads at a time: they have no fewer for each other's sake."""
     program = "import threading, time\nfor _ in range(50): threading.Thread(target=time.sleep, args=(1,)).start()\nprint('yes')"
-    with sandbox.Sandbox(4, PATIENT, level) as box:
+    with sandbox.Sandbox(4, PATIENT, level, forkserver) as box:
         return max(box.map([(program, "python", ONE)] * 4), key=lambda result: not result.passed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--level", choices=sandbox.LEVELS, help="confinement; the strongest by default")
+    parser.add_argument("--forkserver", action="store_true", help="python's runs are forks of one interpreter")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     cases = [case for case in CASES if options.only in case.name]
     with contextlib.ExitStack() as stack:
         secret = stack.enter_context(host(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
-        box = stack.enter_context(sandbox.Sandbox(2, level=options.level))
+        box = stack.enter_context(sandbox.Sandbox(2, level=options.level, forkserver=options.forkserver))
         cases = [case for case in cases if case.promised(box.level)]
         threads = stack.enter_context(ThreadPoolExecutor(2))
         results = threads.map(lambda case: run_case(box, case, secret), cases)
         for case, result in zip(cases, results, strict=True):
             report(case.name, case.verdicts, result)
-    report("many threads in each worker", "ok", run_threads(options.level))
+    report("many threads in each worker", "ok", run_threads(options.level, options.forkserver))
 
 
 def report(name: str, verdicts: str, result: sandbox.Result) -> None:

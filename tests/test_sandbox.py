@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -444,7 +443,7 @@ f = open("x", "wb")\nwhile True: f.write(bytes(1 << 20))
 """
 
 
-def test_a_copy_of_an_interpreter_is_like_one_that_has_just_started(monkeypatch):
+def test_a_copy_of_an_interpreter_is_like_one_that_has_just_started():
     """Each program's verdict, end and output, but for addresses; the hash of a string tells that there were copies."""
     programs = [line.replace("\\n", "\n") for line in SURROUNDINGS.strip().split("\n")] + ["print(hash('x'))"] * 2
     jobs, seen = [(program, "python", [{"stdin": "a\nb", "stdout": ""}]) for program in programs], []
@@ -452,9 +451,8 @@ def test_a_copy_of_an_interpreter_is_like_one_that_has_just_started(monkeypatch)
         if box.level != "namespaces":
             pytest.skip("copies need namespaces")
         for copied in (True, False):
-            monkeypatch.setitem(sandbox.LANGUAGES, "python", replace(sandbox.LANGUAGES["python"], copied=copied))
-            results = box.map(jobs)
-            *tests, one, other = (r.tests[0] for r in results)
+            box.forkserver = copied  # in the same folders
+            *tests, one, other = (result.tests[0] for result in box.map(jobs))
             assert (one.stdout == other.stdout) is copied
             seen.append([(t.verdict, t.message, t.exit_code, t.signal, t.stdout, t.stderr) for t in tests])
     for program, *both in zip(programs[:-2], *seen, strict=True):

@@ -47,13 +47,15 @@ def traces(box: sandbox.Sandbox) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+@pytest.fixture(scope="module", params=["namespaces", "forkserver", "landlock"])
 def box(request):
+    forkserver = request.param == "forkserver"
+    level = "namespaces" if forkserver else request.param
     try:
-        sandbox._Helper(request.param).close()
+        sandbox._Helper(level).close()
     except sandbox._Refused as refusal:
-        pytest.skip(f"{request.param}: {refusal}")
-    with sandbox.Sandbox(1, level=request.param) as box:
+        pytest.skip(f"{level}: {refusal}")
+    with sandbox.Sandbox(1, level=level, forkserver=forkserver) as box:
         box.run("print(1)", "python", [{"stdin": "", "stdout": "1"}])
         yield box
 
@@ -71,6 +73,8 @@ def test_hostile(box, secret, case: Case):
         pytest.skip(f"no toolchain for {case.language}")
     if not case.promised(box.level):
         pytest.skip(f"not promised: {case.lacking}")
+    if box.forkserver and not sandbox.LANGUAGES[case.language].copied:
+        pytest.skip(f"{case.language} is not forked")
     before = traces(box)
     result = run_case(box, case, secret)
     assert result.verdict in case.verdicts.split(), result
@@ -101,7 +105,7 @@ def test_hostile_as_ordinary_user(level, tmp_path_factory):
             shutil.copy(HERE.parent / name, place / name)
         shutil.chown(place, 65534, 65534)
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        command += [python, "-B", str(place / "tests/sandbox_cases.py"), "--level", level]
+        command += [python, "-B", str(place / "tests/sandbox_cases.py"), "--level", level, "--forkserver"]
         env = {"PATH": os.environ["PATH"], "HOME": str(place)}
         env["XDG_CACHE_HOME"] = str(sandbox._cache_root().parent)
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
