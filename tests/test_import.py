@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import real
 from test_ranks import torchrun
 
 import data
@@ -122,6 +123,22 @@ FORMATS = {  # format -> (rows, what of the one record is to be found); every py
 def box():
     with sandbox.Sandbox() as box:
         yield box
+
+
+def test_published_programs_are_run_whole_and_what_only_ends_early_is_named(tmp_path, capsys):
+    [right], _ = FORMATS["humanevalpack"]
+    early = right | {"problem": "HumanEval/8", "solution": "    raise SystemExit\n"}
+    broken = right | {"problem": "HumanEval/9", "solution": "    return x\n"}
+    (tmp_path / "humanevalpack.jsonl.gz").write_bytes(gzip.compress(lines(right, early, broken).encode()))
+    s = SimpleNamespace(
+        data=tmp_path, out=tmp_path / "out", sets=["humanevalpack"], languages=["python"], every=1, workers=1
+    )
+    for _ in range(2):  # the second time from what was kept
+        assert real.main(s) == 1
+        shown = capsys.readouterr().out
+        assert "FAULT: humanevalpack HumanEval/8 python\n" in shown and shown.count("FAULT") == 1
+        assert "| humanevalpack | python | 3 | 1 | 1 |" in shown  # programs, pass, of the others pass by hand
+        assert "| humanevalpack wrong | python | 3 | 0 | 0 |" in shown
 
 
 @pytest.mark.parametrize("format", FORMATS)
