@@ -242,7 +242,8 @@ def read_records(path: str | Path, general: bool = False) -> list[dict]:
     """
     path, records, seen = Path(path), [], {}
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus")
+        without = "; sft.py --replay 0 does without" if path.name.startswith("base.") else ""
+        raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus{without}")
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             records.append(parse_record(line, f"{path}:{number}", general))
@@ -1767,7 +1768,7 @@ def fill(text: str, values: dict) -> str:
 
 
 def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str:
-    """The program for `function` in `language`: reads one line, prints one line.
+    """The program for `function` in `language`, from its line of input to the line it prints.
 
     With `comments`, one for each step, they stand above the steps.
     """
@@ -2234,21 +2235,23 @@ def show(s: ShowSettings, name: str) -> None:
 def main(argv: Sequence[str]) -> None:
     """The first word names the command, the rest are its arguments."""
     name, rest = (argv[0] if argv else "--help"), list(argv[1:])
+    words = [*itertools.takewhile(lambda word: not word.startswith("-"), rest)]
+    flags, asked = rest[len(words) :], {"-h", "--help"} & {*rest}
     if name == "make":
         command(make, CorpusSettings, "Writes the embedded corpus, its roles of PLs and its tokenizer.", rest)
     elif name == "verify":
         command(verify, VerifySettings, "Runs every program of a corpus in the sandbox.", rest)
-    elif name == "show" and rest and not rest[0].startswith("-"):
-        command(lambda s: show(s, rest[0]), ShowSettings, "Prints one problem with all its programs.", rest[1:])
+    elif name == "show" and (asked or len(words) == 1):
+        command(lambda s: show(s, words[0]), ShowSettings, "Prints one problem with all its programs: show ID.", flags)
     elif name == "split":
         command(split, SplitSettings, "Deals records out to train, rl, dev and test.", rest)
-    elif name == "import" and len(words := [*itertools.takewhile(lambda w: not w.startswith("-"), rest)]) > 1:
+    elif name == "import" and (asked or len(words) > 1):
         about = f"Makes records of public data: import FORMAT FILE...; formats: {', '.join(PUBLIC_FORMATS)}."
-        command(lambda s: import_files(s, words[0], words[1:]), ImportSettings, about, rest[len(words) :])
+        command(lambda s: import_files(s, words[0], words[1:]), ImportSettings, about, flags)
     else:
         print("usage: python data.py make | import FORMAT FILE... | verify | split | show ID   (each has --help)\n")
         print(__doc__)
-        sys.exit(not {"-h", "--help"} & {name, *rest})
+        sys.exit(not (asked or name in ("-h", "--help")))
 
 
 if __name__ == "__main__":

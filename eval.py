@@ -581,7 +581,7 @@ def verdict(row: dict) -> str:
 
 
 def claims_table(rows: Sequence[dict]) -> str:
-    """Markdown, in points (T: in hundredths). Rows that decide a claim are bold."""
+    """Markdown, in points (T and cosines: in hundredths). Rows that decide a claim are bold."""
     lines = ["| claim | what must be above 0 | mean | 95% interval | seeds | outcome |", "|---" * 6 + "|"]
     for row in sorted(rows, key=lambda r: r["claim"]):
         value, low, high = (100 * row[name] for name in ("value", "low", "high"))
