@@ -43,8 +43,8 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
    it stopped.
 
 In this order: settings and files; records; the parts that PLs play; mixtures, the paper's idea (`parallel`); tokenizer
-and prompts; public data (`import`, `split`); and the embedded corpus: operations, their wordings, how each PL writes them,
-what is made of these; the command line.
+and prompts; public data (`import`); and the embedded corpus: operations, their wordings, how each PL writes them,
+what is made of these; the command line (`verify`, `split`, `show`).
 """
 
 import argparse
@@ -152,11 +152,6 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
-def _need(where: str, ok: bool, field: str, mend: str) -> None:
-    if not ok:
-        raise RecordError(f"{where}: field {field!r}: {mend}")
-
-
 def _is_text(value) -> bool:
     """Whether it is a text, and one that files and tokens can hold: JSON can write half a surrogate pair."""
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
@@ -172,7 +167,10 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
     `general`: one of general data, whose `answer` to its `prompt` may be any text.
     """
 
-    need = functools.partial(_need, where)
+    def need(ok: bool, field: str, mend: str) -> None:
+        if not ok:
+            raise RecordError(f"{where}: field {field!r}: {mend}")
+
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # also an endless number, or too deep a list
@@ -510,7 +508,7 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 
 
 def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None:
-    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, which no older config fits."""
+    """Trains byte-level BPE on the records' texts and writes `out`/tokenizer.json, and removes an older tokenizer_config.json."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -592,7 +590,7 @@ def contents(value) -> list[str]:
     return [name for part in value for name in contents(part)] if isinstance(value, Iterable) else []
 
 
-# Characters of all kinds and a composed letter, between white space: read and written back so.
+# Characters of all kinds, a letter of two code points, white space around them: all must come back as they are.
 PROBE = f" \n{string.printable}ünïcödé e\u0301 漢 \U0001f600\n "
 
 
@@ -813,7 +811,7 @@ class LeftOut(ValueError):
 
 
 class Row(dict):
-    """A row of a public file. row(field) is a field of that kind, else a RecordError names file, row and field."""
+    """A row of a public file. row(field, kind) is that field, else a RecordError names file, row and field."""
 
     where, name = "", ""  # file and row; a name for a row that has none
     left: Counter  # what of the file is left out, and why
@@ -975,18 +973,13 @@ func main() {
 	}}}, nil, nil)
 }
 """
-_CONSOLE = (
-    r"\A([\s\S]*)\Z",
-    r'console.assert = (ok, ...why) => { if (!ok) throw new Error(why.join(" ")); };\n\1\nconsole.log("«word»");\n',
-)
 LAST = {  # a line after all the others
     "coffeescript": 'console.log "«word»"', "bash": 'echo "«word»"', "r": 'cat("«word»")', "tcl": 'puts "«word»"',
     "julia": 'println("«word»")', "swift": 'print("«word»")', "commonlisp": '(format t "«word»~%")',
 }  # fmt: skip
 ENDINGS = {language: [(r"\Z", f"\n{line}\n")] for language, line in LAST.items()} | {
     "python": [(r"unittest\.main\(\)\s*\Z", r'assert unittest.main(exit=False).result.wasSuccessful()\nprint("«word»")\n'), (r"\Z", r'\nprint("«word»")\n')],
-    "javascript": [_CONSOLE],
-    "typescript": [_CONSOLE],
+    **{p: [(r"\A([\s\S]*)\Z", r'console.assert = (ok, ...why) => { if (!ok) throw new Error(why.join(" ")); };\n\1\nconsole.log("«word»");\n')] for p in ("javascript", "typescript")},
     "ruby": [(r"require 'test/unit'([\s\S]*)", r"require 'test/unit'\1\nTest::Unit::AutoRunner.need_auto_run = false\nabort unless Test::Unit::AutoRunner.run\nputs '«word»'\n"), (r"\Z", r'\nputs "«word»"\n')],
     "perl": [(r"\Z", r'\nprint "«word»\\n" if !Test::More->can("builder") || Test::More->builder->is_passing;\n')],
     "php": [(r"(?:\?>\s*)?\Z", r'\necho "«word»";\n')],
@@ -1261,8 +1254,8 @@ def import_files(s: ImportSettings, format: str, paths: Sequence[str]) -> None:
     for whole in problems.values():
         where = whole.pop("where")
         records += [parse_record(json.dumps(r), where) for r in assemble(whole, s.programs, left)]
-    for reason, count in sorted(left.items()):
-        print(f"left out: {count:>6} {reason}") if count else None
+    for reason, count in sorted((+left).items()):
+        print(f"left out: {count:>6} {reason}")
     if not records:
         fail(f"{', '.join(paths)}: no record in {format}; see what was left out")
     write_records(Path(s.out) / "problems.jsonl.gz", records)
@@ -1487,8 +1480,7 @@ JOINERS = (", then ", " and then ")
 CLOSERS = (". Print the result.", ". Output what you get.")
 
 
-@dataclass(frozen=True)
-class Reserved:
+class Reserved(NamedTuple):
     """A reserved wording: number `index` of those that the operation has."""
 
     operation: str
@@ -1532,46 +1524,31 @@ COMMON = {  # what many PLs write alike
 
 SNIPPETS = {
     "python": {
-        "ints.read": "a = list(map(int, input().split()))",
-        "words.read": "w = input().split()",
-        "filter": "«v» = [x for x in «v» if «c»]",
-        "map": "«v» = [«e» for x in «v»]",
+        "ints.read": "a = list(map(int, input().split()))", "words.read": "w = input().split()",
+        "filter": "«v» = [x for x in «v» if «c»]", "map": "«v» = [«e» for x in «v»]",
         "mapif": "a = [«e» if «c» else x for x in a]",
-        "sort": "«v».sort()",
-        "rsort": "«v».sort(reverse=True)",
-        "reverse": "«v».reverse()",
-        "take": "«v» = «v»[:«k»]",
-        "drop": "«v» = «v»[«k»:]",
-        "sums": "for i in range(1, len(a)):\n    a[i] += a[i - 1]",
-        "lengths": "a = [len(x) for x in w]",
+        "sort": "«v».sort()", "rsort": "«v».sort(reverse=True)", "reverse": "«v».reverse()",
+        "take": "«v» = «v»[:«k»]", "drop": "«v» = «v»[«k»:]",
+        "sums": "for i in range(1, len(a)):\n    a[i] += a[i - 1]", "lengths": "a = [len(x) for x in w]",
         "print": "print(*«v»)",
-        "sum": "print(sum(a))",
-        "max": "print(max(a))",
-        "min": "print(min(a))",
-        "count": "print(len(«v»))",
-        "join": 'print("".join(w))',
+        "sum": "print(sum(a))", "max": "print(max(a))", "min": "print(min(a))",
+        "count": "print(len(«v»))", "join": 'print("".join(w))',
         "upper": "x.upper()", "mirror": "x[::-1]", "longer": "len(x) > «k»", "has": '"«k»" in x',
     },
     "javascript": {
         "comment": "//",
         "ints.read": 'let a = require("fs").readFileSync(0, "utf8").trim().split(" ").map(Number);',
         "words.read": 'let w = require("fs").readFileSync(0, "utf8").trim().split(" ");',
-        "filter": "«v» = «v».filter(x => «c»);",
-        "map": "«v» = «v».map(x => «e»);",
+        "filter": "«v» = «v».filter(x => «c»);", "map": "«v» = «v».map(x => «e»);",
         "mapif": "a = a.map(x => «c» ? «e» : x);",
         "sort": "a.sort((p, q) => p - q);", "words.sort": "w.sort();",
-        "rsort": "a.sort((p, q) => q - p);", "words.rsort": "w.sort().reverse();",
-        "reverse": "«v».reverse();",
-        "take": "«v» = «v».slice(0, «k»);",
-        "drop": "«v» = «v».slice(«k»);",
-        "sums": "for (let i = 1; i < a.length; i++) a[i] += a[i - 1];",
-        "lengths": "let a = w.map(x => x.length);",
+        "rsort": "a.sort((p, q) => q - p);", "words.rsort": "w.sort().reverse();", "reverse": "«v».reverse();",
+        "take": "«v» = «v».slice(0, «k»);", "drop": "«v» = «v».slice(«k»);",
+        "sums": "for (let i = 1; i < a.length; i++) a[i] += a[i - 1];", "lengths": "let a = w.map(x => x.length);",
         "print": 'console.log(«v».join(" "));',
-        "sum": "console.log(a.reduce((s, x) => s + x, 0));",
-        "max": "console.log(Math.max(...a));",
+        "sum": "console.log(a.reduce((s, x) => s + x, 0));", "max": "console.log(Math.max(...a));",
         "min": "console.log(Math.min(...a));",
-        "count": "console.log(«v».length);",
-        "join": 'console.log(w.join(""));',
+        "count": "console.log(«v».length);", "join": 'console.log(w.join(""));',
         "upper": "x.toUpperCase()", "mirror": 'x.split("").reverse().join("")',
         "longer": "x.length > «k»", "has": 'x.includes("«k»")',
     },
@@ -1579,11 +1556,9 @@ SNIPPETS = {
         "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}", "comment": "//",
         "ints.read": "vector<long> a;\nfor (long x; cin >> x;) a.push_back(x);",
         "words.read": "vector<string> w;\nfor (string x; cin >> x;) w.push_back(x);",
-        "filter": "erase_if(«v», [](auto x) { return !(«c»); });",
-        "map": "for (auto& x : «v») x = «e»;",
+        "filter": "erase_if(«v», [](auto x) { return !(«c»); });", "map": "for (auto& x : «v») x = «e»;",
         "mapif": "for (auto& x : a) if («c») x = «e»;",
-        "sort": "sort(«v».begin(), «v».end());",
-        "rsort": "sort(«v».rbegin(), «v».rend());",
+        "sort": "sort(«v».begin(), «v».end());", "rsort": "sort(«v».rbegin(), «v».rend());",
         "reverse": "reverse(«v».begin(), «v».end());",
         "take": "if («v».size() > «k») «v».resize(«k»);",
         "drop": "«v».erase(«v».begin(), «v».begin() + min<int>(«k», «v».size()));",
@@ -1595,19 +1570,16 @@ SNIPPETS = {
         "sum": "long s = 0;\nfor (auto x : a) s += x;\ncout << s << endl;",
         "max": "cout << *max_element(a.begin(), a.end()) << endl;",
         "min": "cout << *min_element(a.begin(), a.end()) << endl;",
-        "count": "cout << «v».size() << endl;",
-        "join": "for (auto x : w) cout << x;",
+        "count": "cout << «v».size() << endl;", "join": "for (auto x : w) cout << x;",
         "longer": "x.size() > «k»", "has": "x.find('«k»') != string::npos",
     },
     "java": {
         "program": "import java.util.*;\n\nclass Main {\n    public static void main(String[] args) {\n        «body»\n    }\n}", "comment": "//",
         "ints.read": "List<Integer> a = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) a.add(in.nextInt());",
         "words.read": "List<String> w = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) w.add(in.next());",
-        "filter": "«v».removeIf(x -> !(«c»));",
-        "map": "«v».replaceAll(x -> «e»);",
+        "filter": "«v».removeIf(x -> !(«c»));", "map": "«v».replaceAll(x -> «e»);",
         "mapif": "a.replaceAll(x -> «c» ? «e» : x);",
-        "sort": "Collections.sort(«v»);",
-        "rsort": "«v».sort(Collections.reverseOrder());",
+        "sort": "Collections.sort(«v»);", "rsort": "«v».sort(Collections.reverseOrder());",
         "reverse": "Collections.reverse(«v»);",
         "take": "«v».subList(Math.min(«k», «v».size()), «v».size()).clear();",
         "drop": "«v».subList(0, Math.min(«k», «v».size())).clear();",
@@ -1615,53 +1587,37 @@ SNIPPETS = {
         "lengths": "List<Integer> a = new ArrayList<>();\nfor (var x : w) a.add(x.length());",
         "print": 'for (var x : «v») System.out.print(x + " ");',
         "sum": "int s = 0;\nfor (var x : a) s += x;\nSystem.out.println(s);",
-        "max": "System.out.println(Collections.max(a));",
-        "min": "System.out.println(Collections.min(a));",
-        "count": "System.out.println(«v».size());",
-        "join": 'System.out.println(String.join("", w));',
+        "max": "System.out.println(Collections.max(a));", "min": "System.out.println(Collections.min(a));",
+        "count": "System.out.println(«v».size());", "join": 'System.out.println(String.join("", w));',
         "upper": "x.toUpperCase()", "mirror": "new StringBuilder(x).reverse().toString()",
         "longer": "x.length() > «k»", "has": 'x.contains("«k»")',
     },
     "ruby": {
-        "ints.read": "a = gets.split.map { |x| x.to_i }",
-        "words.read": "w = gets.split",
-        "filter": "«v» = «v».select { |x| «c» }",
-        "map": "«v» = «v».map { |x| «e» }",
+        "ints.read": "a = gets.split.map { |x| x.to_i }", "words.read": "w = gets.split",
+        "filter": "«v» = «v».select { |x| «c» }", "map": "«v» = «v».map { |x| «e» }",
         "mapif": "a = a.map { |x| «c» ? «e» : x }",
-        "sort": "«v» = «v».sort",
-        "rsort": "«v» = «v».sort.reverse",
-        "reverse": "«v» = «v».reverse",
-        "take": "«v» = «v».first(«k»)",
-        "drop": "«v» = «v».drop(«k»)",
-        "sums": "(1...a.size).each { |i| a[i] += a[i - 1] }",
-        "lengths": "a = w.map { |x| x.size }",
+        "sort": "«v» = «v».sort", "rsort": "«v» = «v».sort.reverse", "reverse": "«v» = «v».reverse",
+        "take": "«v» = «v».first(«k»)", "drop": "«v» = «v».drop(«k»)",
+        "sums": "(1...a.size).each { |i| a[i] += a[i - 1] }", "lengths": "a = w.map { |x| x.size }",
         "print": 'puts «v».join(" ")',
-        "sum": "puts a.sum",
-        "max": "puts a.max",
-        "min": "puts a.min",
-        "count": "puts «v».size",
-        "join": "puts w.join",
+        "sum": "puts a.sum", "max": "puts a.max", "min": "puts a.min",
+        "count": "puts «v».size", "join": "puts w.join",
         "upper": "x.upcase", "mirror": "x.reverse", "longer": "x.size > «k»", "has": 'x.include?("«k»")',
     },
     "perl": {
-        "ints.read": "my @a = split ' ', <STDIN>;",
-        "words.read": "my @w = split ' ', <STDIN>;",
-        "filter": "@«v» = grep { «c» } @«v»;",
-        "map": "@«v» = map { «e» } @«v»;",
+        "ints.read": "my @a = split ' ', <STDIN>;", "words.read": "my @w = split ' ', <STDIN>;",
+        "filter": "@«v» = grep { «c» } @«v»;", "map": "@«v» = map { «e» } @«v»;",
         "mapif": "@a = map { «c» ? «e» : $_ } @a;",
         "sort": "@a = sort { $a <=> $b } @a;", "words.sort": "@w = sort @w;",
         "rsort": "@a = sort { $b <=> $a } @a;", "words.rsort": "@w = reverse sort @w;",
         "reverse": "@«v» = reverse @«v»;",
-        "take": "@«v» = splice @«v», 0, «k»;",
-        "drop": "splice @«v», 0, «k»;",
-        "sums": "$a[$_] += $a[$_ - 1] for 1 .. $#a;",
-        "lengths": "my @a = map { length } @w;",
+        "take": "@«v» = splice @«v», 0, «k»;", "drop": "splice @«v», 0, «k»;",
+        "sums": "$a[$_] += $a[$_ - 1] for 1 .. $#a;", "lengths": "my @a = map { length } @w;",
         "print": 'print "@«v»\\n";',
         "sum": 'my $s = 0;\n$s += $_ for @a;\nprint "$s\\n";',
         "max": 'my ($m) = sort { $b <=> $a } @a;\nprint "$m\\n";',
         "min": 'my ($m) = sort { $a <=> $b } @a;\nprint "$m\\n";',
-        "count": 'print @«v» . "\\n";',
-        "join": 'print join("", @w), "\\n";',
+        "count": 'print @«v» . "\\n";', "join": 'print join("", @w), "\\n";',
         "x": "$_", "upper": "uc", "mirror": "scalar reverse", "longer": "length > «k»", "has": "/«k»/",
     },
     "php": {
@@ -1669,21 +1625,14 @@ SNIPPETS = {
         "ints.read": '$a = array_map("intval", explode(" ", trim(fgets(STDIN))));',
         "words.read": '$w = explode(" ", trim(fgets(STDIN)));',
         "filter": "$«v» = array_values(array_filter($«v», fn($x) => «c»));",
-        "map": "$«v» = array_map(fn($x) => «e», $«v»);",
-        "mapif": "$a = array_map(fn($x) => «c» ? «e» : $x, $a);",
-        "sort": "sort($«v»);",
-        "rsort": "rsort($«v»);",
-        "reverse": "$«v» = array_reverse($«v»);",
-        "take": "$«v» = array_slice($«v», 0, «k»);",
-        "drop": "$«v» = array_slice($«v», «k»);",
+        "map": "$«v» = array_map(fn($x) => «e», $«v»);", "mapif": "$a = array_map(fn($x) => «c» ? «e» : $x, $a);",
+        "sort": "sort($«v»);", "rsort": "rsort($«v»);", "reverse": "$«v» = array_reverse($«v»);",
+        "take": "$«v» = array_slice($«v», 0, «k»);", "drop": "$«v» = array_slice($«v», «k»);",
         "sums": "for ($i = 1; $i < count($a); $i++) $a[$i] += $a[$i - 1];",
         "lengths": '$a = array_map(fn($x) => strlen($x), $w);',
         "print": 'echo implode(" ", $«v»), "\\n";',
-        "sum": 'echo array_sum($a), "\\n";',
-        "max": 'echo max($a), "\\n";',
-        "min": 'echo min($a), "\\n";',
-        "count": 'echo count($«v»), "\\n";',
-        "join": 'echo implode("", $w), "\\n";',
+        "sum": 'echo array_sum($a), "\\n";', "max": 'echo max($a), "\\n";', "min": 'echo min($a), "\\n";',
+        "count": 'echo count($«v»), "\\n";', "join": 'echo implode("", $w), "\\n";',
         "x": "$x", "upper": "strtoupper($x)", "mirror": "strrev($x)", "longer": "strlen($x) > «k»", "has": 'str_contains($x, "«k»")',
     },
     "lua": {
@@ -1693,24 +1642,19 @@ SNIPPETS = {
         "filter": "local b = {}\nfor _, x in ipairs(«v») do if «c» then b[#b + 1] = x end end\n«v» = b",
         "map": "for i, x in ipairs(«v») do «v»[i] = «e» end",
         "mapif": "for i, x in ipairs(a) do if «c» then a[i] = «e» end end",
-        "sort": "table.sort(«v»)",
-        "rsort": "table.sort(«v», function(p, q) return p > q end)",
+        "sort": "table.sort(«v»)", "rsort": "table.sort(«v», function(p, q) return p > q end)",
         "reverse": "local b = {}\nfor i = #«v», 1, -1 do b[#b + 1] = «v»[i] end\n«v» = b",
-        "take": "while #«v» > «k» do table.remove(«v») end",
-        "drop": "for i = 1, «k» do table.remove(«v», 1) end",
+        "take": "while #«v» > «k» do table.remove(«v») end", "drop": "for i = 1, «k» do table.remove(«v», 1) end",
         "sums": "for i = 2, #a do a[i] = a[i] + a[i - 1] end",
         "lengths": "local a = {}\nfor i, x in ipairs(w) do a[i] = #x end",
         "print": 'print(table.concat(«v», " "))',
         "sum": "local s = 0\nfor _, x in ipairs(a) do s = s + x end\nprint(s)",
-        "max": "print(math.max(table.unpack(a)))",
-        "min": "print(math.min(table.unpack(a)))",
-        "count": "print(#«v»)",
-        "join": "print(table.concat(w))",
+        "max": "print(math.max(table.unpack(a)))", "min": "print(math.min(table.unpack(a)))",
+        "count": "print(#«v»)", "join": "print(table.concat(w))",
         "odd": "x % 2 == 1", "upper": "x:upper()", "mirror": "x:reverse()", "longer": "#x > «k»", "has": 'x:find("«k»")',
     },
     "bash": {
-        "ints.read": "read -a a",
-        "words.read": "read -a w",
+        "ints.read": "read -a a", "words.read": "read -a w",
         "filter": "b=()\nfor x in ${a[@]}; do ((«c»)) && b+=($x); done\na=(${b[@]})",
         "words.filter": "b=()\nfor x in ${w[@]}; do [[ «c» ]] && b+=($x); done\nw=(${b[@]})",
         "map": "for i in ${!a[@]}; do x=${a[i]}; a[i]=$((«e»)); done",
@@ -1719,8 +1663,7 @@ SNIPPETS = {
         "sort": 'a=($(printf "%s\\n" ${a[@]} | sort -n))', "words.sort": 'w=($(printf "%s\\n" ${w[@]} | sort))',
         "rsort": 'a=($(printf "%s\\n" ${a[@]} | sort -nr))', "words.rsort": 'w=($(printf "%s\\n" ${w[@]} | sort -r))',
         "reverse": "b=()\nfor x in ${«v»[@]}; do b=($x ${b[@]}); done\n«v»=(${b[@]})",
-        "take": "«v»=(${«v»[@]:0:«k»})",
-        "drop": "«v»=(${«v»[@]:«k»})",
+        "take": "«v»=(${«v»[@]:0:«k»})", "drop": "«v»=(${«v»[@]:«k»})",
         "sums": "for ((i = 1; i < ${#a[@]}; i++)); do ((a[i] += a[i - 1])); done",
         "words.mirror": 'for i in ${!w[@]}; do\n    x=${w[i]} s=\n    for ((j = 0; j < ${#x}; j++)); do s=${x:j:1}$s; done\n    w[i]=$s\ndone',
         "lengths": "a=()\nfor x in ${w[@]}; do a+=(${#x}); done",
@@ -1728,29 +1671,23 @@ SNIPPETS = {
         "sum": "s=0\nfor x in ${a[@]}; do ((s += x)); done\necho $s",
         "max": "m=${a[0]}\nfor x in ${a[@]}; do ((x > m)) && m=$x; done\necho $m",
         "min": "m=${a[0]}\nfor x in ${a[@]}; do ((x < m)) && m=$x; done\necho $m",
-        "count": "echo ${#«v»[@]}",
-        "join": 'printf "%s" ${w[@]}',
+        "count": "echo ${#«v»[@]}", "join": 'printf "%s" ${w[@]}',
         "upper": "${x^^}", "longer": "${#x} -gt «k»", "has": "$x == *«k»*",
     },
     "tcl": {
-        "ints.read": "set a [split [gets stdin]]",
-        "words.read": "set w [split [gets stdin]]",
+        "ints.read": "set a [split [gets stdin]]", "words.read": "set w [split [gets stdin]]",
         "filter": "set «v» [lmap x $«v» {if {«c»} {set x} else continue}]",
         "map": "set a [lmap x $a {expr {«e»}}]", "words.map": "set w [lmap x $w {«e»}]",
         "mapif": "set a [lmap x $a {expr {«c» ? «e» : $x}}]",
         "sort": "set a [lsort -integer $a]", "words.sort": "set w [lsort $w]",
         "rsort": "set a [lsort -integer -decreasing $a]", "words.rsort": "set w [lsort -decreasing $w]",
         "reverse": "set «v» [lreverse $«v»]",
-        "take": "set «v» [lrange $«v» 0 «j»]",
-        "drop": "set «v» [lrange $«v» «k» end]",
-        "sums": "set s 0\nset a [lmap x $a {incr s $x}]",
-        "lengths": "set a [lmap x $w {string length $x}]",
+        "take": "set «v» [lrange $«v» 0 «j»]", "drop": "set «v» [lrange $«v» «k» end]",
+        "sums": "set s 0\nset a [lmap x $a {incr s $x}]", "lengths": "set a [lmap x $w {string length $x}]",
         "print": "puts [join $«v»]",
-        "sum": "puts [tcl::mathop::+ {*}$a]",
-        "max": "puts [tcl::mathfunc::max {*}$a]",
+        "sum": "puts [tcl::mathop::+ {*}$a]", "max": "puts [tcl::mathfunc::max {*}$a]",
         "min": "puts [tcl::mathfunc::min {*}$a]",
-        "count": "puts [llength $«v»]",
-        "join": 'puts [join $w ""]',
+        "count": "puts [llength $«v»]", "join": 'puts [join $w ""]',
         "x": "$x", "upper": "string toupper $x", "mirror": "string reverse $x",
         "longer": "[string length $x] > «k»", "has": "[string first «k» $x] >= 0",
     },
@@ -1784,8 +1721,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
     body = [snippet(kind, "read")]
     for i, (name, k) in enumerate(steps):
         op = OPERATIONS[name]
-        values = {"v": "a" if kind == "ints" else "w", "k": k}
-        values["j"] = k - 1 if isinstance(k, int) else ""
+        values = {"v": "a" if kind == "ints" else "w", "k": k, "j": k - 1 if isinstance(k, int) else ""}
         values["x"] = fill(table["x"], values)
         values |= {"c": fill(table.get(op.cond, ""), values), "e": fill(table.get(op.expr, ""), values)}
         if comments:
@@ -1808,9 +1744,7 @@ SPLITS = ("base", "train", "rl", "dev", "test")
 class CorpusSettings:
     out: str = flag("runs/data", "folder to write base, train, rl, dev and test.jsonl.gz and tokenizer.json into")
     sft: tuple = flag(("python", "javascript", "ruby", "php"), "PLs of SFT, the source PL of RL first")
-    unseen: tuple = flag(
-        ("perl", "lua", "bash", "tcl"), "PLs of base documents alone, which SFT may replay; never of RL"
-    )
+    unseen: tuple = flag(("perl", "lua", "bash", "tcl"), "PLs of base documents alone, which SFT may replay; not RL's")
     seed: int = flag(0, "seed of everything in the corpus")
     base: int = flag(12000, "documents of base; a few of rare operations, and --weak, come on top", least=1)
     train: int = flag(1500, "problems for SFT", least=1)
@@ -1856,8 +1790,7 @@ def make_tests(function: Function, count: int, rng: random.Random) -> list[dict]
         tests = []
         while len(tests) < count:
             line = random_line(function[0], rng)
-            expected = interpret(function, line)
-            if expected is not None and expected.strip():
+            if (expected := interpret(function, line) or "").strip():
                 tests.append({"stdin": line, "stdout": expected})
         fooled = sum(all(interpret(f, t["stdin"]) == t["stdout"] for t in tests) for f in near)
         if fooled < least:
@@ -1892,9 +1825,7 @@ class Corpus:
         lot = hashlib.sha256(f"{self.s.seed} {fingerprint(function)}".encode()).digest()[0]
         return ("dev", "test", *["base"] * 4, *["train"] * 4)[lot % 10]
 
-    def draw(
-        self, rng: random.Random, split: str, lengths: Sequence[float], must: str = "", language: str = ""
-    ) -> Function:
+    def draw(self, rng: random.Random, split: str, lengths: tuple, must: str = "", language: str = "") -> Function:
         """A function of `split`, with the operation `must` and at home in `language` where these are given."""
         for _ in range(10_000):
             count = rng.choices(range(1, len(lengths) + 1), lengths)[0]
@@ -2086,11 +2017,11 @@ class VerifySettings:
 
 
 def verify(s: VerifySettings) -> None:
-    """Runs every program, with comments and without, against its tests. Exits with 1 if one fails."""
-    paths = record_files(s.data)
-    if not paths:
+    """Runs every program, with comments and without, against its tests. Without --keep exits with 1 if one fails."""
+    files = {path: read_records(path)[: s.limit or None] for path in record_files(s.data)}
+    if not files:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
-    records = [r for path in paths for r in read_records(path)[: s.limit or None]]
+    records = list(itertools.chain(*files.values()))
     here = sandbox.installed()
     wanted = [sandbox.canonical(p) for p in s.languages] or list(here)
     kinds = [(r, programs) for r in records for programs in (r["solutions"], r.get("commented", {}))]
@@ -2106,37 +2037,34 @@ def verify(s: VerifySettings) -> None:
         runs[language] += 1
         passes[language] += result.passed
         if program == record["solutions"].get(language):  # without comments
-            found.setdefault(record["id"], {})[language] = result
+            found.setdefault(id(record), {})[language] = result
     for language in wanted:
         print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
     if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
         print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
     if s.keep:
-        keep(paths, s, found)
+        keep(files, Path(s.keep), found)
     elif passes != runs:
         sys.exit(1)
 
 
-def keep(paths: Sequence[Path], s: VerifySettings, results: dict[str, dict]) -> None:
+def keep(files: dict[Path, list[dict]], out: Path, results: dict[int, dict]) -> None:
     """Writes each file's records with what is right in them alone, and dropped.json with the reasons for the rest."""
     dropped, kept = [], {}
-    for path in paths:
+    for path, given in files.items():
         records = kept[path.name] = []
-        for record in read_records(path)[: s.limit or None]:
-
-            def drop(what: str, why: str, name: str = record["id"]) -> None:
-                dropped.append({"id": name, "what": what, "why": why})
-
-            records += filter(None, [sift(record, results.get(record["id"], {}), drop)])
+        for record in given:
+            drop = lambda what, why, name=record["id"]: dropped.append({"id": name, "what": what, "why": why})  # noqa: E731
+            records += filter(None, [sift(record, results.get(id(record), {}), drop)])
         if not records:
             fail(f"{path}: nothing of it holds; `python data.py verify` without --keep shows what fails")
     for name, records in kept.items():
-        write_records(Path(s.keep) / name, records)
+        write_records(out / name, records)
     text = "[\n" + ",\n".join(json.dumps(d, ensure_ascii=False) for d in dropped) + "\n]\n"
-    write_atomically(Path(s.keep) / "dropped.json", lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomically(out / "dropped.json", lambda p: p.write_text(text, encoding="utf-8"))
     for reason, count in Counter(f"{re.sub(' [0-9].*', '', d['what'])}: {d['why']}" for d in dropped).most_common():
         print(f"dropped: {count:>6} {reason}")
-    print(f"wrote {s.keep}: {sum(map(len, kept.values()))} records, and dropped.json with the reasons")
+    print(f"wrote {out}: {sum(map(len, kept.values()))} records, and dropped.json with the reasons")
 
 
 @dataclass(frozen=True)
@@ -2144,7 +2072,7 @@ class SplitSettings:
     data: str = flag("runs/problems", "folder of records, or one JSONL file")
     out: str = flag("runs/data", "folder to write train, rl, dev and test.jsonl.gz and languages.json into")
     sft: tuple = flag((), "SFT PLs, the source PL of RL first (default: up to four that most programs are in)")
-    unseen: tuple = flag((), "PLs that occur in base documents alone, which SFT may replay")
+    unseen: tuple = flag((), "PLs to evaluate that SFT does not show (default: up to four that are installed)")
     rl: float = flag(0.2, "share of the problems for RL", least=0, most=1)
     held_out: float = flag(0.1, "share of the problems for dev, and the same for test", least=0, most=0.5)
     seed: int = flag(0, "seed of the order in which problems are dealt")
@@ -2172,8 +2100,7 @@ def same_problems(records: Sequence[dict]) -> list[list[dict]]:
 
 def split(s: SplitSettings) -> None:
     """Deals the records out by problem, and writes the roles of their PLs."""
-    paths = record_files(s.data)
-    records = [r for path in paths for r in read_records(path)]
+    records = [r for path in record_files(s.data) for r in read_records(path)]
     if len({r["id"] for r in records}) < len(records):
         fail(f"{s.data}: an id is in two of its files; make it unique")
     counts = Counter(p for r in records for p in r["solutions"])

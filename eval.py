@@ -10,7 +10,7 @@ similar the representations of equal programs are.
     python eval.py --join results/study/seed-*.json   # runs with different seeds: the claims, means and intervals
     python eval.py --curves runs/rl-*                 # RL runs side by side, by step (needs matplotlib)
     python eval.py --plots ...                        # with any of these: figures (needs matplotlib)
-    python eval.py --translate --models M --data DIR --to ruby php --samples 4 --keep OUT
+    python eval.py --translate --models M --data DIR --to ruby php --samples 4 --keep DIR
                                                       # programs from programs, those that pass written as records;
                                                       # --solve: from the statements alone
 
@@ -153,15 +153,15 @@ def grade(
 
 
 def pass_at_k(samples: int, passes: int, k: int) -> float:
-    """Probability that one of k draws without replacement from the samples passes (eq. 1 there)."""
+    """Probability that one of k draws without replacement from the samples passes (Chen et al., equation 1)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} needs at least {k} samples; there are {samples}")
     return 1.0 - math.comb(samples - passes, k) / math.comb(samples, k)
 
 
-def wilson(value: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion `value` seen in `count` trials."""
-    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
+def wilson(value: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion `value` seen in `count` trials."""
+    z2 = NormalDist().inv_cdf(0.975) ** 2
     centre = (value + z2 / (2 * count)) / (1 + z2 / count)
     half = (z2 * value * (1 - value) / count + z2 * z2 / (4 * count * count)) ** 0.5 / (1 + z2 / count)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -228,10 +228,7 @@ def evaluate(
 @torch.inference_mode()
 def log_probs(model: Llama, tokenizer: Tokenizer, answers: Sequence[tuple[dict, str, str]]) -> list[float]:
     """The log-prob of each (record, PL, program) as the answer to the record's statement, its stop token included."""
-    rows = [
-        data.example(tokenizer, {"solutions": {p: program}}, data.statement(record, p), [p])
-        for record, p, program in answers
-    ]
+    rows = [data.example(tokenizer, {"solutions": {p: text}}, data.statement(r, p), [p]) for r, p, text in answers]
     values = [0.0] * len(rows)
     lengths = [len(tokens) - 1 for tokens, _ in rows]
     for group in pack(lengths, PREFILL_TOKENS):
@@ -367,16 +364,12 @@ def parts(roles: Roles, languages: Sequence[str], view: str) -> dict[str, list[t
 
     Prompts are compared with the source's alone: the other PLs' people may use the same words.
     """
-    sft, unseen = ([p for p in own if p in languages] for own in (roles.sft, roles.unseen))
-
-    def with_source(others: Sequence[str]) -> list[tuple[str, str]]:
-        return [pair for p in others if roles.source in sft for pair in ((roles.source, p), (p, roles.source))]
-
-    titles = {f"{roles.source} and other SFT PLs": with_source([p for p in sft if p != roles.source])}
-    titles[f"{roles.source} and unseen PLs"] = with_source(unseen)
+    groups, titles, s = {"other SFT PLs": roles.sft[1:], "unseen PLs": roles.unseen}, {}, roles.source
+    groups = {name: [p for p in own if p in languages] for name, own in groups.items()}
+    for name, own in groups.items():
+        titles[f"{s} and {name}"] = [pair for p in own if s in languages for pair in ((s, p), (p, s))]
     if view == "programs":
-        titles["within other SFT PLs"] = list(itertools.permutations(sft[1:], 2))
-        titles["within unseen PLs"] = list(itertools.permutations(unseen, 2))
+        titles |= {f"within {name}": list(itertools.permutations(own, 2)) for name, own in groups.items()}
     return {title: pairs for title, pairs in titles.items() if pairs}
 
 
@@ -401,7 +394,7 @@ def representation_cells(name: str, view: str, shown: int, pairs: dict, titles: 
 
 
 def control_cells(cells: Sequence[dict], bag: Sequence[dict]) -> list[dict]:
-    """A row more for each table of `cells`: what shared tokens give, whose cells are `bag`."""
+    """A row more for each table of `cells`: `bag`, the cells of shared tokens alone."""
     tokens = {(c["measure"], c["column"]): c for c in bag}
     own = {(c["measure"], c["group"], c["column"]): {k: c[k] for k in ("group", "layer", "shown")} for c in cells}
     return [tokens[measure, column] | place for (measure, _, column), place in own.items()]
@@ -565,13 +558,12 @@ def claims(runs: Sequence[list[dict]]) -> list[dict]:
             add(claim, decides, text, lambda s, c=column, o=other: s.gain("parallel", c) - s.gain(o, c))
             text = f"T of {part}, parallel less {other}"
             add(claim, False, text, lambda s, c=column, o=other: s.transfer("parallel", c) - s.transfer(o, c))
-        for measure, group in sorted(studies[0].shown):  # of those with two groups of PLs the farther one
+        for measure, group in sorted(studies[0].shown):  # the source and the unseen PLs alone
             column = f"{studies[0].source.removesuffix(' (source)')} and unseen PLs"
             before, after = ((measure, group, arm, column) for arm in (other, "parallel"))
             text = f"{measure}, {group}, {column}: parallel less {other}"
-            if after not in studies[0].cells:
-                continue
-            add("d", True, text, lambda s, a=after, b=before: s.cells[a] - s.cells[b])
+            if after in studies[0].cells:
+                add("d", True, text, lambda s, a=after, b=before: s.cells[a] - s.cells[b])
     return rows
 
 
@@ -615,27 +607,24 @@ def draw(cells: Sequence[dict], x_label: str = "PL", side_by_side: bool = False)
     lines = "layer" in cells[0]
     panel, x = ("column", "layer") if lines else ("group", "column")
     panels, places, models = (list(dict.fromkeys(c[name] for c in cells)) for name in (panel, x, "model"))
-    shape, size = (
-        ((1, len(panels)), (9, 3.8)) if lines or side_by_side else ((len(panels), 1), (9, 0.7 + 2.5 * len(panels)))
-    )
+    n = len(panels)
+    shape, height = ((1, n), 3.8) if lines or side_by_side else ((n, 1), 0.7 + 2.5 * n)
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot().subplots(*shape, figsize=size, **options)
+    figure, axes = pyplot().subplots(*shape, figsize=(9, height), **options)
     width = 0.06 if lines else 0.84 / len(models)
     for (axis, title), (i, model) in itertools.product(zip(axes.flat, panels, strict=True), enumerate(models)):
         own = [c for c in cells if (c[panel], c["model"]) == (title, model)]
         at = [places.index(c[x]) + (i - (len(models) - 1) / 2) * width for c in own]  # side by side, to be seen
         values, low, high = ([100 * c[name] for c in own] for name in ("value", "low", "high"))
         most = math.inf if lines else 100  # of one seed no interval has an end
-        errors = [[max(0, min(most, b - a)) for a, b in zip(*e, strict=True)] for e in ((low, values), (values, high))]
+        ends = [[max(0, min(most, b - a)) for a, b in zip(*e, strict=True)] for e in ((low, values), (values, high))]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         if model == "chance":
             look = {"color": "black", "linestyle": ":"}
         if lines:
-            axis.errorbar(at, values, errors, elinewidth=0.7, label=model, **look)
+            axis.errorbar(at, values, ends, elinewidth=0.7, label=model, **look)
         else:
-            axis.bar(
-                at, values, width, color=look["color"], label=model, yerr=errors, capsize=1.5, error_kw={"lw": 0.7}
-            )
+            axis.bar(at, values, width, color=look["color"], label=model, yerr=ends, capsize=1.5, error_kw={"lw": 0.7})
         axis.set_title(title, fontsize="medium")
     first, step = axes[0, 0], 1 + len(places) // 12 if lines else 1
     first.set(xmargin=0.02, ylim=(0, None if lines else 100))
@@ -650,9 +639,8 @@ def draw(cells: Sequence[dict], x_label: str = "PL", side_by_side: bool = False)
 def draw_transfer(cells: Sequence[dict]):
     """The study's figure: each arm's pass@1 on reserved wordings before and after RL, in the three groups of PLs."""
     own = {(c["model"], c["column"]): c for c in cells if (c["measure"], c["group"]) == (GREEDY, RESERVED)}
-    source = next(column for _, column in own if column.endswith(" (source)"))
-    bars, arms = [], Study(cells).arms
-    for column, arm in itertools.product((source, *TARGETS.values()), arms):
+    study, bars = Study(cells), []
+    for column, arm in itertools.product((study.source, *TARGETS.values()), study.arms):
         for model, prefix in (("before RL", ""), ("after RL", "rl-")):
             if c := own.get((prefix + arm, column)):
                 bars.append(c | {"measure": f"{GREEDY}, {RESERVED}", "group": column, "column": arm, "model": model})
@@ -695,7 +683,7 @@ def plot(cells: Sequence[dict], out: Path) -> list[str]:
     passes = [c for c in cells if c["measure"] == GREEDY and not c["column"].endswith(" mean")]
     retrieval = [c for c in cells if c["measure"] == RETRIEVAL and c["group"].startswith("programs")]
     figures = {out / name: draw(own) for name, own in (("passes.png", passes), ("retrieval.png", retrieval)) if own}
-    if any(c["group"] == RESERVED and f"rl-{c['model']}" in {d["model"] for d in passes} for c in passes):
+    if Study(cells).arms:
         figures[out / "transfer.png"] = draw_transfer(cells)
     return write_figures(figures)
 
@@ -708,22 +696,18 @@ def plot(cells: Sequence[dict], out: Path) -> list[str]:
 class Settings:
     models: tuple = flag((), "checkpoints or run folders, FOLDER or NAME=FOLDER (default: every run under runs/)")
     data: str = flag("runs/data", "folder of the corpus")
-    translate: bool = flag(
-        False, "write programs in --to for DATA's records from those in another PL; keep what passes"
-    )
+    translate: bool = flag(False, "write programs in --to for DATA's records from those in another; keep what passes")
     solve: bool = flag(False, "the same, shown the statement alone")
     to: tuple = flag((), "PLs to write programs in")
     source: str = flag("python", "PL to translate from, where a record has it; else the first that it has")
-    keep: str = flag("", "folder for the records with their new programs, and ledger.txt with every try")
+    keep: str = flag("", "folder for the records with their new programs, and ledger.txt, which says what was tried")
     out: str = flag("runs/eval", "folder for table.md, eval.json, outcomes.json and figures")
     join: tuple = flag((), "eval.json files, one a seed: join them, weigh the claims, and evaluate nothing")
     curves: tuple = flag((), "run folders of rl.py: draw reward and pass@1 by step, and evaluate nothing")
     languages: tuple = flag((), "PLs to evaluate (default: all of DATA/languages.json)")
     sampling: bool = flag(True, "pass@1 and pass@k: sample programs and run them")
     representations: bool = flag(False, "cross-PL retrieval and cosines of the held-out problems' own programs")
-    plots: bool = flag(
-        False, "draw passes.png, transfer.png and, of --representations, retrieval.png; needs matplotlib"
-    )
+    plots: bool = flag(False, "draw passes.png, transfer.png and, of --representations, retrieval.png (matplotlib)")
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all", least=0)
     split: str = flag("test", "held-out problems: dev, on which settings are chosen, or test", choices=("dev", "test"))
     by: str = flag("kind", "the field of the records that tells kinds of problems apart")
@@ -791,8 +775,7 @@ def count_untested(records: Sequence[dict], languages: Sequence[str]) -> None:
 def open_sandbox(s, world: World) -> sandbox.Sandbox:
     """The sandbox of this rank: `s.workers` programs at a time, or its share of the cores."""
     workers = s.workers or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-    limits = sandbox.Limits(wall=s.time_limit, cpu=s.time_limit)
-    return sandbox.Sandbox(workers, limits, forkserver=s.forkserver)
+    return sandbox.Sandbox(workers, sandbox.Limits(wall=s.time_limit, cpu=s.time_limit), forkserver=s.forkserver)
 
 
 def measure(s: Settings, world: World, models: dict[str, Path], records: list[dict], languages: list[str]) -> dict:
@@ -873,9 +856,8 @@ def evaluate_models(s: Settings) -> list[dict]:
     cells += added
     text = "\n\n".join(filter(None, (tables(cells), summary(cells))))
     print(text, end="\n\n")
-    outcomes = {title: results for title, (_, results) in measures.items()}
     seconds = round(time.perf_counter() - began, 1)
-    rest = {"outcomes": outcomes, "representations": pairs}
+    rest = {"outcomes": {title: results for title, (_, results) in measures.items()}, "representations": pairs}
     write(s.out, "table.md", text)
     write(s.out, "outcomes.json", json.dumps(rest, default=asdict))
     shown = [c for c in cells if c.get("shown", True)]
@@ -943,12 +925,11 @@ def tell(rollouts: Sequence[Rollout]) -> dict:
 def write_programs(s: Settings) -> None:
     """Samples programs in the PLs `s.to` for records that lack them, and writes the records with those that pass.
 
-    Every try is a line of OUT/ledger.txt as soon as it is judged, so that a run that stopped goes on from there.
+    Each record and PL is a line of KEEP/ledger.txt as soon as it is judged, so that a run that stopped goes on from there.
     """
     if not (s.to and s.samples and s.keep and len(s.models) == 1):
         raise ValueError("--translate and --solve: give --models MODEL, --to PL..., --samples N and --keep FOLDER")
-    paths = data.record_files(s.data)
-    files = {path: data.read_records(path) for path in paths}
+    files = {path: data.read_records(path) for path in data.record_files(s.data)}
     languages, out, left, tasks = present_languages([*map(sandbox.canonical, s.to)]), Path(s.keep), Counter(), []
     with World(s.device) as world, open_sandbox(s, world) as box:
         model, tokenizer = open_checkpoint(*find_models(s).values(), world, s)
@@ -966,8 +947,7 @@ def write_programs(s: Settings) -> None:
                 left["prompt too long"] += not fits
         if not world.rank:
             print(f"{len(tasks)} to write" + "".join(f"; {n} left out: {why}" for why, n in left.items()))
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.values())
-            data.write_atomically(out / "ledger.txt", lambda p: p.write_text(text, encoding="utf-8"))
+            data.write_records(out / "ledger.txt", done.values())
         batch = max(1, (s.rows or ROWS) // s.samples) * world.size
         for start in tqdm(range(0, len(tasks), batch), desc="batches", disable=world.rank > 0 or None):
             own, seed = world.deal(tasks[start : start + batch]), (s.seed, len(done) + start, world.rank)

@@ -80,8 +80,7 @@ ABSENT = {"num_key_value_heads": None, "max_position_embeddings": 2048, "rms_nor
 ABSENT |= {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": None}
 # The one value of each of these fields that this file computes; it may also be absent or null.
 SUPPORTED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
-SUPPORTED |= {"quantization_config": None}
+SUPPORTED |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "quantization_config": None}
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
 COUNTS = {*SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings", "tokenizer_size"}
 KINDS = [  # fields, what their values must be, and how to tell
@@ -158,9 +157,7 @@ def read_fields(raw: dict) -> dict:
     raw = {name: value for name, value in raw.items() if value is not None}
     for name, value in SUPPORTED.items():
         if raw.get(name, value) != value:
-            raise ValueError(
-                f"{name} is {raw[name]!r}, but only {value!r} is implemented; choose a checkpoint of a plain Llama 3"
-            )
+            raise ValueError(f"{name} is {raw[name]!r}, but only {value!r} is implemented; choose a plain Llama 3")
     if missing := [name for name in SHAPE if name not in raw]:
         raise ValueError(f"{', '.join(missing)} missing; add what the checkpoint was trained with")
     if "dtype" in raw:
@@ -317,15 +314,6 @@ def joined(weights: Sequence[Tensor]) -> bool:
     return all(w.data_ptr() == place for w, place in zip(weights, places, strict=False))
 
 
-def join(*layers: nn.Linear) -> None:
-    """Moves the layers' weights into one piece of memory, below each other; their values stay."""
-    weights = [layer.weight for layer in layers]
-    if not joined(weights):
-        parts = torch.cat([w.detach() for w in weights]).split(list(map(len, weights)))
-        for weight, part in zip(weights, parts, strict=True):
-            weight.data = part
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions; no biases."""
 
@@ -438,7 +426,7 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
 class Llama(nn.Module):
     """A decoder whose parameters bear Hugging Face's names.
 
-    The parameters are uninitialised noise until `init_weights` or `load` fills them.
+    The parameters are torch's own random ones until `init_weights` or `load` fills them.
     `attention` is the function that a batch goes through; tests put reference_attention in its place.
     """
 
@@ -462,9 +450,8 @@ class Llama(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.7 / math.sqrt(self.config.hidden_size)
-            if residual:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             if weight.ndim == 1:  # a norm's
                 weight.fill_(1.0)
@@ -481,11 +468,15 @@ class Llama(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def join(self) -> None:
-        """Lays weights that multiply the same numbers below each other, for `project`."""
+        """Moves weights that multiply the same numbers below each other in one piece of memory, for `project`."""
         for block in self.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            join(attention.q_proj, attention.k_proj, attention.v_proj)
-            join(mlp.gate_proj, mlp.up_proj)
+            a, mlp = block.self_attn, block.mlp
+            for layers in ((a.q_proj, a.k_proj, a.v_proj), (mlp.gate_proj, mlp.up_proj)):
+                weights = [layer.weight for layer in layers]
+                if not joined(weights):
+                    parts = torch.cat(weights).split(list(map(len, weights)))
+                    for weight, part in zip(weights, parts, strict=True):
+                        weight.data = part
 
     def hidden(self, tokens: Tensor, attend: Callable) -> Tensor:
         """tokens (B, T) -> the residual stream after the last block, before its norm, (B, T, D)."""
@@ -533,9 +524,6 @@ class Completion:
     tokens: list[int]  # the stop token included, if it was reached
     logprobs: list[float]  # of each token, under the distribution that it was drawn from
     stopped: bool  # by a stop token, not by max_new_tokens
-
-    def finished(self, max_new_tokens: int) -> bool:
-        return self.stopped or len(self.tokens) == max_new_tokens
 
 
 def reference_sample(logits: Tensor, temperature: float | Tensor, generator: torch.Generator | None):
@@ -754,7 +742,7 @@ def check_request(
 def fitting_rows(model: Llama, length: int) -> int:
     """How many rows of `length` tokens to write at a time: `ROWS` on a CPU, on a GPU what its free memory holds.
 
-    A fifth is left for the prompts' activations; a row has 32 bytes for each logit, which top-p sorts.
+    A fifth is left for the prompts' activations; a row takes 32 bytes a logit beside it, for top-p's sort.
     """
     config, weight = model.config, model.head()
     if not weight.is_cuda:
@@ -780,18 +768,10 @@ def collect(drawn: tuple[Tensor, Tensor], stops: Tensor, into: list[Completion])
 
 @torch.inference_mode()
 def generate(
-    model: Llama,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: list[int],
-    temperature: float = 1.0,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-    progress: Callable[[int], object] | None = None,
-    rows: int = 0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> list[Completion]:
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], temperature: float = 1.0,
+    samples: int = 1, generator: torch.Generator | None = None, progress: Callable[[int], object] | None = None,
+    rows: int = 0, top_k: int = 0, top_p: float = 1.0,
+) -> list[Completion]:  # fmt: skip
     """Samples `samples` completions of each prompt: prompt 0's first, then prompt 1's, ...
 
     temperature 0 is greedy. `generator` lives on the model's device; None is torch's global one.
@@ -821,7 +801,7 @@ def generate(
             live += new
         steps = min(STRIDE, min(max_new_tokens - len(done[i].tokens) for i in live))
         collect(batch.decode(steps), stops, [done[i] for i in live])
-        going = [r for r, i in enumerate(live) if not done[i].finished(max_new_tokens)]
+        going = [r for r, i in enumerate(live) if not done[i].stopped and len(done[i].tokens) < max_new_tokens]
         if progress and len(going) < len(live):
             progress(len(live) - len(going))
         live = [live[r] for r in batch.keep(going)]
@@ -922,18 +902,6 @@ def load(
     return model
 
 
-def split_files(sizes: dict[str, int], limit: float) -> list[list[str]]:
-    """Consecutive names, as many as fit `limit` bytes together, and at least one."""
-    files, room = [], 0
-    for name, size in sizes.items():
-        if size > room:
-            files.append([])
-            room = limit
-        files[-1].append(name)
-        room -= size
-    return files
-
-
 @torch.no_grad()
 def save(model: Llama, folder: str | os.PathLike, file_bytes: float = 5e9, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and safetensors into `folder`, which holds no weights yet (else ValueError), as `dtype`.
@@ -947,7 +915,13 @@ def save(model: Llama, folder: str | os.PathLike, file_bytes: float = 5e9, dtype
         raise ValueError(f"{folder}: holds weights; give another folder, or delete them")
     dtype = dtype or next(iter(weights.values())).dtype
     sizes = {name: dtype.itemsize * weight.numel() for name, weight in weights.items()}
-    files = split_files(sizes, file_bytes)
+    files, room = [], 0
+    for name, size in sizes.items():  # consecutive ones, as many as fit `file_bytes` together, and at least one
+        if size > room:
+            files.append([])
+            room = file_bytes
+        files[-1].append(name)
+        room -= size
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     names = names if len(files) > 1 else ["model.safetensors"]
     model.config.torch_dtype = str(dtype).removeprefix("torch.")
@@ -1015,12 +989,6 @@ def blocks(x, T, stride, d: tl.constexpr, BN: tl.constexpr):
     On Hopper and later the tensor memory accelerator does that, without a register for an address.
     """
     return tl.make_tensor_descriptor(x, [T, stride], [stride, 1], [BN, d])
-
-
-@triton.jit
-def lines(x, count, T, stride, BM: tl.constexpr):
-    """A descriptor of `count` lines of T numbers: load([i, j]) is (1, BM) of line i from j on, zeros beyond T."""
-    return tl.make_tensor_descriptor(x, [count, T], [stride, 1], [1, BM])
 
 
 @triton.jit
@@ -1102,7 +1070,9 @@ def attention_backward_kv(q, k, v, end, do, lse, delta, dk, dv, scale, T, of_lin
     keys, values = tile(k + at, columns, K * d, T, d, d), tile(v + at, columns, K * d, T, d, d)
     q, do = blocks(q + b * T * H * d, T, H * d, d, BM), blocks(do + b * T * H * d, T, H * d, d, BM)
     count = tl.num_programs(0) * G
-    lse, delta = lines(lse, count, T, of_line, BM), lines(delta, count, T, of_line, BM)
+    # load([i, j]) of these is (1, BM) of line i from j on, zeros beyond T.
+    lse = tl.make_tensor_descriptor(lse, [count, T], [of_line, 1], [1, BM])
+    delta = tl.make_tensor_descriptor(delta, [count, T], [of_line, 1], [1, BM])
     ends, whole = tl.load(end + b * T + columns, mask=columns < T, other=0), tl.load(end + b * T + block * BN)
     dkeys, dvalues = tl.zeros([BN, d], tl.float32), tl.zeros([BN, d], tl.float32)
     for g in range(G):

@@ -23,7 +23,7 @@ Our choices, where the Parallel-SFT paper leaves freedom or is silent:
    Masters, gradients and optimizer are float32; with bfloat16 the weights are cast as they are gathered,
    and so are the checkpoint's; the masters are the trainer's own.
 
-Axes: T tokens of a packed row; V vocabulary.
+Axes: T tokens of a packed row.
 
 In this order: rows to tensors; ranks; the optimizer; `Learner`, a model in training, and `Run`, a run folder with its
 checkpoints, which rl.py uses too; and the stage itself: settings, `update`, the loop.
@@ -327,7 +327,7 @@ def broken(path: Path, error: BaseException) -> ValueError:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole `step-N` of a run folder. Copies with other names are their owner's."""
+    """The `step-N` folders of a run. Copies with other names are their owner's."""
     return [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
 
 
@@ -368,14 +368,11 @@ def open_checkpoint(folder: Path, world: World, s, train: bool = False) -> tuple
     return model, tokenizer
 
 
-LEFT_OUT = 0.5  # of the records, at most, for their length
-
-
 def fitting(
     tokenizer: Tokenizer, limit: int, records: Sequence[dict], answers: Callable[[dict], Sequence[Sequence[str]]],
     what: str, budget: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most LEFT_OUT may be too long.
+    """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most half may be too long.
 
     `answers`: the PLs of each answer that is asked for. An answer has `budget` tokens, or with 0 as many as the
     record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
@@ -397,7 +394,7 @@ def fitting(
         return ""
 
     mend = f"give shorter ones{', allow fewer new tokens' if budget else ''} or take a model that takes more"
-    return data.leave_out(records, {r["id"]: why for r in records if (why := fault(r))}, what, mend, LEFT_OUT)
+    return data.leave_out(records, {r["id"]: why for r in records if (why := fault(r))}, what, mend, most=0.5)
 
 
 def digest(folder: str | Path, splits: Sequence[str], *files: Path) -> str:
@@ -449,7 +446,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str):
         """Counts the seconds of what is done within; they are in `seconds` of what it yields, too."""
-        began, this = time.perf_counter(), SimpleNamespace(name=name, seconds=0.0)
+        began, this = time.perf_counter(), SimpleNamespace()
         yield this
         this.seconds = time.perf_counter() - began
         self.seconds[name] += this.seconds
@@ -480,11 +477,10 @@ class Run:
         """
         self.lock()
         self.data = digest(self.settings.data, splits, *files)
-        newest, metrics = newest_checkpoint(self.out), 0
+        newest = newest_checkpoint(self.out)
         if len(seen := set(self.world.gather([newest and newest.name]))) > 1:
             raise ValueError(f"{self.out}: the newest checkpoint is {seen} on the ranks; all hosts must share --out")
-        if newest:
-            metrics = self.take_up(newest)
+        metrics = self.take_up(newest) if newest else 0
         self.write_text("settings.json", json.dumps(asdict(self.settings), indent=2))
         if self.world.rank == 0:
             for path in self.out.glob(".step-*.tmp"):  # of a save that was killed
@@ -643,9 +639,8 @@ def choose_examples(m: Mixture, limit: int) -> Mixture:
 def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
     records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each_alone, "held-out problems")
-    records = data.first_kind(records)
     rows = defaultdict(list)
-    for record in records[: s.eval_problems]:
+    for record in data.first_kind(records)[: s.eval_problems]:
         for language in record["solutions"]:
             rows[language].append(data.example(tokenizer, record, data.statement(record, language), [language]))
     return rows

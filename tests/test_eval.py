@@ -540,8 +540,12 @@ def test_pairs_of_languages_have_parts_and_prompts_only_those_with_the_source():
         "within other SFT PLs",
         "within unseen PLs",
     ]
-    for without, view in itertools.product((["ruby", "lua", "perl"],), evaluation.VIEWS):
-        assert list(evaluation.parts(roles, without, view)) == ["within unseen PLs"] * (view == "programs")
+    within = {
+        "within other SFT PLs": [("ruby", "php"), ("php", "ruby")],
+        "within unseen PLs": [("lua", "perl"), ("perl", "lua")],
+    }
+    assert evaluation.parts(roles, ["ruby", "php", "lua", "perl"], "programs") == within
+    assert evaluation.parts(roles, ["ruby", "php", "lua", "perl"], "prompts") == {}
 
 
 @pytest.fixture

@@ -383,6 +383,15 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
     assert "2 program in python: fails its tests: wrong_answer" in capsys.readouterr().out
 
 
+def test_verify_keeps_files_apart_that_share_an_id(tmp_path):
+    perl = "print 2 * <STDIN>"
+    for name, program in (("a", ECHO), ("b", DOUBLE)):
+        data.write_records(tmp_path / f"{name}.jsonl", [problem("same", solutions={"python": program, "perl": perl})])
+    data.verify(data.VerifySettings(data=str(tmp_path), keep=str(tmp_path / "kept")))
+    kept = [list(data.read_records(tmp_path / f"kept/{name}.jsonl")[0]["solutions"]) for name in "ab"]
+    assert kept == [["perl"], ["python", "perl"]]
+
+
 def test_split_keeps_equal_problems_on_one_side(tmp_path, capsys):
     records = [problem(str(i), f"Statement {i // 2}.", solutions={"python": f"print({i})"}) for i in range(40)]
     records += [
