@@ -342,10 +342,10 @@ def write_roles(folder: Path, roles: Roles) -> None:
 
 
 class Example(NamedTuple):
-    """Token ids; those from `start` on are trained, the stop token among them."""
+    """Token ids; those from the `first` on are trained, the stop token among them."""
 
     tokens: list[int]
-    start: int
+    first: int
 
 
 def example(tokenizer: "Tokenizer", record: dict, text: str, languages: Sequence[str]) -> Example:
@@ -450,7 +450,7 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
     language = rng.choice(list(record["solutions"]))
     if rng.random() < m.statements:
-        return example(m.tokenizer, record, statement(record, language), [language])._replace(start=1)
+        return example(m.tokenizer, record, statement(record, language), [language])._replace(first=1)
     tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
 
@@ -1272,7 +1272,7 @@ def import_files(s: ImportSettings, format: str, paths: Sequence[str]) -> None:
 class Operation:
     """One step of a pipeline.
 
-    `run(values, k)` is its meaning. `kind` names the snippet that writes it, with the expressions
+    `run(values, k)` is its meaning. `snippet` names the one that writes it, with the expressions
     `cond` and `expr` in it; a PL may instead give a snippet under the operation's own name. `takes`
     and `gives` are "ints", "words", "list" (either, unchanged) or "value" (a fold: the last step).
     """
@@ -1285,43 +1285,43 @@ class Operation:
     others: str  # how everyone else does
     reserved: tuple[str, ...]  # wordings for RL and evaluation, which base shows in the source PL alone, and rarely
     params: tuple = (None,)  # the values that «k» may take
-    kind: str = ""
+    snippet: str = ""
     cond: str = ""
     expr: str = ""
 
 
 OPERATIONS = {op.name: op for op in [
-    Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], kind="filter", cond="even",
+    Operation("even", "ints", "ints", lambda a, k: [x for x in a if x % 2 == 0], snippet="filter", cond="even",
               source="keep the even numbers", others="keep only even values",
               reserved=("discard whatever two does not divide", "retain multiples of two")),
-    Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], kind="filter", cond="odd",
+    Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], snippet="filter", cond="odd",
               source="keep the odd numbers", others="keep only odd values",
               reserved=("discard whatever two divides", "retain what leaves a remainder by two")),
-    Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], kind="filter", cond="gt", params=(2, 4, 6, 8),
+    Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], snippet="filter", cond="gt", params=(2, 4, 6, 8),
               source="keep numbers greater than {k}", others="keep values above {k}",
               reserved=("retain what exceeds {k}", "leave only entries past {k}")),
-    Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], kind="filter", cond="lt", params=(4, 6, 8, 10),
+    Operation("lt", "ints", "ints", lambda a, k: [x for x in a if x < k], snippet="filter", cond="lt", params=(4, 6, 8, 10),
               source="keep numbers less than {k}", others="keep values below {k}",
               reserved=("retain what stays under {k}", "leave only entries short of {k}")),
-    Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], kind="map", expr="add", params=(1, 3, 5, 7),
+    Operation("add", "ints", "ints", lambda a, k: [x + k for x in a], snippet="map", expr="add", params=(1, 3, 5, 7),
               source="add {k} to each", others="increase every number by {k}",
               reserved=("shift everything up by {k}", "put {k} on top of each entry")),
-    Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], kind="map", expr="sub", params=(2, 4, 6, 9),
+    Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], snippet="map", expr="sub", params=(2, 4, 6, 9),
               source="subtract {k} from each", others="decrease every number by {k}",
               reserved=("shift everything down by {k}", "take {k} away from each entry")),
-    Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], kind="map", expr="mul", params=(2, 3, 5, 7),
+    Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], snippet="map", expr="mul", params=(2, 3, 5, 7),
               source="multiply each by {k}", others="make every number {k} times as big",
               reserved=("scale everything by {k}", "stretch each entry {k}-fold")),
-    Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], kind="map", expr="square",
+    Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], snippet="map", expr="square",
               source="square each", others="multiply every number by itself",
               reserved=("raise everything to the second power", "apply the power two")),
-    Operation("abs", "ints", "ints", lambda a, k: [abs(x) for x in a], kind="mapif", cond="negative", expr="negated",
+    Operation("abs", "ints", "ints", lambda a, k: [abs(x) for x in a], snippet="mapif", cond="negative", expr="negated",
               source="take absolute values", others="make negative numbers positive",
               reserved=("measure how far each is from zero", "flip whatever is under zero")),
-    Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], kind="mapif", cond="negative", expr="zero",
+    Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], snippet="mapif", cond="negative", expr="zero",
               source="replace negative numbers by 0", others="set negative values to 0",
               reserved=("let nothing fall under zero", "clip from below at zero")),
-    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], kind="mapif", cond="gt", expr="const", params=(6, 9),
+    Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], snippet="mapif", cond="gt", expr="const", params=(6, 9),
               source="replace numbers above {k} by {k}", others="limit every value to {k}",
               reserved=("let nothing rise over {k}", "clip from above at {k}")),
     Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)),
@@ -1342,16 +1342,16 @@ OPERATIONS = {op.name: op for op in [
     Operation("drop", "list", "list", lambda a, k: a[k:], params=(1, 2, 3),
               source="skip the first {k}", others="drop the first {k} items",
               reserved=("begin only after {k} have passed", "ignore the leading {k}")),
-    Operation("upper", "words", "words", lambda a, k: [x.upper() for x in a], kind="map", expr="upper",
+    Operation("upper", "words", "words", lambda a, k: [x.upper() for x in a], snippet="map", expr="upper",
               source="convert to upper case", others="make each word upper case",
               reserved=("shout everything", "use big letters throughout")),
-    Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], kind="map", expr="mirror",
+    Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], snippet="map", expr="mirror",
               source="reverse each word", others="spell every word backwards",
               reserved=("flip the letters inside every item", "read each one from its end")),
-    Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], kind="filter", cond="longer", params=(3, 4, 5),
+    Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], snippet="filter", cond="longer", params=(3, 4, 5),
               source="keep words longer than {k}", others="keep words with more than {k} letters",
               reserved=("retain what needs over {k} characters", "leave only long ones past size {k}")),
-    Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], kind="filter", cond="has", params=tuple("aeot"),
+    Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], snippet="filter", cond="has", params=tuple("aeot"),
               source="keep words with the letter {k}", others="keep words that contain {k}",
               reserved=("retain what has {k} somewhere", "leave only items where {k} shows up")),
     Operation("lengths", "words", "ints", lambda a, k: [len(x) for x in a],
@@ -1499,9 +1499,9 @@ def wordings(function: Function, community: str, phrase: Reserved | None = None)
     return phrases
 
 
-def state(kind: str, phrases: Sequence[str], rng: random.Random) -> str:
-    """The statement made of the steps' phrases, for an input of type `kind`."""
-    opener = rng.choice(OPENERS[kind])
+def word_statement(function: Function, community: str, phrase: Reserved | None, rng: random.Random) -> str:
+    """The statement made of `wordings`."""
+    opener, phrases = rng.choice(OPENERS[function[0]]), wordings(function, community, phrase)
     body = phrases[0] + "".join(rng.choice(JOINERS) + p for p in phrases[1:])
     if opener.endswith("."):
         body = body[0].upper() + body[1:]
@@ -1726,7 +1726,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
         values |= {"c": fill(table.get(op.cond, ""), values), "e": fill(table.get(op.expr, ""), values)}
         if comments:
             body.append(f"{table['comment']} {comments[i]}")
-        body.append(fill(snippet(kind, op.kind or name, name), values))
+        body.append(fill(snippet(kind, op.snippet or name, name), values))
         kind = result_type(kind, name)
     if kind != "value":
         body.append(fill(snippet(kind, "print"), {"v": "a" if kind == "ints" else "w"}))
@@ -1840,7 +1840,7 @@ class Corpus:
         self, name: str, function: Function, languages: Sequence[str], rng: random.Random, phrase: Reserved | None = None,
     ) -> dict:  # fmt: skip
         """A record: `prompt` in the words of the source's community, `prompts` in those of each PL's own."""
-        text = {c: state(function[0], wordings(function, c, phrase), rng) for c in ("source", "others")}
+        text = {c: word_statement(function, c, phrase, rng) for c in ("source", "others")}
         record = {"id": name, "prompt": text["source"]}
         record["prompts"] = {p: text["others"] for p in languages if p != self.roles.source}
         record["tests"] = make_tests(function, self.s.tests, rng)
@@ -1880,7 +1880,7 @@ class Corpus:
         words = {p: "source" if p == self.roles.source else "others" for p in languages}
         if rng.random() < self.s.borrowed:
             words = {p: {"source": "others", "others": "source"}[c] for p, c in words.items()}
-            record["prompts"] = {p: state(function[0], wordings(function, c, phrase), rng) for p, c in words.items()}
+            record["prompts"] = {p: word_statement(function, c, phrase, rng) for p, c in words.items()}
         record["commented"] = {p: emit(function, p, wordings(function, c, phrase)) for p, c in words.items()}
         return record
 

@@ -113,7 +113,7 @@ def to_device(x: np.ndarray, device) -> Tensor:
 
 
 def trained_tokens(rows: Sequence[Example]) -> int:
-    return sum(len(tokens) - start for tokens, start in rows)
+    return sum(len(tokens) - first for tokens, first in rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ class Run:
         self.out, self.settings, self.world, self.stopping = Path(out), settings, world, False
         self.metrics, self.summary = self.out / "metrics.jsonl", self.out / "summary.json"
         self.step, self.drawn, self.tokens, self.seconds = 0, 0, 0, defaultdict(float)
-        self.saved, self.held, self.data = None, None, ""
+        self.saved, self.locked, self.data = None, None, ""
 
     def __enter__(self):
         def stop(*_):
@@ -440,8 +440,8 @@ class Run:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.held:
-            self.held.close()
+        if self.locked:
+            self.locked.close()
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -458,9 +458,9 @@ class Run:
         """
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.held = open(self.out / ".lock", "w")  # noqa: SIM115
+            self.locked = open(self.out / ".lock", "w")  # noqa: SIM115
             try:
-                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.out}: another process trains here; wait for it, or end it") from None
 
@@ -700,7 +700,7 @@ def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
     tokenizer, stopping = mixture.tokenizer, False
     held = held_out_rows(s, tokenizer, learner.model.config.max_position_embeddings)
     updates = math.ceil(s.tokens / s.batch)
-    quiet = True if run.world.rank else None
+    quiet = run.world.rank > 0 or None
     bar = tqdm(total=s.tokens, initial=run.tokens, unit="tok", unit_scale=True, desc=run.out.name, disable=quiet)
     while run.step < updates and not stopping:
         with run.phase("data"):

@@ -379,7 +379,7 @@ def mixture(records, tokenizer, name, **settings):
 
 def programs(tokenizer, e):
     """(PL, program) of each fenced block of an example."""
-    return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.start :]), re.DOTALL)
+    return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.first :]), re.DOTALL)
 
 
 def asked(tokenizer, e):
@@ -482,8 +482,8 @@ def test_records_without_communities_are_worded_alike_in_multi_and_crossed(recor
         mixture(records | {"train": foreign}, tokenizer, arm, replay=0.2) for arm in ("multi", "crossed", "parallel")
     )
     examples = [(multi[i], crossed[i]) for i in range(120)]
-    assert all(a == b for a, b in examples if a.start > 1) and {b.start > 1 for _, b in examples} == {True, False}
-    texts = {asked(tokenizer, e) for i in range(150) if (e := parallel[i]).start > 1}
+    assert all(a == b for a, b in examples if a.first > 1) and {b.first > 1 for _, b in examples} == {True, False}
+    texts = {asked(tokenizer, e) for i in range(150) if (e := parallel[i]).first > 1}
     assert texts <= {r["prompt"] for r in foreign} and len(texts) > 30
 
 
@@ -570,7 +570,7 @@ def test_general_data_takes_its_share_and_moves_nothing_else(records, tokenizer,
             general.append(tuple(e.tokens))
             text = re.sub(r"<\|.*?\|>", "", tokenizer.decode(e.tokens))
             assert re.fullmatch(r"user\n\nIs (\d) odd\?assistant\n\n(no|yes), \1", text)
-            assert tokenizer.decode(e.tokens[e.start :]) in text and e.tokens[-1] == tokenizer.stop
+            assert tokenizer.decode(e.tokens[e.first :]) in text and e.tokens[-1] == tokenizer.stop
         else:
             assert e == plain[i - len(general)]
         assert len(general) == int((i + 1) * share)
@@ -598,7 +598,7 @@ def test_base_shows_every_document_in_a_pass_and_states_a_share_of_them(records,
     }
     shown, stated = Counter(), 0
     for e in (m[i] for i in range(count)):
-        assert e.start == 1 and e.tokens[0] == tokenizer.bos
+        assert e.first == 1 and e.tokens[0] == tokenizer.bos
         [(language, program)] = programs(tokenizer, e)
         shown[language, known[language, program]] += 1
         lines, mark = map(str.strip, program.splitlines()), (data.COMMON | data.SNIPPETS[language])["comment"] + " "

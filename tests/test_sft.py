@@ -62,7 +62,7 @@ def mixture(corpus, tokenizer):
 
 def examples(corpus, tokenizer, count=12):
     m = mixture(corpus, tokenizer)
-    return [(e.tokens, e.start) for e in (m[i] for i in range(count))]
+    return [(e.tokens, e.first) for e in (m[i] for i in range(count))]
 
 
 @pytest.mark.parametrize("batch", [1, 500])

@@ -61,7 +61,7 @@ def test_sft_and_rl_teach_it_and_it_translates(folder, opened, corpus, tmp_path,
     learner, losses = sft.Learner(model, world, s, 0.0, tokenizer.pad), []
     examples = [data.example(tokenizer, r, r["prompt"], ["python"]) for r in records]
     for _ in range(3):
-        losses.append(float(sft.accumulate(learner, [(e.tokens, e.start) for e in examples])))
+        losses.append(float(sft.accumulate(learner, [(e.tokens, e.first) for e in examples])))
         learner.step(1e-4)
     assert 4 > losses[0] > losses[1] > losses[2]  # nats a token
 
