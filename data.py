@@ -73,6 +73,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 import sandbox
+from sandbox import are_texts, is_text
 
 # --------------------------------------------------------------------------------------------------
 # Settings and files: the few things that every stage needs
@@ -152,15 +153,6 @@ class RecordError(ValueError):
     """A record that is not of the format; names file, line, field and the mend."""
 
 
-def _is_text(value) -> bool:
-    """Whether it is a text, and one that files and tokens can hold: JSON can write half a surrogate pair."""
-    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
-
-
-def _are_texts(values) -> bool:
-    return isinstance(values, list) and all(map(_is_text, values))
-
-
 def parse_record(line: str, where: str, general: bool = False) -> dict:
     """The record that `line` holds, if it is of the format in the module docstring, else a `RecordError`.
 
@@ -178,26 +170,18 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
     if not isinstance(record, dict):
         raise RecordError(f"{where}: not a JSON object; write one object a line")
     for name in ("prompt", "answer") if general else ("id", "prompt"):
-        need(_is_text(record.get(name)) and record[name], name, "give a text that is not empty")
+        need(is_text(record.get(name)) and record[name], name, "give a text that is not empty")
     if general:
         return {"id": where, "prompt": record["prompt"], "answer": record["answer"].strip(), "solutions": {}}
     try:
-        harness = sandbox.demands(record).harness
+        record["tests"], harness = sandbox.tests_of(record)
     except ValueError as error:
         raise RecordError(f"{where}: {error}") from None
-    tests = record.setdefault("tests", [{"stdin": ""}]) if harness else record.get("tests")
-    need(isinstance(tests, list) and tests, "tests", "give a list with at least one test")
-    for i, test in enumerate(tests):
-        ok = isinstance(test, dict) and _is_text(test.get("stdin"))
-        accepted = test.get("stdout", "" if harness else None) if ok else None
-        mend = 'give an object {"stdin": text, "stdout": text or list of texts}'
-        need(accepted != [] and _are_texts(accepted if isinstance(accepted, list) else [accepted]), f"tests[{i}]", mend)
-        ok = _are_texts(test.get("args", [])) and not any("\0" in arg for arg in test.get("args", []))
-        need(ok, f"tests[{i}].args", "give a list of texts without NUL, or leave it out")
+    need(record["tests"], "tests", "give a list with at least one test")
     for name in ("function", "phrase"):
-        need(_is_text(record.get(name, "")), name, "give a text, or leave it out")
+        need(is_text(record.get(name, "")), name, "give a text, or leave it out")
     wrong = record.get("distractors", {})
-    ok = isinstance(wrong, dict) and all(map(_are_texts, wrong.values()))
+    ok = isinstance(wrong, dict) and all(map(are_texts, wrong.values()))
     need(ok, "distractors", "give an object from PL to a list of programs, or leave it out")
     for name in ("solutions", "commented", "prompts"):
         programs = record.get(name, None if name == "solutions" else {})
@@ -205,7 +189,7 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
         for language, program in programs.items():
             field = f"{name}.{language}"
             need(language in sandbox.LANGUAGES, field, "name a PL that `python sandbox.py languages` lists")
-            need(_is_text(program) and program.strip(), field, "give a text that is not empty")
+            need(is_text(program) and program.strip(), field, "give a text that is not empty")
             need(name == "prompts" or not harness or language in harness, field, "give it a harness, as others have")
     return record
 
@@ -1968,7 +1952,7 @@ def hard_coded(record: dict) -> set[str]:
     outputs = {o.strip() for several in outputs for o in ([several] if isinstance(several, str) else several)}
     harness, listed = record.get("harness", {}), set()
     for language, own in carried.items():
-        checks = [harness.get(language, "").partition("«answer»")[2], *(t["stdin"] for t in record["tests"])]
+        checks = [harness.get(language, "").partition("«answer»")[2], *(t.get("stdin", "") for t in record["tests"])]
         asked = literals("\n".join(checks)) if harness else outputs
         asked = {x for x in asked if common[x] <= len(carried) / 2 and (x[:1].isdigit() or x not in record["prompt"])}
         shared = own & asked

@@ -10,11 +10,11 @@ advantages within the group, and maximises the clipped objective. The run folder
 rollouts/step-N.txt at each evaluation: some groups with all their responses, to read what is being rewarded.
 
 Advantage and objective are those of GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1). Our
-choices, where that or the Parallel-SFT paper leaves freedom or is silent:
+choices, where they differ from that, or the Parallel-SFT paper leaves freedom or is silent:
 
 1. A group whose rewards are all equal teaches nothing. So a step samples further problems, round after round,
    until `--informative` groups have spread or `--rounds` are drawn, and trains those that have: the dynamic sampling of
-   DAPO (arXiv 2503.14476, section 3.2), which would drop what the last round brings beyond the number.
+   DAPO (arXiv 2503.14476, section 3.2), but what the last round brings beyond the number is kept.
 2. One denominator per update, the number of response tokens in the groups that are trained, as in DAPO (equation
    8 there): not a mean per response, which would weigh a token by its response's length. `--denominator budget` is
    Dr. GRPO's.
@@ -25,7 +25,7 @@ choices, where that or the Parallel-SFT paper leaves freedom or is silent:
    their tokens stay in the denominator.
 6. A response whose run failed for the sandbox's own reasons has no reward: it is left out of its
    group's mean and has advantage 0.
-7. A step whose groups all lack spread changes nothing, momentum included.
+7. An update whose groups all lack spread changes nothing, momentum included.
 8. Each rank samples, grades and trains on whole groups of its own, from a whole copy of the weights
    in the trainer's precision, refreshed before each rollout phase.
 
@@ -148,10 +148,9 @@ def per_token(values: Sequence[Sequence[float]], on: Tensor) -> Tensor:
 def update(
     learner: Learner, rollouts: Sequence[Rollout], advantage: Sequence[float], lr: float, s: Settings, reference: Llama | None
 ) -> dict:  # fmt: skip
-    """One optimizer step on the objective's mean over the response tokens of all ranks; its figures, as sums.
+    """One optimizer step on the objective's mean over the response tokens of all ranks; sums, and the gradient's norm.
 
-    `rollouts` and their advantages are this rank's own. Nothing changes if no advantage of any rank
-    differs from 0.
+    `rollouts` and their advantages are this rank's own. Nothing changes if no advantage of any rank differs from 0.
     """
     [spread] = learner.world.sum(any(advantage))
     used = [(r, a) for r, a in zip(rollouts, advantage, strict=True) if a or (reference and spread)]
@@ -182,11 +181,10 @@ def update(
 def learn(
     learner: Learner, rollouts: Sequence[Rollout], advantage: Tensor, lr: float, s: Settings, reference: Llama | None = None
 ) -> dict:  # fmt: skip
-    """All updates of one rollout phase, whole groups dealt out over them; their mean figures.
+    """All updates of one rollout phase, whole groups dealt out over them; their figures.
 
-    The means are over the trained tokens, those of groups with spread; None if there
-    are none. `drift`, the mean |Δ log p| between sampler and trainer, is of the first update alone:
-    before it both have the same weights.
+    The means are over the trained tokens; None if there are none. `grad_norm` is the largest. `drift`, the mean |Δ log
+    p| between sampler and trainer, is of the first update alone: before it both have the same weights.
     """
     weights, figures = advantage.flatten().tolist(), []
     for u in range(s.updates):
@@ -355,7 +353,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     held, sampler, stopping = choose_records(s.data, "dev", s.eval_problems), Sampler(learner), False
     taught = [sandbox.canonical(p) for p in s.languages] or [roles.source]
     languages = [sandbox.canonical(p) for p in s.eval_languages] or taught
-    known, known_held = {}, {}  # verdicts, by record: two files may use the same ids
+    known, known_held = {}, {}  # verdicts by record's id: the two splits may share ids
     why = f"no tests in each of {', '.join(taught)}"
     untested = {r["id"]: why for r in records if not all(data.gradable(r, p) for p in taught)}
     records = data.leave_out(records, untested, "RL problems", "give other --languages")

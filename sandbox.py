@@ -21,18 +21,18 @@ may end one to the left:
     a Sandbox; owns   one a worker;    inside the         system calls
     the tests         clears up        confinement        filtered, limited
 
-The caller, which may hold a model and many threads, is never forked. A helper only waits: when its socket to the
-caller closes, or its runner dies, it ends what is left and removes its folder. The runner writes a program, has it
+The caller, which may hold a model and many threads, is never forked. A helper only waits: when its runner ends, as
+it does once the caller has gone, it ends what is left and removes its folder. The runner writes a program, has it
 compiled once, and runs it once per test; it watches time, memory and files, ends every process that the program
 started, and reports what was written and how it ended. Whether that is right is decided in the caller, where the
 expected output stays: a program can't find it, and neither an early exit nor anything printed is a pass.
 
-To start python takes longer than most of its programs. With `forkserver`, at level `namespaces`, the runner's parent,
-which stands outside the programs' process namespace, where none can see or signal it, turns into an interpreter that
-has started, and each run is a copy of it by fork, left to the runner. It runs no program itself and is handed nothing
-of a run but its streams, so each begins in the same state. It is off unless asked for, since a program can tell:
-hashes and addresses are the same in all runs of a worker, some 80 more objects exist (so that garbage is collected a
-little earlier, the first time), and the kernel's flags say that it was forked.
+To start python takes longer than most of its programs. With `forkserver`, at level `namespaces`, a process between
+helper and runner, outside the programs' process namespace, where none can see or signal it, turns into an interpreter
+that has started, and each run is a copy of it by fork, left to the runner. It runs no program itself and is handed
+nothing of a run but its streams, so each begins in the same state. It is off unless asked for, since a program can
+tell: hashes and addresses are the same in all runs of a worker, some 80 more objects exist (so that garbage is
+collected a little earlier, the first time), and the kernel's flags say that it was forked.
 
 **What a program is kept from** (each claim is a case in tests/sandbox_cases.py):
 
@@ -40,40 +40,32 @@ little earlier, the first time), and the kernel's flags say that it was forked.
    holds the toolchains read-only, the program read-only, and a scratch directory of limited size,
    new for each test. As root the user is changed first. When a test ends, so does every process
    that it started, daemons included: the runner is process 1 there.
-2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The
-   host's processes, with their command lines, can be seen, not touched; files' names and sizes can
-   be seen, and how many processors the machine has; the size of the scratch directory is only watched.
-   Root's programs run as a user of their own, which has no name, and share /dev/shm with the host;
-   others have none, so no semaphores of multiprocessing. There are no local sockets but pairs of
-   streams. /tmp is closed, so tmpfile() of C, which heeds no TMPDIR, fails.
+2. Level `landlock`, where namespaces are forbidden: Landlock limits which files can be opened. The host's processes,
+   with their command lines, can be seen, not touched; files' names and sizes can be seen, and how many processors the
+   machine has; the size of the scratch directory is only watched. Root's programs run as a user of their own, which has
+   no name, and share /dev/shm with the host; other users' lack it, so no semaphores of multiprocessing. There are no
+   local sockets but pairs of streams. /tmp is closed, so tmpfile() of C, which heeds no TMPDIR, fails.
 3. Both: system calls filtered (no network, no memory outside the limits, no extended attributes,
-   no large or young parts of the kernel), no privileges, no environment, no descriptors, limits
-   per process, and watched limits on time and memory of all processes together.
+   no large or young parts of the kernel), no privileges, nothing of the caller's environment
+   or descriptors, limits per process, and watched limits on time and memory of all processes together.
 4. Level `none`: limits only, for programs that are trusted. It has to be asked for.
 
-**What it does not protect against:** faults of the kernel, for programs talk to the same one; side
-channels, such as timing; a program that guesses or tells test inputs apart (write better tests);
-an answer in a harness that alters what the harness calls, or reads the word it has to print from its own source;
-use of up to the limits by every worker at once (workers x memory should fit the machine). Memory and time are looked
-at every 20 ms: without a spare processor memory can overshoot in between (where the machine has none left, the kernel
-ends programs before the caller, as a runtime_error), and the time of children that live for less than a look and that nobody waits for
-counts only against the wall limit. What sockets hold is not counted (up to 0.2 MB for each of 256 per process, and
-for 8 that wait to be accepted), nor what locks on parts of files and the kernel's lists of maps take; memory mapped to
-be shared counts as used in full, unless a second thread swaps its descriptor between the look and the mapping.
-/proc/cpuinfo and what asks it, as node does, show the machine's processors. At level `landlock`, nothing counts what is
-in files that have no name and are only mapped, that are on their way through a socket, or that stand in folders of
-others in /dev/shm which are open to all; and files of the host that can be read can be locked.
+**What it does not protect against:** faults of the kernel, for programs talk to the same one; side channels, such as
+timing; a program that guesses or tells test inputs apart (write better tests); an answer in a harness that alters what
+the harness calls, or reads the word it has to print from its own source; use of up to the limits by every worker at
+once (workers x memory should fit the machine). Memory and time are looked at every 20 ms: without a spare processor
+memory can overshoot in between (where the machine has none left, the kernel ends programs before the caller, as a
+runtime_error), and the time of children that live for less than a look and that nobody waits for counts only against
+the wall limit. What sockets hold is not counted (up to 0.2 MB for each of 256 per process, and for 8 that wait to be
+accepted), nor what locks on parts of files and the kernel's lists of maps take; memory mapped to be shared counts as
+used in full, unless a second thread swaps its descriptor between the look and the mapping. /proc/cpuinfo and what asks
+it, as node does, show the machine's processors. At level `landlock`, nothing counts what is in files that have no name
+and are only mapped, that are on their way through a socket, or that stand in folders of others in /dev/shm which are
+open to all; and files of the host that can be read can be locked.
 
-**Where to find what**, in order:
-
-    Limits, languages        what a test may use; the table of languages, toolchains, what they prepare once
-    Comparing, results       what a problem demands of its answers; what is reported
-    Messages, the kernel     between caller and runner; system calls that Python lacks
-    Filter, Landlock         which system calls a program may make, which files it may open
-    The runner               starts and watches a program; then what it does at each level
-    Helper                   from its start to its end
-    The caller's side        Helper as seen from there, jobs, Sandbox
-    Command line
+In this order: limits; the table of languages, their toolchains, what these prepare once; what a problem demands of its
+answers, and what is reported; messages between caller and runner, and system calls that Python lacks; the filter and
+Landlock; the runner, then what it does at each level; helper; the caller's side, with Sandbox; command line.
 """
 
 import contextlib
@@ -138,9 +130,8 @@ class Limits:
 class Language:
     """How to build and run programs of one language.
 
-    In the command lines {box} is the program's directory, {file} its source, {main} its main
-    class, {tmp} a scratch directory, {cache} what `warm` prepared and {mb} the memory limit.
-    Compilers work in {box}."""
+    In the command lines {box} is the program's directory, {file} its source, {main} its main class, {tmp} a scratch
+    directory, {cache} what `warm` prepared and {mb} the memory limit. Compilers work in {box}."""
 
     name: str
     file: str
@@ -159,7 +150,7 @@ class Language:
 
 # An interpreter whose descriptor 3 is a socket to be asked on waits here, and forks a copy of itself for each run: the
 # copy, left to the runner by its parent's end, leaves this text with the run's streams, in its scratch directory, once
-# its limits are set. What could tell it from one that has just started is undone, but for what the top of this file says.
+# its limits are set. What could tell it from one just started is undone, but for what the top of this file says.
 _COPY = """import posix, sys
 finders = [*sys.path_importer_cache]
 try:
@@ -392,8 +383,8 @@ _STRINGS = re.compile(r"\([^,]*(?:\bString\s*(?:\[|\.\.\.|\w+\s*\[)|\bArray\s*\[
 
 def _main_class(code: str, whole: str = "") -> tuple[str | None, str]:
     """The public class in Java or Scala, if there is one, and that to be run: the one whose main method takes strings
-    and is static, else one with any main method, and of several the public one, else the first. In Kotlin `whole` stands
-    for the file's own functions, and comes before a class with a static main."""
+    and is static, else one with any main method, and of several the public one, else the first. In Kotlin `whole`
+    stands for the file's own functions, and comes before a class with a static main."""
     found = {whole: (1, False)} if whole else {}  # by class how good its main method is, and whether it is public
     depth, current = 0, ""
     for token in _MAIN_CLASS.finditer(code):
@@ -416,27 +407,20 @@ def _main_class(code: str, whole: str = "") -> tuple[str | None, str]:
 
 
 def _source_name(language: Language, program: str) -> tuple[str, str]:
-    """File name and, on the JVM, the class to be run; some languages tie them to the text. A name longer than a
-    file's may be is cut: the compiler says what is wrong."""
-    stem, suffix = os.path.splitext(language.file)
+    """File name and, on the JVM, the class to be run; some languages tie them to the text."""
+    (stem, suffix), main = os.path.splitext(language.file), ""
     if language.name == "ada" and (unit := re.search(r"^[ \t]*procedure\s+(\w+)\s+is\b", program, re.M)):
         stem = unit[1].lower()
-    if language.name not in ("java", "kotlin", "scala"):
-        return _cut(stem) + suffix, ""
-    code = _NO_CODE.sub(" ", program)
-    whole = ""
-    if language.name == "kotlin":
+    elif language.name in ("java", "kotlin", "scala"):
+        code = _NO_CODE.sub(" ", program)
         named = re.search(r'^[ \t]*@file:JvmName\("([\w$]+)"\)', program, re.M)
-        whole = named[1] if named else "MainKt"
-    public, main = _main_class(code, whole)
-    stem = public or main if language.name == "java" else stem
-    package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
-    return _cut(stem) + suffix, f"{package[1]}.{main}" if package else main
-
-
-def _cut(name: str) -> str:
-    """The first 240 bytes, or a little less: a file's name has at most 255."""
-    return name.encode()[:240].decode(errors="ignore")
+        whole = (named[1] if named else "MainKt") if language.name == "kotlin" else ""
+        public, main = _main_class(code, whole)
+        stem = public or main if language.name == "java" else stem
+        package = re.search(r"^[ \t]*package\s+([\w.]+)", code, re.M)
+        main = f"{package[1]}.{main}" if package else main
+    # A name has at most 255 bytes; where one is cut, the compiler says what is wrong.
+    return stem.encode()[:240].decode(errors="ignore") + suffix, main
 
 
 def _tools(language: Language) -> list[str]:
@@ -509,7 +493,7 @@ def _version(name: str) -> str:
 
 
 def _cache_root() -> Path:
-    """Root's home may be closed to the user that programs run as."""
+    """Where caches are; root's not at home, which may be closed to the user that programs run as."""
     base = "/var/cache" if os.geteuid() == 0 else Path.home() / ".cache"
     return Path(os.environ.get("XDG_CACHE_HOME", base)) / "parallel-sft-sandbox"
 
@@ -608,6 +592,15 @@ class Demands:
         return any(COMPARISONS[self.compare](text, stdout, self.tolerance) for text in accepted)
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text, and one that files and tokens can hold: JSON can write half a surrogate pair."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
+def are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(map(is_text, values))
+
+
 def demands(record: dict) -> Demands:
     """A record's demands. Raises ValueError naming the field that is not valid, and the mend."""
     own = {f.name: record[f.name] for f in fields(Demands) if f.name in record}
@@ -630,6 +623,23 @@ def demands(record: dict) -> Demands:
     return Demands(**own)
 
 
+def tests_of(record: dict) -> tuple[list[dict], dict[str, str]]:
+    """A record's tests and its harness: with one, tests may be lacking, or not say what is to be printed. Raises
+    ValueError naming the field that is not valid, and the mend."""
+    harness = demands(record).harness
+    tests = record.get("tests", [{"stdin": ""}] if harness else None)
+    if not isinstance(tests, list):
+        raise ValueError("field 'tests': give a list")
+    for i, test in enumerate(tests):
+        stdout = test.get("stdout", "" if harness else None) if isinstance(test, dict) else None
+        accepted = stdout if isinstance(stdout, list) else [stdout]
+        if not (accepted and are_texts(accepted) and is_text(test.get("stdin", ""))):
+            raise ValueError(f'field \'tests[{i}]\': give {{"stdin": text, "stdout": text or list of texts}}')
+        if not are_texts(args := test.get("args", [])) or "\0" in "".join(args):
+            raise ValueError(f"field 'tests[{i}].args': give a list of texts without NUL, or leave it out")
+    return tests, harness
+
+
 _GO_IMPORT = re.compile(r"^import\s*(?:\(([^)]*)\)|(.+))", re.M)
 
 
@@ -646,7 +656,7 @@ def _gather_go_imports(program: str) -> str:
 
 
 def _put(answer: str, harness: str, language: str, word: str) -> str:
-    """The program that a harness makes of an answer. The word comes first, lest the answer ask for it too."""
+    """The program that a harness makes of an answer. The word is put in first: an answer can't ask for it."""
     first, _, rest = answer.lstrip().partition("\n")
     if first.strip() == harness.lstrip().partition("\n")[0].strip():
         answer = rest
@@ -725,7 +735,7 @@ def _receive(stream: BinaryIO) -> tuple[dict, list[bytes]]:
 
 
 def _encode(text: str) -> bytes:
-    """UTF-8. Bytes that surrogateescape kept are what they were; of other lone surrogates no error shall come."""
+    """UTF-8; bytes that surrogateescape kept become themselves again, and no other lone surrogate is an error."""
     with contextlib.suppress(UnicodeEncodeError):
         return text.encode("utf-8", "surrogateescape")
     return text.encode("utf-8", "surrogatepass")
@@ -736,9 +746,6 @@ def _encode(text: str) -> bytes:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ARCH = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-
-# Numbers on x86-64 and 64-bit ARM of what the helper itself calls by number.
-_MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC = 2, 4, 4096, 16384
 _MS_PRIVATE, _MNT_DETACH = 1 << 18, 2
@@ -783,7 +790,7 @@ def _read_only(path: str, *, recursive: bool = True) -> None:
     """Makes a mount, and those under it, read-only and without setuid programs."""
     here, at_recursive = -100, 0x8000 if recursive else 0
     attributes = struct.pack("QQQQ", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY | NOSUID
-    _syscall(f"read-only {path}", _MOUNT_SETATTR, here, path.encode(), at_recursive, attributes, 32)
+    _syscall(f"read-only {path}", _REFUSED["mount_setattr"][_ARCH], here, path.encode(), at_recursive, attributes, 32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -835,7 +842,7 @@ _ONLY = {
 _IGNORED = {"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "setpriority": (141, 140),
             "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30)}  # fmt: skip
 # Where no mount namespace hides the host's files: refused, or asked of the runner, which does it in the program's place
-# to files of its own. Libc does without fchmodat2 and openat2, whose flags are in memory.
+# to files of its own. openat2, whose flags are in memory, and fchmodat2 are lacking: libc does without.
 _HOST_REFUSED = {
     "socket": (41, 198), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "pidfd_send_signal": (424, 424),
@@ -845,7 +852,7 @@ _ATTRIBUTES = {"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "
 # Asked of the runner where Landlock can't keep signals inside (before its version 6).
 _SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
                "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}  # fmt: skip
-# Asked of the runner, which counts it: memory that is shared is in use while it is mapped nowhere.
+# Asked of the runner, which counts it: shared memory stays in use when no process's page tables show it any more.
 _MMAP = {"mmap": (9, 222)}
 _HOST_LACKING = {"fchmodat2": (452, 452), "openat2": (437, 437)}
 _ASKED = {numbers[_ARCH or 0]: name for name, numbers in (_ATTRIBUTES | _SIGNALLING | _MMAP).items()}
@@ -898,7 +905,6 @@ def _rules(host: bool, signals: bool) -> dict[int | None, list[tuple]]:
     return rules
 
 
-@functools.cache
 def _filter(host: bool = False, signals: bool = False):
     """The struct sock_fprog, to be given to _seccomp; arguments as for _rules. Foreign calling conventions, which
     number the calls differently, end the program."""
@@ -923,7 +929,7 @@ _FILE_ONLY = 1 | 2 | 4 | 0x4000
 
 def _landlock_version() -> int:
     """Raises OSError where the kernel has no Landlock."""
-    return _syscall("landlock", _LANDLOCK_CREATE, None, 0, 1)
+    return _syscall("landlock", _REFUSED["landlock_create_ruleset"][_ARCH], None, 0, 1)
 
 
 def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
@@ -932,16 +938,15 @@ def _landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
     everything = _ALL_BY_VERSION.get(version, 0xFFFF)
     # Older kernels know fewer of these fields, and take the longer structure while the rest is zero.
     attributes = struct.pack("QQQ", everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    rules = _syscall("landlock", _LANDLOCK_CREATE, attributes, len(attributes), 0)
+    rules = _syscall("landlock", _REFUSED["landlock_create_ruleset"][_ARCH], attributes, len(attributes), 0)
     access = dict.fromkeys(readable, _READ) | dict.fromkeys(writable, everything)
     access |= dict.fromkeys(("/dev/null", "/dev/zero", "/dev/full"), _READ | _WRITE_FILE)
     for path, allowed in access.items():
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        if not os.path.isdir(path):
-            allowed &= _FILE_ONLY
-        _syscall(f"landlock {path}", _LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0)
+        rule = struct.pack("=Qi", allowed if os.path.isdir(path) else allowed & _FILE_ONLY, place)
+        _syscall(f"landlock {path}", _REFUSED["landlock_add_rule"][_ARCH], rules, 1, rule, 0)
         os.close(place)
-    _syscall("landlock", _LANDLOCK_RESTRICT, rules, 0)
+    _syscall("landlock", _REFUSED["landlock_restrict_self"][_ARCH], rules, 0)
     os.close(rules)
 
 
@@ -953,7 +958,8 @@ _CORES = os.cpu_count() or 1
 _STACK = 64  # MB
 _PROCESSORS = 8  # that a program may use
 _RESERVE = 16 << 10  # MB of address space that a program may take without using it
-_FILES = 4096  # in the scratch directory
+_FILES = 4096  # in the scratch directory, and in that of the program
+_BOX = 256  # MB of a program, built
 _DESCRIPTORS = 256  # that a process may have: nothing counts what sockets hold
 _OUT_OF_MEMORY = re.compile(
     rb"out of memory|OutOfMemory|heap exhausted|cannot allocate|allowed memory size|failed to allocate", re.IGNORECASE
@@ -1018,9 +1024,8 @@ class _Run:
             os.close(self.listener)
 
     def excused(self, members: list[int]) -> bool:
-        """Whether a program past its wall limit only waited for a busy processor, or for the runner, which reads
-        what it writes. Waiting is counted once it is over: one that is ready and hasn't run since the last look,
-        waits."""
+        """Whether a program past its wall limit only waited for a busy processor, or for the runner, which reads what
+        it writes. Waiting is counted once it is over: one that is ready and hasn't run since the last look, waits."""
         schedules = _each(_schedule, members)
         ran = sum(schedule[0] for schedule in schedules)
         ready = any(schedule[2] for schedule in schedules)
@@ -1050,7 +1055,7 @@ def _ticks(pid: int) -> tuple[int, float, float]:
 
 
 def _kilobytes(place: Path, names: bytes) -> int:
-    """Bytes, the sum of these lines."""
+    """The sum of these lines, which are in kB, in bytes."""
     return sum(int(kb) for kb in re.findall(rb"(?:%s):\s+(\d+)" % names, place.read_bytes())) << 10
 
 
@@ -1127,25 +1132,9 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def _classify(code: int, stderr: bytes, full: bool, late: bool) -> tuple[str, str]:
-    """Verdict and message of a program that ended by itself. full: it had taken most of what its runtime keeps it to,
-    late: all of its processor time. Only then is it asked how it ended: anybody may write the words or send the signal."""
-    if code == 0:
-        return "ok", ""
-    message = f"exit code {code}" if code > 0 else f"ended by {_signal_name(-code)}"
-    if late and code == -signal.SIGXCPU:
-        return "time_limit", message
-    if full and (code < 0 or _OUT_OF_MEMORY.search(stderr[-(1 << 16) :])):
-        return "memory_limit", message
-    return "runtime_error", message
-
-
-_NO_STREAMS = (b"", b"")
-
-
 class _Runner:
-    """What the runners of all levels do. A level's own adds its directories (new_box, close_box, new_scratch,
-    end_scratch, stored_too_much), its processes (members, kill_all) and its confinement (filter, confine)."""
+    """What the runners of all levels do. A level's own adds its directories (new_directory, close_box, end_scratch,
+    stored_too_much), its processes (members, kill_all) and its confinement (filter, confine)."""
 
     def __init__(self, sock: socket.socket, settings: dict):
         self.sock, self.requests = sock, sock.makefile("rb")
@@ -1160,22 +1149,22 @@ class _Runner:
                 try:
                     reply, streams = self.answer(request, blobs[0])
                 except OSError as error:
-                    reply, streams = {"verdict": "internal_error", "message": str(error)}, _NO_STREAMS
+                    reply, streams = {"verdict": "internal_error", "message": str(error)}, (b"", b"")
                 self.sock.sendall(_message(reply, *streams))
 
     def answer(self, request: dict, blob: bytes) -> tuple[dict, tuple]:
         """Runs one test, or writes a program and compiles it: (what came of it, its streams)."""
         if request["op"] == "test":
             return self.execute(request["step"], blob)
-        self.new_box()
+        self.new_directory(self.box, _BOX)
         Path(self.box, request["file"]).write_bytes(blob)
-        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, _NO_STREAMS)
+        answer = self.execute(request["step"], b"") if request["step"] else ({"verdict": "ok"}, (b"", b""))
         self.close_box()
         return answer
 
     def execute(self, step: dict, stdin: bytes) -> tuple[dict, tuple]:
         """Runs one program to its end and clears up after it."""
-        self.new_scratch(step)
+        self.new_directory(self.tmp, step["files"])
         run = self.start(step, stdin)
         try:
             if not run.trouble:
@@ -1206,12 +1195,11 @@ class _Runner:
     def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
         """A process that becomes the program, and where its filter asks if that is known. The process says on
         `theirs` what else there is to say, and closes it."""
-        program_filter = self.filter()
         if (pid := os.fork()) == 0:
-            self.become(step, streams, theirs, program_filter)
+            self.become(step, streams, theirs)
         return pid, None
 
-    def become(self, step: dict, streams: tuple[int, int, int], trouble: socket.socket, program_filter) -> None:
+    def become(self, step: dict, streams: tuple[int, int, int], trouble: socket.socket) -> None:
         """In the new process: gives up all it can and turns into the program, which closes `trouble`. Whatever can't
         be done is said there; the program doesn't start without it."""
         try:
@@ -1220,8 +1208,8 @@ class _Runner:
                 os.dup2(fd, target)
             os.chdir(step["cwd"])
             self.confine(step)
-            if program_filter:
-                socket.send_fds(trouble, [b"\0"], [_seccomp(program_filter)])
+            if self.filter:
+                socket.send_fds(trouble, [b"\0"], [_seccomp(self.filter)])
             try:
                 os.execve(step["argv"][0], step["argv"], step["env"])
             except OSError as error:
@@ -1267,21 +1255,18 @@ class _Runner:
             number_of_call, pid, _, number, _, _, *arguments = struct.unpack("=QIIiIQ6Q", call)
             error, name = 0, _ASKED[number]
             if name in _MMAP:
-                run.shared += 0 if self.maps_file(pid, arguments) else arguments[1]
+                anonymous, fd = arguments[3] & 0x20, ctypes.c_int(arguments[4]).value
+                if anonymous or not os.path.isfile(f"/proc/{pid}/fd/{fd}"):  # memory, and no file
+                    run.shared += arguments[1]
             elif name in _SIGNALLING:
                 error = 0 if self.is_own(ctypes.c_int(arguments[0]).value) else errno.EPERM
             else:
                 error, go_on = self.set_attributes(run.step, pid, name, arguments), 0
             fcntl.ioctl(run.listener, _REPLY, struct.pack("=QqiI", number_of_call, 0, -error, go_on and not error))
 
-    def maps_file(self, pid: int, arguments: list[int]) -> bool:
-        """Whether a call of mmap maps a file, and no memory."""
-        anonymous, fd = arguments[3] & 0x20, ctypes.c_int(arguments[4]).value
-        return not anonymous and os.path.isfile(f"/proc/{pid}/fd/{fd}")
-
     def look(self, run: _Run) -> None:
-        """Ends the watch if the program has passed a limit. Looking may take seconds where many processes leave this one
-        little of the processor: hence the clock is read anew, and nothing is looked at once there is a verdict."""
+        """Ends the watch if the program has passed a limit. Looking may take seconds where many processes leave this
+        one little of the processor: hence the clock is read anew, and nothing is looked at once there is a verdict."""
         step, members = run.step, self.members()
         if time.monotonic() > run.due() and not run.excused(members):
             run.end("time_limit", f"{step['wall']} s by the clock")
@@ -1315,13 +1300,20 @@ class _Runner:
     def report(self, run: _Run) -> tuple[dict, tuple]:
         """What is sent back of a program that has ended: (verdict and figures, its streams)."""
         out, err = map(bytes, run.streams.values())
+        code, name = (run.code, "") if run.code >= 0 else (None, _signal_name(-run.code))
+        how = f"ended by {name}" if name else f"exit code {code}"
+        # Anybody may send the signal or write the words: they count where the time, or most of the memory, is used.
+        late, full = run.cpu > run.step["cpu"], 0 < 0.75 * (run.step["heap"] << 20) < run.memory
         if run.trouble:
             run.verdict, run.message = "internal_error", run.trouble
+        elif code == 0:
+            run.end("ok", "")
+        elif late and run.code == -signal.SIGXCPU:
+            run.end("time_limit", how)
+        elif full and (name or _OUT_OF_MEMORY.search(err[-(1 << 16) :])):
+            run.end("memory_limit", how)
         else:
-            heap, late = run.step["heap"] << 20, run.cpu > run.step["cpu"]
-            full = 0 < 0.75 * heap < run.memory
-            run.end(*_classify(run.code, err, full, late))
-        code, name = (run.code, "") if run.code >= 0 else (None, _signal_name(-run.code))
+            run.end("runtime_error", how)
         outcome = {"verdict": run.verdict, "message": run.message, "exit_code": code, "signal": name}
         return outcome | {"wall": time.monotonic() - run.began, "cpu": run.cpu, "memory": run.memory}, (out, err)
 
@@ -1329,16 +1321,8 @@ class _Runner:
 # ---------------------------------------------------------------------------------------------
 # Level `namespaces`
 
-_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf",
-        "java-*", "mono", "php", "R", "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*",
-        "prolog*")  # fmt: skip
-_MADE_UP = {
-    "passwd": "user:x:1000:1000::/tmp:/bin/sh\n",
-    "group": "user:x:1000:\n",
-    "hosts": "127.0.0.1 localhost\n",
-    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
-}
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/var/lib/ghc")
+_MADE_UP = {"passwd": "user:x:1000:1000::/tmp:/bin/sh\n", "group": "user:x:1000:\n", "hosts": "127.0.0.1 localhost\n",
+            "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n"}  # fmt: skip
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
@@ -1359,17 +1343,13 @@ def _show(path: str, top: str) -> None:
     _read_only(target)
 
 
-def _etc() -> list[str]:
-    return sorted(str(path) for name in _ETC for path in Path("/etc").glob(name))
-
-
 def _build_root(top: str, paths: Iterable[str]) -> None:
     """A root directory with the toolchains and a few devices, and nothing else of the host."""
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", top, "tmpfs", _MS_NOSUID, "size=4m,nr_inodes=8192,mode=755")
     for name in ("box", "tmp", "proc", "dev", "etc"):
         os.mkdir(f"{top}/{name}")
-    for path in (*_SYSTEM, *_etc(), *paths):
+    for path in paths:
         _show(path, top)
     for name in _DEVICES:
         Path(f"{top}/dev/{name}").touch()
@@ -1400,21 +1380,17 @@ def _spare_uid() -> int:
     return 65534
 
 
-def _die_with_parent() -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _enter_namespaces(top: str, paths: Iterable[str]) -> socket.socket:
     """Returns in a new process: the first of its own process namespace, in a private root. What it returns leads to
     its parent, which no program can see; the parent's children are of the new namespace, too."""
-    _die_with_parent()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     as_root = os.geteuid() == 0
     if as_root:  # builds first, from directories that others may not enter
         _checked("unshare", _libc.unshare(_NEW_NS))
         _build_root(top, paths)
         _drop_to(_spare_uid())
         _prctl(_PR_SET_DUMPABLE, 1)  # /proc/self/uid_map must be ours to write
-        _die_with_parent()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     uid, gid = os.getuid(), os.getgid()
     _checked("unshare", _libc.unshare(_NEW_ALL))
     Path("/proc/self/setgroups").write_text("deny")
@@ -1427,7 +1403,7 @@ def _enter_namespaces(top: str, paths: Iterable[str]) -> socket.socket:
         ours.close()
         _wait_to_be_copied(theirs)
     theirs.close()
-    _die_with_parent()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _settle(top)
     return ours
 
@@ -1471,11 +1447,12 @@ def _settle(top: str) -> None:
 
 class _NamespaceRunner(_Runner):
     """Process 1 of a world that it alone outlives: work directories are file systems of their
-    own and kill(-1) reaches every program. One that can be copied is, from the runner's parent."""
+    own and kill(-1) reaches every program. An interpreter that can be copied is the runner's parent."""
 
     def __init__(self, sock: socket.socket, settings: dict, parent: socket.socket):
         super().__init__(sock, settings)
-        self.parent, self.command = parent, None  # what the parent has turned into, once it has
+        self.filter, self.parent = _filter(), parent
+        self.command = None  # what the parent has turned into, once it has
         self.listener: int  # where it and its copies ask, from then on
 
     def launch(self, step: dict, streams: tuple, ours: socket.socket, theirs: socket.socket) -> tuple[int, int | None]:
@@ -1502,8 +1479,8 @@ class _NamespaceRunner(_Runner):
         self.command = command
 
     def hear(self, sock: socket.socket) -> bytes:
-        """What the parent or a copy says; meanwhile answers what its filter asks. Raises OSError where it has gone, EOFError
-        where the caller has."""
+        """What the parent or a copy says; meanwhile answers what its filter asks. Raises OSError where it has gone,
+        EOFError where the caller has."""
         poll, unlimited = select.poll(), _Run({}, 0, 0, {}, self.listener, "", had_waited=0)
         for fd, events in ((sock, select.POLLIN), (self.listener, select.POLLIN), (self.sock, select.POLLRDHUP)):
             poll.register(fd, events)
@@ -1515,23 +1492,15 @@ class _NamespaceRunner(_Runner):
             raise OSError("the interpreter that is copied has gone")
         return said
 
-    def filter(self):
-        return _filter()
+    confine = staticmethod(_set_limits)
 
-    def confine(self, step: dict) -> None:
-        _set_limits(step)
-
-    def new_box(self) -> None:
-        with contextlib.suppress(OSError):
-            _unmount(self.box)
-        _mount("tmpfs", self.box, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256m,nr_inodes=4096,mode=755")
+    def new_directory(self, path: str, mb: int) -> None:
+        with contextlib.suppress(OSError):  # the first has nothing to replace
+            _unmount(path)
+        _mount("tmpfs", path, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={mb}m,nr_inodes={_FILES},mode=755")
 
     def close_box(self) -> None:
         _read_only(self.box, recursive=False)
-
-    def new_scratch(self, step: dict) -> None:
-        size = f"size={step['files']}m,nr_inodes={_FILES},mode=755"
-        _mount("tmpfs", self.tmp, "tmpfs", _MS_NOSUID | _MS_NODEV, size)
 
     def end_scratch(self) -> None:
         _unmount(self.tmp)
@@ -1623,15 +1592,11 @@ class _LandlockRunner(_Runner):
         super().__init__(sock, settings)
         self.confined, self.workers = settings["level"] == "landlock", settings["workers"]
         self.own_user = settings["own_user"]  # that nobody else is
-        readable = [*_SYSTEM, *_etc(), *_VISIBLE, *settings["paths"]]
-        self.readable = list(filter(os.path.exists, readable))
-        # In memory that processes share a user of its own reaches of others' files what any user may.
+        self.readable = [*filter(os.path.exists, (*_VISIBLE, *settings["paths"]))]
+        # In /dev/shm a user of its own reaches of others' files what any user may.
         self.common = [path for path in ("/dev/shm",) if self.own_user and os.path.isdir(path)]
+        self.filter = _filter(host=True, signals=_landlock_version() < 6) if self.confined else None
         _prctl(_PR_SUBREAPER, 1)
-        self.signals = self.confined and _landlock_version() < 6
-
-    def filter(self):
-        return _filter(True, self.signals) if self.confined else None
 
     def confine(self, step: dict) -> None:
         # The kernel counts all processes of a user: those there are, and what every worker may start.
@@ -1677,19 +1642,13 @@ class _LandlockRunner(_Runner):
             return error.errno
         return 0
 
-    def new_box(self) -> None:
-        self.new_directory(self.box)
-
-    def close_box(self) -> None:
-        pass  # no program may write there
-
-    def new_scratch(self, step: dict) -> None:
-        self.new_directory(self.tmp)
-
-    def new_directory(self, path: str) -> None:
+    def new_directory(self, path: str, _: int) -> None:
         """In place of the old one, whose attributes may have been changed."""
         _remove(path)
         os.mkdir(path)
+
+    def close_box(self) -> None:
+        pass  # no program may write there
 
     def end_scratch(self) -> None:
         for path in (self.tmp, *(entry.path for entry in self.shared())):
@@ -1752,7 +1711,7 @@ def _runner(sock: socket.socket, settings: dict) -> None:
                 os.chown(settings["home"], uid := _spare_uid(), uid)
                 _drop_to(uid)
             runner = _LandlockRunner(sock, settings)
-        runner.new_box()
+        runner.new_directory(runner.box, _BOX)
         trial = {**vars(Limits()), "heap": 1, "argv": ["/bin/sh", "-c", ":"], "env": {}, "cwd": runner.tmp}
         outcome, streams = runner.execute(trial, b"")
         if outcome["verdict"] != "ok":
@@ -1765,7 +1724,7 @@ def _runner(sock: socket.socket, settings: dict) -> None:
 
 
 def _few(processors: Iterable[int]) -> list[int]:
-    """Those that programs shall see: runtimes start threads, and set memory aside, for each of a great machine's."""
+    """At most 8, for programs to see: of a great machine's, runtimes start threads and set memory aside for each."""
     return sorted(processors, key=lambda _: os.urandom(8))[:_PROCESSORS]
 
 
@@ -1776,7 +1735,7 @@ def _helper(fd: int, settings: dict) -> None:
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # python's own ways would be inherited
         signal.signal(number, signal.SIG_DFL)
     os.sched_setaffinity(0, _few(os.sched_getaffinity(0)))
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)  # which programs raise; it is memory, and watched
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)  # programs may raise it; what they use is watched
     resource.setrlimit(resource.RLIMIT_STACK, (min(_STACK << 20, most % (1 << 64)), most))
     with contextlib.suppress(OSError):  # where memory runs out, programs go before the caller
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -1801,16 +1760,15 @@ def _helper(fd: int, settings: dict) -> None:
 # The caller's side
 
 LEVELS = ("namespaces", "landlock", "none")
+# What toolchains need; below /etc as patterns.
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/var/lib/ghc")
+_ETC = ("alternatives", "ldc2.conf", "gnucobol", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/openssl.cnf",
+        "java-*", "mono", "php", "R", "octave*", "erlang", "fpc*", "nim", "racket", "scala", "guile*", "ghc*",
+        "prolog*")  # fmt: skip
 _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 _ENV = {"HOME": "{tmp}", "TMPDIR": "{tmp}", "LANG": "C.UTF-8", "USER": "user"}
 _RETRIES = 2
 _GRACE = 10.0  # seconds beyond every limit after which a silent helper is given up
-
-
-def _owner_gone(path: Path) -> bool:
-    """Whether the process whose number is in a name such as parallel-sft-123-x has ended."""
-    owner = re.search(r"-(\d+)", path.name)
-    return owner is not None and not Path("/proc", owner[1]).exists()
 
 
 class _Refused(Exception):
@@ -1827,10 +1785,11 @@ def _home_of(tool: str) -> str:
 
 @functools.cache
 def _visible_paths() -> list[str]:
-    """Directories that toolchains and caches live in, each before those inside it."""
+    """What toolchains need, and where they and caches live: each before those inside it."""
     _make_cache_root()  # what is prepared later shall show too
     tools = [tool for name in installed() for tool in toolchain(name).values()]
-    return sorted({str(_cache_root()), *map(_home_of, tools)})
+    etc = [str(path) for name in _ETC for path in Path("/etc").glob(name)]
+    return sorted({*_SYSTEM, *etc, str(_cache_root()), *map(_home_of, tools)})
 
 
 class _Helper:
@@ -1845,19 +1804,21 @@ class _Helper:
         here = Path(__file__).resolve()
         settings = {"level": level, "workers": workers, "paths": _visible_paths(), "home": self.home, **self.places}
         code = f"import sys; sys.path.insert(0, {str(here.parent)!r}); from {here.stem} import _helper"
-        library_path = os.environ.get("LD_LIBRARY_PATH")
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", f"{code}; _helper({theirs.fileno()}, {settings})", "sandbox helper"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={"LD_LIBRARY_PATH": library_path} if library_path else {},
+                env={name: path for name, path in os.environ.items() if name == "LD_LIBRARY_PATH"},
                 start_new_session=True,
             )
-        hello, *_ = self.ask(b"", 60)
-        if "refused" in hello:
+        try:
+            hello, *_ = self.ask(b"", 60)
+            if "refused" in hello:
+                raise _Refused(hello["refused"])
+        except BaseException:
             self.close()
-            raise _Refused(hello["refused"])
+            raise
 
     def ask(self, request: bytes, seconds: float) -> tuple:
         """The answer: (header, stdout, stderr). Raises OSError or EOFError."""
@@ -1971,13 +1932,12 @@ class _Job:
         return Result(first.verdict, self.language.name, tests, built, self.level, first.message)
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager):
     """A pool of helpers. Use it as a context manager, or call close().
 
     workers: programs run at a time; by default the processors that this process may use.
-    level:   of confinement, from LEVELS; by default the strongest that works here. Raises
-             OSError where none does; `none` has to be asked for. ValueError where
-             namespaces would hide the toolchains' caches.
+    level:   of confinement, from LEVELS; by default the strongest that works here. Raises OSError where none does;
+             `none` has to be asked for. ValueError where namespaces would hide the toolchains' caches.
     forkserver: whether a run of python is the fork of an interpreter that has started, at level
              `namespaces` and where a test has no arguments: faster, and a program can tell."""
 
@@ -1989,8 +1949,10 @@ class Sandbox:
         if level == "none":
             warnings.warn("programs run with this process's own rights (level none)", stacklevel=2)
         self.limits, self.forkserver = limits, forkserver
-        for home in filter(_owner_gone, Path(tempfile.gettempdir()).glob("parallel-sft-*-*")):
-            _remove(str(home))
+        for home in Path(tempfile.gettempdir()).glob("parallel-sft-*-*"):  # of callers that were killed
+            owner = home.name.split("-")[2]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                _remove(str(home))
         self.level = level or best_level()
         if self.level == "namespaces" and _cache_root().is_relative_to("/tmp"):
             raise ValueError(
@@ -1999,9 +1961,6 @@ class Sandbox:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._workers, "sandbox")
         self._idle = queue.SimpleQueue()
-
-    def __enter__(self) -> "Sandbox":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -2016,10 +1975,9 @@ class Sandbox:
         self, program: str, language: str, tests: Sequence[dict], record: dict | None = None, *,
         stop_at_failure: bool = False, limits: Limits | None = None, checker: Checker | None = None,
     ) -> "Future[Result]":  # fmt: skip
-        """Queues one program and returns at once. tests: {"stdin", "stdout"}, stdout a text or a list of accepted
-        ones, and, if wanted, "args"; record: its Demands count, its limits before those given; checker: in place of
-        its comparison.
-        Raises ValueError for an unknown language, one that a harness lacks, or demands that are none."""
+        """Queues one program and returns at once. tests: {"stdin", "stdout"}, stdout a text or a list of accepted ones,
+        and, if wanted, "args"; record: its Demands count, its limits before those given; checker: in place of its
+        comparison. Raises ValueError for an unknown language, one that a harness lacks, or invalid demands."""
         lang = LANGUAGES[canonical(language)]
         limits, own = limits or self.limits, demands(record or {})
         seconds, memory = own.time_limit, own.memory_limit
@@ -2066,16 +2024,13 @@ class Sandbox:
                 result = failed("internal_error", message=str(error))
         return result
 
-    def _worker(self, fresh: bool) -> _Helper:
-        """One that is idle, if there is one, unless it has to be fresh: those that are idle may have died together."""
-        with contextlib.suppress(queue.Empty):
-            if not fresh:
-                return self._idle.get_nowait()
-        return _Helper(self.level, self._workers)
-
     def _attempt(self, job: _Job, fresh: bool) -> Result:
+        """By an idle helper, if there is one, unless it has to be fresh: those that are idle may have died together."""
         _warm(job.language.name, self.level)
-        helper = self._worker(fresh)
+        helper = None
+        with contextlib.suppress(queue.Empty):
+            helper = None if fresh else self._idle.get_nowait()
+        helper = helper or _Helper(self.level, self._workers)
         try:
             result = job.grade(helper)
         except BaseException:
@@ -2098,8 +2053,7 @@ def _cmd_languages(_) -> int:
 
 def _cmd_toolchains(options) -> int:
     wanted = [canonical(name) for name in options.languages] or list(LANGUAGES)
-    missing = [name for name in wanted if toolchain(name) is None]
-    packages = [package for name in missing for package in LANGUAGES[name].package.split()]
+    packages = [p for name in wanted if toolchain(name) is None for p in LANGUAGES[name].package.split()]
     packages += [p for name in wanted for p in _libraries(name, False)]
     print(" ".join(dict.fromkeys(packages)))
     return 0
@@ -2117,36 +2071,15 @@ def _json_lines(path: str, parse: Callable[[object], object]) -> list:
     return rows
 
 
-def _field(row: object, name: str, kind: type, *default) -> object:
-    """row[name]. Raises ValueError if row is no object, or lacks that or has it of another kind."""
-    value = row.get(name, *default) if isinstance(row, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f'"{name}" must be {"text" if kind is str else "a list"} in {json.dumps(row)[:80]}')
-    return value
-
-
-def _parse_test(row: object, stdout: bool = True) -> dict:
-    """stdout: whether it has to say what is to be printed: a text, or a list of accepted ones."""
-    given = row.get("stdout") if isinstance(row, dict) else None
-    several = isinstance(given, list) and given and all(isinstance(text, str) for text in given)
-    if not several and (stdout or given is not None):
-        _field(row, "stdout", str)
-    args = _field(row, "args", list, [])
-    if not all(
-        isinstance(text, str) and text == text.encode(errors="ignore").decode().replace("\0", "") for text in args
-    ):
-        raise ValueError(f'"args" must be texts without NUL or half a surrogate pair in {json.dumps(row)[:80]}')
-    return {**row, "stdin": _field(row, "stdin", str, ""), "args": args}
-
-
 def _parse_program(row: object) -> tuple:
     """Its id, and what Sandbox.submit takes."""
-    program, language = _field(row, "program", str), canonical(_field(row, "language", str))
-    own = demands(row).harness
-    if own and language not in own:
-        raise ValueError(f"field 'harness': has none for {language}; there are {', '.join(own)}")
-    tests = _field(row, "tests", list, [{}]) if own else _field(row, "tests", list)
-    return row.get("id"), (program, language, [_parse_test(test, not own) for test in tests], row)
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("program", "language")):
+        raise ValueError('give an object with texts "program" and "language"')
+    tests, harness = tests_of(row)
+    language = canonical(row["language"])
+    if harness and language not in harness:
+        raise ValueError(f"field 'harness': has none for {language}; there are {', '.join(harness)}")
+    return row.get("id"), (row["program"], language, tests, row)
 
 
 def _open_sandbox(options) -> Sandbox:
@@ -2158,7 +2091,8 @@ def _cmd_run(options) -> int:
     path = Path(options.file)
     by_suffix = {Path(language.file).suffix: language.name for language in _TABLE}
     language = options.language or by_suffix.get(path.suffix, path.suffix.lstrip("."))
-    program, tests = path.read_text("utf-8", "surrogateescape"), _json_lines(options.tests, _parse_test)
+    program = path.read_text("utf-8", "surrogateescape")
+    tests = _json_lines(options.tests, lambda test: tests_of({"tests": [test]})[0][0])
     with _open_sandbox(options) as sandbox:
         result = sandbox.run(program, language, tests)
     print(json.dumps(asdict(result), indent=1))
@@ -2192,34 +2126,28 @@ def _positive(kind: type) -> Callable[[str], float]:
     return positive
 
 
-def _add_limits(parser) -> None:
-    default = Limits()
-    add = parser.add_argument
-    add("--wall", type=_positive(float), default=default.wall, help="seconds per test (%(default)s)")
-    add("--cpu", type=_positive(float), default=default.cpu, help="seconds of processor time (%(default)s)")
-    add("--memory", type=_positive(int), default=default.memory, help="MB per test (%(default)s)")
-    add("--level", choices=LEVELS, help="confinement; by default the strongest that works")
-    add("--forkserver", action="store_true", help="fork python's runs from one interpreter: faster, and they can tell")
-
-
 def _parser() -> "argparse.ArgumentParser":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
+    commands, limits = parser.add_subparsers(required=True), argparse.ArgumentParser(add_help=False)
+    add = limits.add_argument
+    add("--wall", type=_positive(float), default=Limits.wall, help="seconds per test (%(default)s)")
+    add("--cpu", type=_positive(float), default=Limits.cpu, help="seconds of processor time (%(default)s)")
+    add("--memory", type=_positive(int), default=Limits.memory, help="MB per test (%(default)s)")
+    add("--level", choices=LEVELS, help="confinement; by default the strongest that works")
+    add("--forkserver", action="store_true", help="fork python's runs from one interpreter: faster, and they can tell")
     add = commands.add_parser("languages", help="list the languages and their versions here")
     add.set_defaults(call=_cmd_languages)
     add = commands.add_parser("toolchains", help="print the Debian packages of missing languages and test libraries")
     add.add_argument("languages", nargs="*", help="only of these")
     add.set_defaults(call=_cmd_toolchains)
-    add = commands.add_parser("run", help="run one program against tests")
+    add = commands.add_parser("run", parents=[limits], help="run one program against tests")
     add.add_argument("file", help="the program; its extension names the language")
     add.add_argument("--tests", required=True, help='JSON lines of {"stdin", "stdout"}')
     add.add_argument("--language", help="the language, where the extension does not name it")
-    _add_limits(add)
     add.set_defaults(call=_cmd_run, workers=1)
-    add = commands.add_parser("check", help="grade a file of programs")
+    add = commands.add_parser("check", parents=[limits], help="grade a file of programs")
     add.add_argument("file", help='JSON lines of {"program", "language", "tests"}, perhaps "id" and demands')
     add.add_argument("--workers", type=_positive(int), help="programs at a time (one per processor)")
-    _add_limits(add)
     add.set_defaults(call=_cmd_check)
     return parser
 
