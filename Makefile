@@ -87,9 +87,9 @@ $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 # --- the demo
 
 JOINED := $(firstword $(wildcard results/study/joined.md results/first/joined.md))
-# Smaller than the study: three eighths of its SFT, three quarters of its RL, a third of its reserved problems, two arms, one seed.
+# Smaller than the study: half of its SFT, three quarters of its RL, two thirds of its reserved problems, two arms, one seed.
 demo: interpreters .venv/installed-plots
-	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 750000" RL="--steps 30" EVAL="--problems 20 --plots"
+	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
 	@cat runs/demo/eval/table.md
 	@echo "the figure: runs/demo/eval/transfer.png"
 	@echo "That was one seed. The study, over $$(ls $(dir $(JOINED))seed-*.json | wc -l) seeds ($(JOINED)):"
