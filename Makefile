@@ -10,6 +10,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: demo smollm2 study references run gates test tests-with-sandboxes tests-beside interpreters toolchains clean
 .DELETE_ON_ERROR:
 .SECONDARY: # nothing that took long is removed as a step on the way
@@ -17,7 +20,7 @@ PY := .venv/bin/python
 # --- set-up
 
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv || { echo "error: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "error: no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	.venv/bin/pip install -q $(TORCH) -r requirements.txt
 	touch $@
 
@@ -45,7 +48,7 @@ toolchains:
 # Each stage leaves a file that marks it as done, and is not run again while it stands. A stage that was
 # interrupted goes on where it stopped; one whose input is newer than its start starts anew.
 
-RUN ?= runs/demo
+RUN ?= runs/own
 SEED ?= 0
 ARMS ?= source parallel
 SPLIT ?= test
@@ -82,18 +85,19 @@ $(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.j
 	$(PY) rl.py --forkserver --seed $(SEED) --data $(DATA) --model $(RUN)/$* --out $(@D) --workers $(THREADS) $(RL)
 
 $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
-	$(PY) eval.py --forkserver --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) >/dev/null
+	$(PY) eval.py --forkserver --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) | sed '/^[|*]/d; /^$$/d'
 
 # --- the demo
 
-JOINED := $(firstword $(wildcard results/study/joined.md results/first/joined.md))
 # Smaller than the study: half of its SFT, three quarters of its RL, two thirds of its reserved problems, two arms, one seed.
+DEMO := runs/demo-$(SEED)-$(SPLIT)
 demo: interpreters .venv/installed-plots
-	@$(MAKE) --no-print-directory --jobs=2 run SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
-	@cat runs/demo/eval/table.md
-	@echo "the figure: runs/demo/eval/transfer.png"
-	@echo "That was one seed. The study, over $$(ls $(dir $(JOINED))seed-*.json | wc -l) seeds ($(JOINED)):"
-	@sed '/^$$/,$$d' $(JOINED)
+	@echo "A base model; for each arm (source: python alone, parallel: each function in four PLs) SFT and RL in python; evaluation"
+	@$(MAKE) --no-print-directory --jobs=2 run RUN=$(DEMO) SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
+	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(DEMO)/eval/table.md
+	@echo "all tables: $(DEMO)/eval/table.md   the figure: $(DEMO)/eval/transfer.png"
+	@echo "this seed: $$(grep '^parallel less source' $(DEMO)/eval/table.md)"
+	@echo "the study: $$(grep '^parallel less source' results/study/joined.md); see README.md"
 
 # --- the same from a model that was really pre-trained, sized for two hours on two cores; on a GPU give SFT, RL and EVAL
 
@@ -156,4 +160,4 @@ tests-beside: # without a GPU the first call only compiles the kernels; shown wh
 	status=$$?; cat $$log; rm $$log; exit $$status
 
 clean:
-	rm -rf .venv runs/demo runs/study-*
+	rm -rf .venv runs/demo-* runs/study-*

@@ -476,7 +476,9 @@ def percent(cell: dict | None) -> str:
 
 def meaning(cell: dict) -> str:
     """What the cell's `low` and `high` are."""
-    return "95% interval" if "seeds" not in cell else f"mean and 95% t-interval over {cell['seeds']} seeds"
+    if "seeds" in cell:
+        return f"mean and 95% t-interval over {cell['seeds']} seeds"
+    return "95% interval" + (f" over {len(cell['phrases'])} phrases" if "phrases" in cell else "")
 
 
 def tables(cells: Sequence[dict]) -> str:
@@ -530,9 +532,25 @@ def summary(cells: Sequence[dict]) -> str:
     places = {"points there": study.source} | {f"in the {part}": column for part, column in TARGETS.items()}
     for arm in study.arms:
         there = {p: c for p, c in places.items() if (GREEDY, RESERVED, arm, c) in study.cells}
-        gains = ", ".join(f"{100 * study.gain(arm, column):.0f} {place}" for place, column in there.items())
+        gains = ", ".join(f"{100 * study.gain(arm, column):.1f} {place}" for place, column in there.items())
         lines.append(f"{arm}: RL in {study.source.removesuffix(' (source)')} adds {gains} ({RESERVED})")
     return "\n".join(lines)
+
+
+def conclusion(rows: Sequence[dict], over: str) -> str:
+    """A line: what claim (b) comes to, from its rows of `claims`, whose intervals are over so many `over`; else empty."""
+    own = [row for row in rows if row["claim"] == "b" and row["decides"] and math.isfinite(row["low"])]
+    points = [[100 * row[name] for name in ("value", "low", "high")] for row in own]
+    parts = (f"{p[0]:+.1f} ({p[1]:.1f} to {p[2]:.1f}), {verdict(row)}" for p, row in zip(points, own, strict=True))
+    texts = [f"{row['text'].partition(',')[0]} {part}" for row, part in zip(own, parts, strict=True)]
+    return f"parallel less source: {'; '.join(texts)} (95% intervals over {own[0]['seeds']} {over})" if own else ""
+
+
+def by_phrase(cells: Sequence[dict]) -> list[list[dict]]:
+    """The cells of one seed as if each reserved phrase were a seed of its own."""
+    own = [c for c in cells if c["group"] == RESERVED and "phrases" in c]
+    shared = [phrase for phrase in own[0]["phrases"] if all(phrase in c["phrases"] for c in own)] if own else []
+    return [[c | {"value": c["phrases"][phrase]} for c in own] for phrase in shared]
 
 
 def claims(runs: Sequence[list[dict]]) -> list[dict]:
@@ -854,7 +872,9 @@ def evaluate_models(s: Settings) -> list[dict]:
     if world.rank:
         return []
     cells += added
-    text = "\n\n".join(filter(None, (tables(cells), summary(cells))))
+    phrases = by_phrase(cells)
+    end = conclusion(claims(phrases), f"phrases of one seed, {s.split}") if phrases else ""
+    text = "\n\n".join(filter(None, (tables(cells), summary(cells), end)))
     print(text, end="\n\n")
     seconds = round(time.perf_counter() - began, 1)
     rest = {"outcomes": {title: results for title, (_, results) in measures.items()}, "representations": pairs}
@@ -883,7 +903,9 @@ def join_seeds(s: Settings) -> list[dict]:
     """Prints and writes the tables of several seeds and what they say of the claims. Returns the joined cells."""
     runs = [read_cells(path) for path in s.join]
     cells, rows = join_cells(runs), claims(runs)
-    text = "\n\n".join(filter(None, (summary(cells), rows and claims_table(rows), tables(cells))))
+    text = "\n\n".join(
+        filter(None, (summary(cells), conclusion(rows, "seeds"), rows and claims_table(rows), tables(cells)))
+    )
     print(text, end="\n\n")
     write(s.out, "joined.md", text)
     finite = [{k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)} for row in rows]

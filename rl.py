@@ -324,7 +324,7 @@ def step_once(
     batch = gather_rollouts(records, languages, sampler, tokenizer, box, known, run, s)
     figures = rollout_figures(batch, run.world)
     if run.step == 0:
-        tqdm.write(provisions(figures))
+        tqdm.write(f"{run.out} step 1: {provisions(figures)}")
     lr = s.lr * min(1.0, (run.step + 1) / (s.warmup + 1))
     with run.phase("train"):
         kept = batch.informative() if s.informative else (batch.rollouts, batch.advantage)

@@ -516,7 +516,8 @@ class Run:
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
-            tqdm.write(f"{self.out} step {self.step}: held-out {figures['held_out']}")
+            what = "pass@1" if any(isinstance(v, dict) for v in figures["held_out"].values()) else "loss"
+            tqdm.write(f"{self.out} step {self.step}: {what} on dev {figures['held_out']}")
 
     def write_text(self, name: str, text: str) -> None:
         """A file in the run folder."""

@@ -698,11 +698,35 @@ def test_transfer_is_no_number_where_the_source_gains_nothing():
 
 def test_an_arm_has_a_line_of_what_rl_added():
     lines = evaluation.summary(SEEDS[0]).splitlines()
-    text = "source: RL in python adds 30 points there, 5 in the other SFT PLs, 2 in the unseen PLs (reserved words)"
+    text = (
+        "source: RL in python adds 30.0 points there, 5.0 in the other SFT PLs, 2.0 in the unseen PLs (reserved words)"
+    )
     assert len(lines) == 4 and lines[0] == text
     assert evaluation.summary([c for c in SEEDS[0] if not c["model"].startswith("rl-")]) == ""
     some = evaluation.summary([c for c in SEEDS[0] if c["column"] == COLUMNS[0]])  # as with --languages python
-    assert "adds 30 points there" in some
+    assert "adds 30.0 points there" in some
+
+
+def test_one_seed_says_what_its_phrases_say_of_the_claim():
+    def cells(model, *values):
+        own = {"measure": evaluation.GREEDY, "group": evaluation.RESERVED, "model": model, "value": sum(values) / 2}
+        return [own | {"column": column, "phrases": dict(zip("xy", values, strict=True))} for column in COLUMNS]
+
+    both = [
+        *cells("source", 0.1, 0.2),
+        *cells("rl-source", 0.3, 0.2),
+        *cells("parallel", 0, 0),
+        *cells("rl-parallel", 0.4, 0.5),
+    ]
+    # By phrase: source gains 0.2 and 0, parallel 0.4 and 0.5; the differences 0.2 and 0.5 have a mean of 0.35 and a
+    # standard error of 0.15, and t is 12.706 with one degree of freedom.
+    said = evaluation.conclusion(evaluation.claims(evaluation.by_phrase(both)), "phrases")
+    assert (
+        "gain of other SFT PLs +35.0 (-155.6 to 225.6), not seen; gain of unseen PLs" in said
+        and "over 2 phrases" in said
+    )
+    assert evaluation.by_phrase([c | {"group": "own words"} for c in both]) == []
+    assert evaluation.conclusion([], "seeds") == ""
 
 
 def test_claims_and_joined_tables_are_written(tmp_path, capsys):
