@@ -34,6 +34,8 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import memory
+
 import data
 import eval as evaluation
 import model
@@ -258,9 +260,8 @@ def row(what: str, times: dict[str, float], floor: float | None = None) -> None:
 
 def head(title: str) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"\n{title}: {device}, torch {torch.__version__}\n\n| what | ours | floor / ours | peers |\n|---|---|---|---|"
-    )
+    print(f"\n{title}: {device}, torch {torch.__version__}\n")
+    print("| what | ours | floor / ours | peers |\n|---|---|---|---|")
 
 
 def copy_rate() -> float:
@@ -337,11 +338,8 @@ def decode_row(R: int, L: int, rate: float, repeats: int) -> None:
     rope = randn(2, R, D_HEAD)
     position = torch.randint(L // 2, L, (R,), device=DEVICE)
     seen = (torch.arange(L, device=DEVICE) <= position[:, None])[:, None, None]
-    works = {
-        "ours, rotary positions and append included": lambda: model.decoder(cache[None], rope, position)(
-            0, *x.split((H, K, K), dim=1)
-        )
-    }
+    ours = lambda: model.decoder(cache[None], rope, position)(0, *x.split((H, K, K), dim=1))  # noqa: E731
+    works = {"ours, rotary positions and append included": ours}
     works |= backends(x[:, :H, None], *cache, attn_mask=seen)
     used = 2 * int(position.sum() + R) * K * D_HEAD * cache.element_size()
     row(f"{R} rows of {L // 2} to {L}", side_by_side(works, repeats), used / rate)
@@ -420,11 +418,9 @@ def random_rows(count: int, low: int, high: int, vocabulary: int) -> list[list[i
     return [torch.randint(64, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-SHAPES = {  # published shapes, with random weights
-    "1B": model.Config(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=5e5),
-    "8B": model.Config(128256, 4096, 14336, 32, 32, 8, 128, 131072, rope_theta=5e5, tie_word_embeddings=False),
-    "tiny": model.Config(),
-}
+# Published shapes, with random weights.
+SHAPES = {name: model.Config(**memory.COMMON | shape) for name, shape in memory.MODELS.items()}
+SHAPES["tiny"] = model.Config()
 
 
 @torch.no_grad()
@@ -524,9 +520,8 @@ def bench_sft(options: argparse.Namespace) -> None:
         times = side_by_side(works, options.repeats)
         if CUDA:
             peak = next(rate for name, rate in PEAK.items() if name in torch.cuda.get_device_name())
-            what += (
-                f"; MFU {needed / next(iter(times.values())) / peak:.3f} of the data sheet's {peak / 1e12:.0f} TFLOP/s"
-            )
+            share = needed / next(iter(times.values())) / peak
+            what += f"; MFU {share:.3f} of the data sheet's {peak / 1e12:.0f} TFLOP/s"
         row(what, times, needed / rate)
 
     show(f"weights and optimizer in {DTYPE}, micro-batches of {micro}", works)
@@ -595,9 +590,8 @@ def bench_rl(options: argparse.Namespace) -> None:
         steps(options.repeats + 1)
         theirs = trl_steps(folder, records, *languages, box, options.repeats)
         steps(options.repeats)
-    head(
-        f"A GRPO step, {PROMPTS} problems x {SAMPLES} responses of at most {s.max_new_tokens} tokens, the sandbox's time included"
-    )
+    what = f"{PROMPTS} problems x {SAMPLES} responses of at most {s.max_new_tokens} tokens"
+    head(f"A GRPO step, {what}, the sandbox's time included")
     row("step", {"ours": statistics.median(ours[1:]), "TRL's GRPOTrainer": statistics.median(theirs)})
     totals = ", ".join(f"{name} {spent / len(ours) * 1e3:.0f} ms" for name, spent in run.seconds.items())
     print(f"\nours, by phase: {totals}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import sandbox
 from model import Config, Llama, save
 
 SFT, UNSEEN = ("python", "javascript", "ruby"), ("perl", "lua")
@@ -48,6 +49,25 @@ def tiny_folder(tokenizer, tmp_path_factory):
     save(new_tiny(tokenizer), folder)
     tokenizer.save(folder)
     return folder
+
+
+def starts(*documents, device="cpu"):
+    """`start` of a row of documents of these lengths, (1, T)."""
+    lengths = torch.tensor(documents, device=device)
+    return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)[None]
+
+
+@pytest.fixture(scope="module")
+def box():
+    with sandbox.Sandbox(2) as box:
+        yield box
+
+
+def helper_or_skip(level: str) -> sandbox._Helper:
+    try:
+        return sandbox._Helper(level)
+    except sandbox._Refused as refusal:
+        pytest.skip(f"{level}: {refusal}")
 
 
 def descendants(pid: int) -> set[int]:

@@ -12,7 +12,6 @@ libraries, for which RESERVE is set aside. GB are 10^9 bytes, as in the names of
 import itertools
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,9 +144,7 @@ def main(s: Settings) -> None:
     print("| model, stage | " + " | ".join(f"{n} × {size} GB" for size, n in columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for (name, shape), stage in itertools.product(MODELS.items(), ("sft", "rl")):
-        cells = map(
-            partial(cell, Config(**COMMON | shape), stage, s=s), [n for _, n in columns], [z for z, _ in columns]
-        )
+        cells = [cell(Config(**COMMON | shape), stage, n, size, s) for size, n in columns]
         print(f"| {name}, {stage} | " + " | ".join(cells) + " |")
 
 

@@ -49,6 +49,19 @@ def place(run):
     return json.loads((sft.newest_checkpoint(run) / "trainer.json").read_text())
 
 
+def metrics(run, timed=False):
+    """The lines of a run's metrics.jsonl, without times and speeds unless `timed`."""
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    return [{k: v for k, v in json.loads(x).items() if timed or not k.endswith("_s")} for x in text.splitlines()]
+
+
+def same(a, b):
+    """Whether two dicts, perhaps of dicts, hold equal tensors by the same names."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else same(a[k], b[k]) for k in a
+    )
+
+
 def rows():
     """11 rows of very different lengths, so that no split of them is even."""
     g = torch.Generator().manual_seed(0)

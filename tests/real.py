@@ -66,10 +66,9 @@ def passes_by_hand(text: str, language: str) -> bool:
         env = {**os.environ, **GO, "NODE_PATH": "/usr/share/nodejs"}
         for line in lines:
             command = [tools.get(word, word).format_map(fill) for word in line.split()]
+            how = {"cwd": place, "env": env, "capture_output": True, "stdin": subprocess.DEVNULL}
             try:
-                done = subprocess.run(
-                    command, cwd=place, env=env, capture_output=True, timeout=30, stdin=subprocess.DEVNULL
-                )
+                done = subprocess.run(command, timeout=30, **how)
             except subprocess.TimeoutExpired:
                 return False
             if done.returncode:

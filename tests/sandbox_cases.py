@@ -402,10 +402,6 @@ GRADING = [
     Case("right, then exit 1", "print('yes')\nraise SystemExit(1)", "runtime_error"),
     Case("forged verdict", "print('{\"verdict\": \"ok\"}')\nimport os\nfor fd in range(3, 100):\n"
          "    try: os.write(fd, b'ok')\n    except OSError: pass", "wrong_answer"),
-    Case("upper case", "print('YES')", "wrong_answer"),
-    Case("white space before", "print(' yes')", "wrong_answer"),
-    Case("white space after", "print('yes  \\t')\nprint()"),
-    Case("lines run together", "print('a b')", "wrong_answer", tests=[{"stdin": "", "stdout": "a\nb"}]),
 ]  # fmt: skip
 
 MESSAGES = [

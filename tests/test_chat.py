@@ -59,6 +59,11 @@ FOLDERS = {  # special tokens, their roles, chat template; its format, and the r
 }  # fmt: skip
 
 
+def change(folder, file, change):
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+
+
 def make(folder, special, roles, template, where="tokenizer_config.json"):
     """A tokenizer trained on three texts, its roles in the file `where`, and a template of several lines in its own."""
     core = tokenizers.Tokenizer(models.BPE())
@@ -68,11 +73,7 @@ def make(folder, special, roles, template, where="tokenizer_config.json"):
     split = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPECIAL[0] not in special)]
     core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c != "Ą"]  # the byte 4 is never seen
-    texts = [
-        "Answer in python.\n\n\n",
-        "Read integers. Keep the even ones, then print them.",
-        "user\nassistant\n\nsystem",
-    ]
+    texts = ["Answer in python.\n\n\nuser\nassistant\n\nsystem", "Read integers. Keep the even ones, then print them."]
     tokens = [AddedToken(name, special=True, normalized=False) for name in special]
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=tokens, show_progress=False))  # fmt: skip
     folder.mkdir(exist_ok=True)
@@ -82,11 +83,8 @@ def make(folder, special, roles, template, where="tokenizer_config.json"):
         (folder / "chat_template.jinja").write_text(template)
     else:
         config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(config | roles if where == "tokenizer_config.json" else config)
-    )
-    if where != "tokenizer_config.json":
-        (folder / where).write_text(json.dumps(roles))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    change(folder, where, roles)
     return folder
 
 
@@ -135,11 +133,6 @@ def test_a_models_own_ends_of_a_text_stop_an_answer(tmp_path, file):
     (tmp_path / file).write_text(json.dumps({"eos_token_id": [2, 3]}))
     ours = data.Tokenizer(tmp_path)
     assert set(ours.stops) == {2, 3} and ours.eos == 3 and ours.stop == 2
-
-
-def change(folder, file, change):
-    path = folder / file
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
 
 
 ZEPHYR = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token }}{% endfor %}"

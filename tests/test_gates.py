@@ -6,15 +6,15 @@ import gates
 import pytest
 
 COLUMNS = ("python (source)", "ruby", "other SFT mean", "perl (unseen)", "unseen mean")
-# (model, kind of problem) -> pass@1 in COLUMNS: a design that passes every gate.
+# (model, kind of problem) -> pass@1 in COLUMNS: a design that passes every gate, each by no more than it has to.
 PASSES = {
-    ("base", gates.OWN): (0.6, 0.5, 0.5, 0.6, 0.6), ("base", gates.RESERVED): (0.3, 0.1, 0.1, 0.1, 0.1),
-    ("source", gates.OWN): (0.8, 0.5, 0.5, 0.6, 0.6), ("source", gates.RESERVED): (0.4, 0.1, 0.1, 0.1, 0.1),
-    ("rl-source", gates.OWN): (0.8, 0.5, 0.5, 0.6, 0.6), ("rl-source", gates.RESERVED): (0.7, 0.1, 0.1, 0.1, 0.1),
+    ("base", gates.OWN): (0.6, 0.5, 0.5, 0.35, 0.35), ("base", gates.RESERVED): (0.2, 0.1, 0.1, 0.3, 0.2),
+    ("source", gates.OWN): (0.75, 0.5, 0.5, 0.6, 0.6), ("source", gates.RESERVED): (0.65, 0.1, 0.1, 0.1, 0.1),
+    ("rl-source", gates.OWN): (0.75, 0.4, 0.4, 0.6, 0.6), ("rl-source", gates.RESERVED): (0.8, 0.1, 0.1, 0.1, 0.1),
 }  # fmt: skip
 
 
-def failing(tmp_path, passes: dict, no_spread: float = 0.5) -> list[str]:
+def failing(tmp_path, passes: dict, no_spread: float = 0.89) -> list[str]:
     """What fails of a run whose table is `passes` and whose RL ends with that share of groups without spread."""
     cells = [
         {"measure": gates.GREEDY, "model": model, "group": group, "column": column, "value": value}
@@ -31,7 +31,8 @@ def failing(tmp_path, passes: dict, no_spread: float = 0.5) -> list[str]:
 
 
 def test_a_design_that_may_be_studied_passes(tmp_path):
-    assert failing(tmp_path, PASSES) == []
+    for source in (0.2, 0.6):
+        assert failing(tmp_path, PASSES | {("base", gates.RESERVED): (source, 0.1, 0.1, 0.3, 0.2)}) == []
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_design_that_may_be_studied_passes(tmp_path):
         ("base", gates.RESERVED, (0.61, 0.1, 0.1, 0.1, 0.1), "base, reserved words, source, at most"),
         ("base", gates.RESERVED, (0.3, 0.1, 0.1, 0.3, 0.21), "base, reserved words, mean of other PLs"),
         ("source", gates.OWN, (0.74, 0.5, 0.5, 0.6, 0.6), "after SFT, own words, source"),
-        ("rl-source", gates.RESERVED, (0.54, 0.1, 0.1, 0.1, 0.1), "gain of RL"),
+        ("rl-source", gates.RESERVED, (0.79, 0.1, 0.1, 0.1, 0.1), "gain of RL"),
         ("rl-source", gates.OWN, (0.8, 0.39, 0.5, 0.6, 0.6), "loss by RL"),
     ],
 )
@@ -58,11 +59,9 @@ def test_rl_must_have_something_left_to_teach_and_to_learn_from(tmp_path):
 
 
 def test_the_exit_code_says_whether_all_hold(tmp_path, capsys):
-    failing(tmp_path, PASSES)
-    with pytest.raises(SystemExit) as ended:
-        gates.main([str(tmp_path)])
-    assert ended.value.code == 0 and capsys.readouterr().out.count("holds") == 9
-    failing(tmp_path, PASSES, 1.0)
-    with pytest.raises(SystemExit) as ended:
-        gates.main([str(tmp_path)])
-    assert ended.value.code == 1 and capsys.readouterr().out.count("FAILS") == 1
+    for no_spread, failed in ((0.5, 0), (1.0, 1)):
+        failing(tmp_path, PASSES, no_spread)
+        with pytest.raises(SystemExit) as ended:
+            gates.main([str(tmp_path)])
+        said = capsys.readouterr().out
+        assert ended.value.code == failed == said.count("FAILS") and said.count("holds") == 9 - failed

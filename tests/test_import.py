@@ -5,18 +5,20 @@ import collections
 import gzip
 import json
 import pickle
+import re
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import real
+from conftest import new_tiny
 from test_ranks import torchrun
 
 import data
 import eval as evaluation
 import sandbox
-from model import Config, Llama, save
+from model import save
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -37,13 +39,15 @@ def bring(folder: Path, format: str, *rows, **settings) -> list[dict]:
 # Formats. The rows are made up; the fields are those that the publishers have.
 
 ECHO, DOUBLE = "print(input())", "print(2 * int(input()))"
-PY = {
-    "prompt": "def twice(x):\n    '''Twice x.\n    >>> twice(2)\n    4\n    '''\n",
-    "test": "def check(f):\n    assert f(21) == 42\n",
-}
-PACKED = base64.b64encode(
-    zlib.compress(pickle.dumps(json.dumps([{"input": "4", "output": "8", "testtype": "stdin"}])))
-).decode()
+PY = {"prompt": "def twice(x):\n    '''Twice x.\n    >>> twice(2)\n    4\n    '''\n"}
+PY["test"] = "def check(f):\n    assert f(21) == 42\n"
+
+
+def pack(x) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(x))).decode()
+
+
+PACKED = pack(json.dumps([{"input": "4", "output": "8", "testtype": "stdin"}]))
 CODEFORCES = {
     "id": "1/A", "title": "Twice", "description": "Double it.", "time_limit": 2.0, "memory_limit": 256.0,
     "examples": [{"input": "1\r\n", "output": "2\r\n"}], "official_tests": [{"input": "3\n", "output": "6\n"}],
@@ -52,7 +56,7 @@ CODEFORCES = {
 }  # fmt: skip
 CONTEST = {
     "name": "1_A. Twice", "description": "Double it.", "public_tests": {"input": ["1\n"], "output": ["2\n"]},
-    "private_tests": {"input": [], "output": []}, "generated_tests": {"input": ["5\n"], "output": ["10\n"]},
+    "private_tests": {"input": ["3\n"], "output": ["6\n"]}, "generated_tests": {"input": ["5\n"], "output": ["10\n"]},
     "solutions": {"language": [1, 3, 3, 2], "solution": ["print input()", DOUBLE, DOUBLE + "  # longer", "int main() {}"]},
     "time_limit": {"seconds": 1, "nanos": 500_000_000}, "memory_limit_bytes": 256 << 20, "input_file": "", "output_file": "",
 }  # fmt: skip
@@ -94,10 +98,14 @@ FORMATS = {  # format -> (rows, what of the one record is to be found); every py
         {"time_limit": 2.0, "memory_limit": 256.0, "tests": [{"stdin": "3\n", "stdout": ["6\n", "6.0"]}], "compare": "numbers", "rating": 800},
     ),
     "codeforces": (
-        [CODEFORCES, {"problem_id": "1/A", "programmingLanguage": "PyPy 3-64", "verdict": "OK", "source": DOUBLE}],
+        [CODEFORCES, *({"problem_id": "1/A", "programmingLanguage": "PyPy 3-64", "verdict": verdict, "source": source}
+                       for verdict, source in (("OK", DOUBLE), ("WRONG_ANSWER", ECHO)))],
         {"id": "1/A", "tests": [{"stdin": "1\n", "stdout": "2\n"}, {"stdin": "3\n", "stdout": "6\n"}], "time_limit": 2.0, "compare": "tokens"},
     ),
-    "codecontests": ([CONTEST], {"time_limit": 1.5, "memory_limit": 256.0, "solutions": {"python": DOUBLE, "cpp": "int main() {}"}}),
+    "codecontests": (
+        [CONTEST], {"time_limit": 1.5, "memory_limit": 256.0, "solutions": {"python": DOUBLE, "cpp": "int main() {}"},
+                    "tests": [{"stdin": f"{k}\n", "stdout": f"{2 * k}\n"} for k in (1, 3, 5)]},
+    ),
     "apps": (
         [{"problem_id": 3, "question": "Double it.", "starter_code": "", "solutions": json.dumps([DOUBLE]),
           "input_output": json.dumps({"inputs": ["2\n"], "outputs": ["4\n"]})}], {"id": "3"},
@@ -119,20 +127,13 @@ FORMATS = {  # format -> (rows, what of the one record is to be found); every py
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def box():
-    with sandbox.Sandbox() as box:
-        yield box
-
-
 def test_published_programs_are_run_whole_and_what_only_ends_early_is_named(tmp_path, capsys):
     [right], _ = FORMATS["humanevalpack"]
     early = right | {"problem": "HumanEval/8", "solution": "    raise SystemExit\n"}
     broken = right | {"problem": "HumanEval/9", "solution": "    return x\n"}
     (tmp_path / "humanevalpack.jsonl.gz").write_bytes(gzip.compress(lines(right, early, broken).encode()))
-    s = SimpleNamespace(
-        data=tmp_path, out=tmp_path / "out", sets=["humanevalpack"], languages=["python"], every=1, workers=1
-    )
+    s = {"data": tmp_path, "out": tmp_path / "out", "sets": ["humanevalpack"], "languages": ["python"]}
+    s = SimpleNamespace(**s, every=1, workers=1)
     for _ in range(2):  # the second time from what was kept
         assert real.main(s) == 1
         shown = capsys.readouterr().out
@@ -153,9 +154,8 @@ def test_formats(format, tmp_path, box):
     else:
         [record] = bring(tmp_path, format, *rows)
     assert {name: record[name] for name in expected} == expected
-    right = {"livecodebench": DOUBLE, "multipl-e": "def twice(x):\n    return x + x\n"}.get(format) or record[
-        "solutions"
-    ]["python"]
+    right = {"livecodebench": DOUBLE, "multipl-e": "def twice(x):\n    return x + x\n"}.get(format)
+    right = right or record["solutions"]["python"]
     wrong = right.replace("x * 2", "x * 3").replace("2 * ", "3 * ").replace("x + x", "x")
     verdicts = [r.verdict for r in box.map([data.job(record, "python", p) for p in (right, wrong)])]
     assert verdicts[0] == "ok" and verdicts[1] in ("wrong_answer", "runtime_error"), record
@@ -169,11 +169,8 @@ def test_functions_are_asked_for_as_a_whole_and_shown_with_their_signature(tmp_p
     held = PY | {"prompt": f"TEXT = '''\nNo comment.\n'''\n\n{PY['prompt']}"}
     [other] = bring(tmp_path, "mbxp", FORMATS["mbxp"][0][0] | held)
     assert other["solutions"] == {"python": "TEXT = '''\nNo comment.\n'''\n\ndef twice(x):\n    return x * 2"}
-    assert (
-        record["harness"]["go"].startswith("package main")
-        and data.gradable(record, "go")
-        and not data.gradable(record, "c")
-    )
+    assert record["harness"]["go"].startswith("package main")
+    assert data.gradable(record, "go") and not data.gradable(record, "c")
 
 
 MULTIPL_E_FILES = {  # language -> (prompt, tests, a right answer, what is wrong in a wrong one)
@@ -216,24 +213,17 @@ MULTIPL_E_FILES = {  # language -> (prompt, tests, a right answer, what is wrong
 def test_multipl_e(tmp_path, box):
     rows = [{"name": f"HumanEval_0_twice_{p}", "language": p, "prompt": prompt, "tests": tests, "doctests": "keep", "stop_tokens": []}
             for p, (prompt, tests, *_) in MULTIPL_E_FILES.items()]  # fmt: skip
-    jobs, expected = [], []
-    for record, (name, (_, _, right, slip)) in zip(
-        bring(tmp_path, "multipl-e", *rows), MULTIPL_E_FILES.items(), strict=True
-    ):
+    jobs, expected, records = [], [], bring(tmp_path, "multipl-e", *rows)
+    for record, (name, (_, _, right, slip)) in zip(records, MULTIPL_E_FILES.items(), strict=True):
         language = data.public_language(name)
         assert list(record["harness"]) == [language]
         if language in sandbox.installed():
-            wrong = right.replace(
-                slip,
-                slip.replace("x", "1", 1).replace("$$", "$").replace("$1", "1", 1) if language != "php" else "$x + 1",
-            )
+            other = "$x + 1" if language == "php" else slip.replace("x", "1", 1).replace("$1", "1", 1)
+            wrong = right.replace(slip, other)
             jobs += [data.job(record, language, right), data.job(record, language, wrong)]
             expected += [(name, True), (name, False)]
-    results = box.map(jobs)
-    got = [(name, r.passed) for (name, _), r in zip(expected, results, strict=True)]
-    assert got == expected, [
-        (name, r) for (name, passed), r in zip(expected, results, strict=True) if r.passed != passed
-    ]
+    found = zip(expected, box.map(jobs), strict=True)
+    assert not [(name, r) for (name, passed), r in found if r.passed != passed] and jobs
 
 
 LEFT_OUT = {  # (format, what of its row differs): the reason that is said
@@ -268,7 +258,7 @@ MISTAKES = {
     "half a surrogate pair": ("deepcoder", lines({"problem": "\ud800", "tests": '[{"input": "1", "output": "1"}]'}), "row 1: field 'prompt'"),
     "a pickle that calls": (
         "livecodebench",
-        lines({"question_content": "q", "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()}),
+        lines({"question_content": "q", "private_test_cases": pack(Evil())}),
         "field 'private_test_cases': neither JSON nor a packed text of it .asks for builtins.print",
     ),
     "another format": ("klingon", "", "no format 'klingon'; there are humaneval-x"),
@@ -306,6 +296,11 @@ def test_names_of_languages():
     for name in ("Python 2", "PyPy 2", "Emacs Lisp", "F#", "Visual Basic"):
         with pytest.raises(data.LeftOut):
             data.public_language(name)
+
+
+def test_units_of_limits():
+    assert data.limits("1500 milliseconds", "262144 kilobytes") == {"time_limit": 1.5, "memory_limit": 256}
+    assert data.limits(2, "1 gigabyte") == {"time_limit": 2, "memory_limit": 1024} and data.limits(None, 0) == {}
 
 
 def test_several_programs_of_a_problem_are_records_of_their_own(tmp_path, capsys):
@@ -357,7 +352,10 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
         problem("one is wrong", solutions={"python": ECHO, "perl": perl}),
         problem("a faulty test", tests=[*TESTS, {"stdin": "1", "stdout": "3"}], solutions={"python": DOUBLE, "perl": perl}),
         problem("lists its answers", solutions={"python": LISTED, "perl": perl}),
-        problem("none is right", solutions={"python": ECHO}),
+        problem("none is right", solutions={"python": ECHO}), problem("nor of two", solutions={"python": ECHO, "perl": "print 1"}),
+        problem("years", "Print a year.", tests=[{"stdin": "1", "stdout": "1999"}, {"stdin": "2", "stdout": "2001"}], solutions={
+            "python": 'print("1999" if input() == "1" else "2001")', "ruby": 'puts gets.to_i == 1 ? "1999" : "2001"',
+            "perl": 'print <STDIN> == 1 ? "1999" : "2001"'}),  # what most of three programs have belongs to the problem
         problem("words of the statement", "Print YES or NO.", tests=[{"stdin": "1", "stdout": "YES"}, {"stdin": "2", "stdout": "NO"}],
                 solutions={"python": 'print("YES" if input() == "1" else "NO")'}),
     ]  # fmt: skip
@@ -366,7 +364,7 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
     kept = {r["id"]: r for r in data.read_records(tmp_path / "kept/in.jsonl")}
     assert {name: list(r["solutions"]) for name, r in kept.items()} == {
         "right": ["python", "perl"], "one is wrong": ["perl"], "a faulty test": ["python", "perl"],
-        "lists its answers": ["perl"], "words of the statement": ["python"],
+        "lists its answers": ["perl"], "words of the statement": ["python"], "years": ["python", "ruby", "perl"],
     }  # fmt: skip
     assert kept["a faulty test"]["tests"] == TESTS
     ledger = json.loads((tmp_path / "kept/dropped.json").read_text())
@@ -379,8 +377,9 @@ def test_verify_keeps_what_holds(tmp_path, capsys):
     assert data.hard_coded(record | {"solutions": {"python": listing}}) == {"python"}
     assert reasons["one is wrong", "program in python"] == "fails its tests: wrong_answer"
     assert reasons["a faulty test", "test 4"] == "no program passes it"
-    assert reasons["none is right", "record"] == "none of its programs is right" and len(ledger) == 5
-    assert "2 program in python: fails its tests: wrong_answer" in capsys.readouterr().out
+    assert reasons["none is right", "record"] == "none of its programs is right" and len(ledger) == 8
+    assert reasons["nor of two", "record"] == "none of its programs is right"  # its tests are not at fault
+    assert "3 program in python: fails its tests: wrong_answer" in capsys.readouterr().out
 
 
 def test_verify_keeps_files_apart_that_share_an_id(tmp_path):
@@ -394,12 +393,11 @@ def test_verify_keeps_files_apart_that_share_an_id(tmp_path):
 
 def test_split_keeps_equal_problems_on_one_side(tmp_path, capsys):
     records = [problem(str(i), f"Statement {i // 2}.", solutions={"python": f"print({i})"}) for i in range(40)]
-    records += [
-        problem(f"same {i}", f"Other {i}.", solutions={"python": f"print( {i} )", "perl": f"print {i % 7}"})
-        for i in range(20)
-    ]
+    for i in range(20):
+        same = {"python": f"print( {i} )", "perl": f"print {i % 7}"}
+        records.append(problem(f"same {i}", f"Other {i}.", solutions=same))
     data.write_records(tmp_path / "problems.jsonl", records)
-    data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "out"), held_out=0.2))
+    data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "out"), held_out=0.2, rl=0.4))
     sides = collections.defaultdict(set)
     splits = {name: data.read_split(tmp_path / "out", name) for name in ("train", "rl", "dev", "test")}
     for name, own in splits.items():
@@ -408,8 +406,12 @@ def test_split_keeps_equal_problems_on_one_side(tmp_path, capsys):
                 sides[mark].add(name)
     assert all(len(names) == 1 for names in sides.values())
     assert sorted(r["id"] for own in splits.values() for r in own) == sorted(r["id"] for r in records)
-    assert "33 records share a statement or a program" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "33 records share a statement or a program" in out
+    assert re.findall(r"^(\w+: \d+) problems", out, re.M) == ["dev: 5", "test: 6", "rl: 11", "train: 5"]
     assert data.read_roles(tmp_path / "out").sft == ("python", "perl")
+    data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "one"), sft=("python",)))
+    assert data.read_roles(tmp_path / "one").unseen[0] == "perl"  # which has programs
     with pytest.raises(SystemExit, match="leave none for"):
         data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "none"), held_out=0))
     assert not (tmp_path / "none").exists()
@@ -429,18 +431,16 @@ def way(tmp_path_factory):
     names, rows = {"python": "PyPy 3", "javascript": "Node.js", "ruby": "Ruby 3"}, []
     for k in range(10, 34):
         rows.append({"src_uid": str(k), "description": f"Add {k}.", "sample_inputs": [], "sample_outputs": []})
-        rows += [
-            {"src_uid": str(k), "lang": names[p], "source_code": text.format(k=k), "exec_outcome": "PASSED"}
-            for p, text in LANGUAGES.items()
-        ]
+        for p, text in LANGUAGES.items():
+            program = {"lang": names[p], "source_code": text.format(k=k)}
+            rows.append({"src_uid": str(k), "exec_outcome": "PASSED"} | program)
     tests = {str(k): [{"input": str(i), "output": [str(i + k)]} for i in (1, 5)] for k in range(10, 34)}
     (folder / "programs.jsonl").write_text(lines(*rows))
     (folder / "unittest_db.json").write_text(json.dumps(tests))
     records = [problem(str(k), solutions={p: text.format(k=k) for p, text in LANGUAGES.items()}) for k in range(40)]
     data.train_tokenizer(records, 400, folder / "model")
     tokenizer = data.Tokenizer(folder / "model")
-    config = Config(vocab_size=tokenizer.size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
-    save(Llama(config).init_weights(0), folder / "model")
+    save(new_tiny(tokenizer), folder / "model")
     tokenizer.save(folder / "model")
     return folder
 
@@ -469,31 +469,27 @@ def test_the_whole_way(way, tmp_path):
 
 def test_programs_from_a_model(way, tmp_path, monkeypatch, capsys):
     """What it writes is made up, for a model of two layers writes nothing; all that is judged is judged by the sandbox."""
-    folder, seen = tmp_path / "problems", []
-    records = [
-        problem("right"),
-        problem("listed", "Twice."),
-        problem("wrong", "Two times."),
-        problem("there", solutions={"perl": "print 1"}),
-    ]
+    folder, seen, asked = tmp_path / "problems", [], []
+    records = [problem("right"), problem("listed", "Twice."), problem("there", solutions={"perl": "print 1"})]
+    records.append(problem("wrong", "Two times.", solutions={"ruby": "puts 1", "python": DOUBLE}))
     data.write_records(folder / "problems.jsonl", records)
     answers = {"right": ["print 1", "print 2 * <STDIN>", "print 2*<STDIN>"], "wrong": ["print 3"] * 3,
                "listed": ['%a = (11 => "22", 22 => "44", 33 => "66"); print $a{0 + <STDIN>}'] * 3}  # fmt: skip
 
     def sample(model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows, **_):
         seen.extend(tasks)
+        asked.append((temperature, seed))
         text = [(r, p, f"```{p}\n{program}\n```") for r, p in tasks for program in answers[r["id"]]]
         return [evaluation.Rollout(r, p, [], tokenizer.encode(t), [], True) for r, p, t in text]
 
     monkeypatch.setattr(evaluation, "roll_out", sample)
-    s = evaluation.Settings(translate=True, models=(str(way / "model"),), data=str(folder), to=("perl",), samples=3, rows=3, keep=str(tmp_path / "out"), device="cpu")  # fmt: skip
+    s = evaluation.Settings(translate=True, models=(str(way / "model"),), data=str(folder), to=("perl",), samples=3, temperature=0.8, rows=3, keep=str(tmp_path / "out"), device="cpu")  # fmt: skip
     evaluation.main(s)
     assert {r["id"] for r, _ in seen} == set(answers) and all(DOUBLE in r["prompt"] for r, _ in seen)
+    assert len({seed for _, seed in asked}) == len(asked) == 3 and {temperature for temperature, _ in asked} == {0.8}
     kept = {r["id"]: r["solutions"] for r in data.read_records(tmp_path / "out/problems.jsonl")}
-    assert (
-        kept["right"] == {"perl": "print 2 * <STDIN>\n", "python": DOUBLE}
-        and "perl" not in kept["listed"] | kept["wrong"]
-    )
+    assert kept["right"] == {"perl": "print 2 * <STDIN>\n", "python": DOUBLE}
+    assert "perl" not in kept["listed"] | kept["wrong"]
     rows = {row["id"]: row for row in map(json.loads, (tmp_path / "out/ledger.txt").read_text().splitlines())}
     assert rows["listed"]["rejected"][0]["verdict"] == "hard_coded" and len(rows["wrong"]["rejected"]) == 1
     assert "perl         55.6% of 9 samples pass; 1 of 3 problems have a program" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from conftest import starts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,69 +50,51 @@ def close(ours, exact, tolerance):
     assert error <= tolerance * max(1.0, size), (error, size)  # false for nan
 
 
-def starts(*documents):
-    """`start` of a row of documents of these lengths, (1, T)."""
-    lengths = torch.tensor(documents, device=DEVICE)
-    return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)[None]
-
-
 # ---------------------------------------------------------------------------------------------
 # Attention
 
 SHAPES = {  # B, H, K, d, and the documents of each row
-    "one token": (1, 2, 1, 64, [[1]]),
-    "whole row": (2, 2, 2, 64, None),
-    "ragged": (2, 4, 2, 64, [[1, 30, 2, 17], [49, 1]]),
-    "8 queries a key": (1, 8, 1, 128, [[5, 28]]),
-    "all but one padding": (1, 2, 1, 64, [[1, *[1] * 36]]),
-    "block edges": (1, 2, 1, 64, [[16, 16, 15, 17]]),
-    "narrow head": (1, 2, 1, 24, [[20, 3]]),
-}
+    "one token": (1, 2, 1, 64, [[1]]), "whole row": (2, 2, 2, 64, None), "ragged": (2, 4, 2, 64, [[1, 30, 2, 17], [49, 1]]),
+    "8 queries a key": (1, 8, 1, 128, [[5, 28]]), "all but one padding": (1, 2, 1, 64, [[1, *[1] * 36]]),
+    "block edges": (1, 2, 1, 64, [[16, 16, 15, 17]]), "narrow head": (1, 2, 1, 24, [[20, 3]]),
+}  # fmt: skip
 if DEVICE == "cuda":  # more than one of a GPU's blocks: too slow for the interpreter
     SHAPES["several blocks"] = (2, 4, 2, 64, [[300, 1, 140, 70], [511]])
     SHAPES["several wide blocks"] = (1, 8, 1, 128, [[100, 100, 100, 100, 100]])
+
+
+def check_attention(shape, dtype):
+    """Output and gradients against the reference in float64."""
+    B, H, K, d, documents = SHAPES[shape]
+    start = torch.cat([starts(*row, device=DEVICE) for row in documents]) if documents else None
+    T, results = start.shape[1] if documents else 37, []
+    inputs = [random(B, heads, T, d, dtype=dtype, seed=i) for i, heads in enumerate((H, K, K, H))]
+    for attention, kind in ((model_py.reference_attention, torch.float64), (model_py.triton_attention, dtype)):
+        *qkv, weight = (x.to(kind, copy=True).requires_grad_() for x in inputs)
+        output = attention(*qkv, start)
+        (output * weight).sum().backward()
+        results.append([output, *(x.grad for x in qkv)])
+    assert results[1][0].dtype == dtype
+    for exact, ours in zip(*results, strict=True):
+        close(ours, exact, PRECISION[dtype])
 
 
 @runs
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_forward_and_backward(shape, dtype):
-    B, H, K, d, documents = SHAPES[shape]
-    start = torch.cat([starts(*row) for row in documents]) if documents else None
-    T = start.shape[1] if documents else 37
-    q, k, v = (random(B, heads, T, d, dtype=dtype, seed=i) for i, heads in enumerate((H, K, K)))
-    weight = random(B, H, T, d, dtype=dtype, seed=3)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    ours = [x.requires_grad_() for x in (q, k, v)]
-    outputs = []
-    for attention, inputs in ((model_py.reference_attention, exact), (model_py.triton_attention, ours)):
-        outputs.append(attention(*inputs, start))
-        (outputs[-1] * weight).sum().backward()
-    assert outputs[1].dtype == dtype
-    close(outputs[1], outputs[0], PRECISION[dtype])
-    for x, y in zip(ours, exact, strict=True):
-        close(x.grad, y.grad, PRECISION[dtype])
+    check_attention(shape, dtype)
 
 
 @runs
 @pytest.mark.parametrize("size", [0, 1] if model_py.INTERPRET else range(4))
 def test_attention_with_every_size_of_blocks(size, monkeypatch):
     """Those that the autotuner did not pick here it may pick elsewhere."""
-    B, H, K, d, documents = SHAPES["ragged" if model_py.INTERPRET else "several blocks"]
     for kernel in (model_py.attention_forward, model_py.attention_backward_q, model_py.attention_backward_kv):
         small = [triton.Config({"BM": m, "BN": 48 - m}) for m in (16, 32)]
         sizes = small if model_py.INTERPRET else kernel.configs
         monkeypatch.setattr(kernel, "configs", [sizes[size % len(sizes)]])
-    start, dtype = torch.cat([starts(*row) for row in documents]), torch.bfloat16
-    inputs = [random(B, heads, start.shape[1], d, dtype=dtype, seed=i) for i, heads in enumerate((H, K, K, H))]
-    results = []
-    for attention, kind in ((model_py.reference_attention, torch.float64), (model_py.triton_attention, dtype)):
-        *qkv, weight = (x.to(kind, copy=True).requires_grad_() for x in inputs)
-        output = attention(*qkv, start)
-        (output * weight).sum().backward()
-        results.append([output, *(x.grad for x in qkv)])
-    for exact, ours in zip(*results, strict=True):
-        close(ours, exact, PRECISION[dtype])
+    check_attention("ragged" if model_py.INTERPRET else "several blocks", torch.bfloat16)
 
 
 @runs
@@ -306,7 +289,7 @@ def spelled_out(ours, monkeypatch):
 def test_a_training_step_goes_through_the_kernels_and_equals_the_plain_one(tiny, monkeypatch):
     tokens = (torch.arange(40, device=DEVICE) * 29 % 70)[None]
     targets = torch.where(tokens % 5 == 0, IGNORE, tokens.roll(-1, 1))
-    start, results = starts(7, 21, 12), []
+    start, results = starts(7, 21, 12, device=DEVICE), []
     for plain in (False, True):
         if plain:
             spelled_out(tiny, monkeypatch)
@@ -352,33 +335,23 @@ def test_recorded_steps_are_reproducible_and_score_as_the_trainer_does(tiny):
 
 SIZES = {"H": 32, "G": 4, "d": 128}  # Llama-3.1-8B
 ROWS = {"V": "i32", "S": "i32", "T": "i32", "of_line": "i32", "scale": "fp32"}
+DECODE = {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
 KERNELS = {  # what each argument points to, and the sizes that are compiled in
     "attention_forward": ({"start": "*i32", "lse": "*fp32"}, SIZES),
     "attention_backward_q": ({"start": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
     "attention_backward_kv": ({"end": "*i32", "lse": "*fp32", "delta": "*fp32"}, SIZES),
-    "decode_split": (
-        {"position": "*i64", "part": "*fp32", "top": "*fp32", "total": "*fp32"}
-        | {name: "i32" for name in ("of_q", "of_k", "of_row", "of_head", "of_column")},
-        {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 512, "BN": 64},
-    ),
-    "decode_join": (
-        {"part": "*fp32", "top": "*fp32", "total": "*fp32", "position": "*i64"},
-        {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16},
-    ),
-    "sample_row": (
-        {"temperature": "fp32", "seed": "*i64", "token": "*i64", "logprob": "*fp32"},
-        {"PER_ROW": False, "LANES": 512, "UNROLL": 4, "TURNS": 32},
-    ),
-    "turn_heads": (
-        {"sign": "fp32", "period": "i32"} | {name: "i32" for name in ("of_q", "of_k", "of_q_", "of_k_")},
-        {"H": 32, "K": 8, "HP": 32, "KP": 8, "d": 128, "D": 128},
-    ),
-    "swiglu_forward": ({name: "i32" for name in ("N", "of_gate", "of_up")}, {"BN": 2048}),
-    "swiglu_backward": ({name: "i32" for name in ("N", "of_gate", "of_up")}, {"BN": 2048}),
+    "decode_split": (DECODE | dict.fromkeys(("of_q", "of_k", "of_row", "of_head", "of_column"), "i32"),
+                     {"K": 8, "G": 4, "d": 128, "D": 128, "GP": 16, "SPAN": 512, "BN": 64}),
+    "decode_join": (DECODE, {"H": 32, "d": 128, "D": 128, "SPAN": 512, "SB": 16}),
+    "sample_row": ({"temperature": "fp32", "seed": "*i64", "token": "*i64", "logprob": "*fp32"},
+                   {"PER_ROW": False, "LANES": 512, "UNROLL": 4, "TURNS": 32}),
+    "turn_heads": ({"sign": "fp32"} | dict.fromkeys(("period", "of_q", "of_k", "of_q_", "of_k_"), "i32"),
+                   {"H": 32, "K": 8, "HP": 32, "KP": 8, "d": 128, "D": 128}),
+    **dict.fromkeys(("swiglu_forward", "swiglu_backward"), (dict.fromkeys(("N", "of_gate", "of_up"), "i32"), {"BN": 2048})),
     "norm_forward": ({"N": "i32", "eps": "fp32"}, {"NP": 4096}),
     "score_forward": ({"targets": "*i64"} | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32"), {"BN": 4096}),
     "score_backward": ({"targets": "*i64"} | dict.fromkeys(("lse", "gradient"), "*fp32"), {"BN": 4096}),
-}
+}  # fmt: skip
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have: A100, H100 and H200
 
 

@@ -102,12 +102,6 @@ def conversation(answered):
     return turns + [{"role": "assistant", "content": "\n```python\nx = 1\n\n\nprint(x)\n```\n"}] * answered
 
 
-def test_stop_and_pad_tokens_are_those_of_the_model(instruct):
-    ours, config = data.Tokenizer(instruct), Config.load(instruct)
-    assert sorted(ours.stops) == config.eos_token_id and ours.bos == config.bos_token_id
-    assert ours.core.id_to_token(ours.pad) == "<|finetune_right_pad_id|>" and ours.pad not in ours.stops
-
-
 def train(model, corpus, out, **changes):
     flags = {"replay": 0.0, "tokens": 2000, "batch": 500, "eval_problems": 1, "lr": 1e-3, "device": "cpu"} | changes
     sft.main(sft.Settings(model=str(model), data=str(corpus), out=str(out), **flags))
@@ -120,6 +114,7 @@ def test_a_trained_checkpoint_opens_in_transformers(instruct, corpus, tmp_path):
     assert theirs.dtype == load(final).head().dtype == torch.bfloat16
     before = AutoTokenizer.from_pretrained(instruct)
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == Config.load(instruct).eos_token_id
+    assert theirs.config.bos_token_id == Config.load(instruct).bos_token_id
     assert theirs.config.rope_parameters == LlamaConfig.from_pretrained(instruct).rope_parameters
     text = "def f(x):\n    return x , 1 <|eot_id|>"
     assert tokenizer(text) == before(text)

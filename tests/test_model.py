@@ -6,10 +6,12 @@ import math
 import os
 from types import SimpleNamespace
 
+import memory
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import starts
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
@@ -107,12 +109,6 @@ def test_llama3_scaling_matters_where_it_is_tested(tmp_path):
     with torch.no_grad():
         gap = (plain(ids(1, 200)).logits - scaled(ids(1, 200)).logits).abs().amax(-1)[0]
     assert gap[100:].min() > 0.01
-
-
-def starts(*documents):
-    """`start` of a row of documents of these lengths, (1, T)."""
-    ends = torch.tensor(documents).cumsum(0)
-    return torch.repeat_interleave(ends - torch.tensor(documents), torch.tensor(documents))[None]
 
 
 @pytest.mark.parametrize("start", [None, torch.cat([starts(1, 20, 12), starts(33)])], ids=["whole", "packed"])
@@ -434,19 +430,13 @@ def test_a_stop_token_counts_wherever_the_block_ends():
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "at least one prompt"),
-        ([[1], []], {}, "prompt 1 has 0 tokens"),
-        ([[1] * 253], {}, "prompt 0 has 253 tokens: it may have 1 to 252"),
-        ([[1]], {"max_new_tokens": 256}, "max_new_tokens=256"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        ([[1]], {"samples": 0}, "samples=0"),
-        ([[1]], {"rows": -1}, "rows=-1"),
-        ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
-        ([[1]], {"temperature": -1.0}, "temperature"),
-        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
-        ([[1]], {"top_k": -1}, "top_k=-1"),
+        ([], {}, "at least one prompt"), ([[1], []], {}, "prompt 1 has 0 tokens"), ([[1], [2, 96]], {}, "prompt 1 has a token outside 0 .. 95"),
+        ([[1] * 253], {}, "prompt 0 has 253 tokens: it may have 1 to 252"), ([[1]], {"temperature": -1.0}, "temperature"),
+        *(([[1]], {name: value}, f"{name}={value}") for name, value in (
+            ("max_new_tokens", 256), ("max_new_tokens", 0), ("samples", 0), ("rows", -1), ("top_p", 0.0), ("top_k", -1),
+        )),
     ],
-)
+)  # fmt: skip
 def test_requests_that_cannot_be_served(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), prompts, **({"max_new_tokens": 4, "stop_ids": []} | options))
@@ -499,50 +489,26 @@ def test_round_trip_through_transformers(tmp_path, tied, shard, dtype):
         torch.testing.assert_close(logits, theirs(tokens).logits.float(), **near)
 
 
-PUBLISHED = {  # hidden, intermediate, layers, heads, key/value heads, tied, head_dim, parameters
-    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, True, 64, 1_235_814_400),
-    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, True, 128, 3_212_749_824),
-    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, False, None, 8_030_261_248),
-    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, False, None, 70_553_706_496),
-}
+PUBLISHED = {"1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248, "70B": 70_553_706_496}  # parameters
+GREAT = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(tmp_path, name):
-    hidden, inner, layers, heads, groups, tied, head_dim, count = PUBLISHED[name]
+    """Of Llama 3.2 and 3.1, by the shapes that the table of memory is worked out from."""
     raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": inner,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": groups,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192},
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.0",
-        "use_cache": True,
-        "vocab_size": 128256,
-    } | ({"head_dim": head_dim} if head_dim else {})
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "initializer_range": 0.02, "mlp_bias": False,
+        "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "tie_word_embeddings": name in ("1B", "3B"),
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.0", "use_cache": True,
+    } | memory.COMMON | memory.MODELS.get(name, GREAT)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = Config.load(tmp_path)
     assert config.rope_theta == 500000.0 and config.rope_scaling["factor"] == 8.0
-    assert config.head_dim == (head_dim or hidden // heads)
+    assert config.head_dim == raw["hidden_size"] // raw["num_attention_heads"]
     assert config.eos_token_id == [128001, 128008, 128009]
     with torch.device("meta"):
-        assert sum(weight.numel() for weight in Llama(config).parameters()) == count
+        assert sum(weight.numel() for weight in Llama(config).parameters()) == PUBLISHED[name]
 
 
 def edit_config(folder, **changes):
@@ -576,39 +542,26 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        *(({name: value}, f"{name} is {value!r}") for name, value in (
+            ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("model_type", "mistral"), ("attention_dropout", "0"),
+            ("hidden_size", "32"), ("head_dim", -2), ("rms_norm_eps", math.nan), ("vocab_size", True), ("vocab_size", 96.0),
+            ("tokenizer_size", "90"), ("bos_token_id", "1"),
+        )),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"), ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling is .*yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"head_dim": 7}, "head_dim"),
-        ({"vocab_size": "drop"}, "vocab_size missing"),
-        ({"vocab_size": None}, "vocab_size missing"),
-        ({"hidden_size": "32"}, "hidden_size is '32'"),
-        ({"head_dim": -2}, "head_dim is -2"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"head_dim": 7}, "head_dim"),
+        ({"vocab_size": "drop"}, "vocab_size missing"), ({"vocab_size": None}, "vocab_size missing"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5': must be a number above 0"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
-        ({"vocab_size": True}, "vocab_size is True"),
-        ({"vocab_size": 96.0}, "vocab_size is 96.0"),
-        ({"tokenizer_size": "90"}, "tokenizer_size is '90'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': must be true or false"),
-        ({"bos_token_id": "1"}, "bos_token_id is '1'"),
         ({"eos_token_id": ["2"]}, r"eos_token_id is \['2'\]: must be a whole number or a list of them"),
-        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'"), ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
         ({"rope_parameters": "drop", "rope_theta": []}, r"rope_theta is \[\]"),
-        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None"),
-        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "factor is '8'"),
-        ({"rope_parameters": LLAMA3 | {"factor": None}}, "factor is None"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "factor is '8'"), ({"rope_parameters": LLAMA3 | {"factor": None}}, "factor is None"),
         ({"rope_parameters": "llama3"}, "rope_scaling is 'llama3': must be an object"),
-        ({"dtype": "int8"}, "torch_dtype is 'int8': must be one of float64"),
-        ({"dtype": ["float32"]}, "torch_dtype is"),
-        ({"attention_dropout": "0"}, "attention_dropout is '0'"),
+        ({"dtype": "int8"}, "torch_dtype is 'int8': must be one of float64"), ({"dtype": ["float32"]}, "torch_dtype is"),
     ],
-)
+)  # fmt: skip
 def test_a_config_we_would_get_wrong_is_refused(tmp_path, changes, message):
     peer(tmp_path)
     edit_config(tmp_path, **changes)

@@ -15,6 +15,7 @@ import pytest
 import ranks
 import torch
 from conftest import descendants
+from ranks import metrics, same
 
 import sft
 from model import Config, Llama, load, save
@@ -122,30 +123,15 @@ def whole(flags, tmp_path_factory):
     return run
 
 
-def steps(run):
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def untimed(line):
-    return {k: v for k, v in line.items() if not k.endswith("_s")}
-
-
 def state(run):
     weights, kept = load(sft.newest_checkpoint(run)).state_dict(), ranks.kept(run)
     assert same(weights, {name: parts["master"] for name, parts in kept.items()})
     return weights, kept
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else same(a[k], b[k]) for k in a
-    )
-
-
 def begin_and_kill(job, run, step):
     """Kills it as soon as it has logged `step`."""
-    while job.running() and len(steps(run)) < step:
+    while job.running() and len(metrics(run)) < step:
         time.sleep(0.005)
     job.kill()
 
@@ -161,8 +147,8 @@ def test_resume_after_kill_9_is_exact_to_the_bit(flags, whole, tmp_path, stage, 
     assert same(weights, others) and same(optimizer, other)
     places = [{k: ranks.place(folder)[k] for k in ("step", "drawn", "tokens")} for folder in (run, tmp_path)]
     assert places[0] == places[1] and places[0]["drawn"] > 0
-    lines, others = list(map(untimed, steps(run))), list(map(untimed, steps(tmp_path)))
-    assert lines == others and len(lines) >= 8
+    lines = metrics(run)
+    assert lines == metrics(tmp_path) and len(lines) >= 8
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(flags, whole, tmp_path):
@@ -230,12 +216,12 @@ def rank_1(job):
 def test_a_signal_saves_and_the_same_command_goes_on(flags, tmp_path, stage, one):
     flags = [*flags[stage], "--out", tmp_path, "--save-every", 1000]
     job = torchrun(*flags)
-    while job.running() and len(steps(tmp_path)) < 2:
+    while job.running() and len(metrics(tmp_path)) < 2:
         time.sleep(0.005)
     os.kill(rank_1(job) if one else job.processes[0].pid, signal.SIGTERM if one else signal.SIGINT)
     job.finish(code=1)
     saved = sft.newest_checkpoint(tmp_path)
-    assert int(saved.name[5:]) == steps(tmp_path)[-1]["step"] >= (1 if stage == "rl" else 2)
+    assert int(saved.name[5:]) == metrics(tmp_path)[-1]["step"] >= (1 if stage == "rl" else 2)
     start(*flags).finish()
     assert (tmp_path / "summary.json").exists()
 

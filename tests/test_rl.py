@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -64,6 +65,8 @@ def test_a_response_without_reward_is_left_out_of_its_group():
     assert batch.spread.tolist() == [True, False]
     kept, advantage = batch.informative()
     assert kept == rollouts[:3] and torch.equal(advantage, batch.advantage[:1])
+    plain = rl.Batch.of(rollouts, settings(samples=3, advantage="dr-grpo"))
+    assert plain.advantage.tolist() == [[0.5, -0.5, 0], [0, 0, 0]]
 
 
 RATIOS, SIGNS = [1.0, 1.5, 0.5, 1.5, 0.5, 4.0, 4.0, 1.1], [2.0, 2.0, 2.0, -2.0, -2.0, 2.0, -2.0, 0.0]
@@ -125,9 +128,8 @@ RECORD = {"id": "r", "prompt": "Print it.", "tests": [{"stdin": "", "stdout": ""
 
 
 def settings(**changes):
-    return rl.Settings(
-        **({"prompts": 3, "samples": 4, "max_new_tokens": 12, "device": "cpu", "micro_tokens": 100} | changes)
-    )
+    sizes = {"prompts": 3, "samples": 4, "max_new_tokens": 12, "micro_tokens": 100}
+    return rl.Settings(**sizes | {"device": "cpu"} | changes)
 
 
 def some_rollouts(tiny, tokenizer, s, seed=0):
@@ -251,12 +253,14 @@ def test_the_groups_are_dealt_out_whole_over_the_updates(monkeypatch):
         assert weights == [i / 10 for i in rollouts]
         dealt.append(sorted({i // s.samples for i in rollouts}))
         assert len(rollouts) == len(dealt[-1]) * s.samples
-        return dict.fromkeys(("entropy", "clipped", "drift", "trained"), 0)
+        return dict.fromkeys(("entropy", "clipped", "drift", "grad_norm"), len(dealt)) | {"trained": 2}
 
     monkeypatch.setattr(rl, "update", update)
     advantage = torch.arange(20, dtype=torch.float64).view(5, 4) / 10
-    rl.learn(None, range(20), advantage, 1e-3, settings(updates=3))
+    figures = rl.learn(None, range(20), advantage, 1e-3, settings(updates=3))
     assert dealt == [[0, 3], [1, 4], [2]]
+    means = {"entropy": 1, "clipped": 1}  # (1 + 2 + 3) / 6; the drift is of the first update
+    assert figures == means | {"drift": 1 / 2, "grad_norm": 3, "trained_tokens": 6}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,10 +274,11 @@ def a_run(step=0, drawn=0, rank=0, size=1, others=0):
     return SimpleNamespace(world=world, phase=phase, step=step, drawn=drawn, seconds=defaultdict(lambda: 1.0))
 
 
-def sampler_of(spread, drawn):
+def sampler_of(spread, drawn, s):
     """A sampler whose responses to problem number i pass in part if spread[i], else not at all; notes what is `drawn`."""
 
     def sample(model, tokenizer, tasks, max_new_tokens, temperature, samples, seed, rows):
+        assert (max_new_tokens, temperature, samples) == (s.max_new_tokens, s.temperature, s.samples)
         drawn.append((seed, [(record["id"], language) for record, language in tasks]))
         made = []
         for record, language in tasks:
@@ -293,8 +298,8 @@ def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
     """(batch, what each round drew): of problems in the order of the passes."""
     ids = [data.pick(f"{s.seed} rl", i, len(spread)) for i in range(len(spread))]
     records = [RECORD | {"id": f"p{ids.index(i)}", "number": ids.index(i)} for i in range(len(spread))]
-    drawn, known, given = [], {}, []
-    monkeypatch.setattr(rl, "roll_out", sampler_of(spread, drawn))
+    drawn, known, given, s = [], {}, [], replace(s, temperature=0.7)
+    monkeypatch.setattr(rl, "roll_out", sampler_of(spread, drawn, s))
     monkeypatch.setattr(rl, "grade", lambda *job: given.append(job[-1]))
     batch = rl.gather_rollouts(records, languages, Mock(), None, None, known, run, s)
     assert all(verdicts is known for verdicts in given)  # what is known is not run again
@@ -304,15 +309,12 @@ def gathered(monkeypatch, run, s, languages=("python",), spread=SPREAD):
 @pytest.mark.parametrize(
     "informative, rounds, others, needed, kept",
     [
-        (0, 4, 0, 1, [0]),  # off: a single round
-        (1, 4, 0, 1, [0]),
-        (2, 4, 0, 2, [0, 4]),
+        (0, 4, 0, 1, [0]), (1, 4, 0, 1, [0]), (2, 4, 0, 2, [0, 4]),  # 0: off, a single round
         (3, 4, 0, 3, [0, 4, 6, 7, 8]),  # all of the last round, also what is more than asked for
-        (9, 2, 0, 2, [0, 4]),  # rounds are over
-        (9, 4, 0, 4, [0, 4, 6, 7, 8]),
+        (9, 2, 0, 2, [0, 4]), (9, 4, 0, 4, [0, 4, 6, 7, 8]),  # rounds are over
         (5, 4, 3, 2, [0, 4]),  # other ranks have the rest
     ],
-)
+)  # fmt: skip
 def test_rounds_go_on_until_enough_groups_have_spread(monkeypatch, informative, rounds, others, needed, kept):
     run = a_run(others=others)
     batch, drawn = gathered(monkeypatch, run, settings(informative=informative, rounds=rounds))
@@ -330,8 +332,9 @@ def test_only_groups_with_spread_are_trained_and_what_was_drawn_is_logged(monkey
     batch, _ = gathered(monkeypatch, run, s)
     monkeypatch.setattr(rl, "gather_rollouts", lambda *_: batch)
     monkeypatch.setattr(rl, "learn", lambda learner, *kept: seen.extend(kept) or {"trained_tokens": 7})
-    shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, {}, run, s, None)
-    rollouts, advantage, lr, *_ = seen
+    shown, text = rl.step_once([], [], None, None, Mock(decode=lambda _: "it"), None, {}, run, s, "start")
+    rollouts, advantage, lr, _, reference = seen
+    assert reference == "start"  # of the KL penalty
     assert [r.record["number"] for r in rollouts[::4]] == trained and len(advantage) == len(trained)
     assert lr == shown["lr"] == pytest.approx(1e-3 * 4 / 8)  # the fourth step of seven that warm up
     groups = len(batch.spread)
@@ -376,6 +379,7 @@ def test_figures_of_the_rollouts_are_of_all_ranks(tiny, tokenizer):
         figures(part, lambda *values: parts.append(values) or values)
     assert figures(rollouts[:4], lambda *_: [sum(values) for values in zip(*parts, strict=True)]) == whole
     assert figures(rollouts[:4], lambda *values: values) != whole and whole["groups"] == 3
+    assert (whole["reward"], whole["truncated"], whole["no_program"]) == (4 / 8, 9 / 12, 4 / 12)
 
 
 def test_what_rl_has_to_work_with_is_said_and_whether_it_is_nothing():
@@ -391,7 +395,7 @@ def test_what_rl_has_to_work_with_is_said_and_whether_it_is_nothing():
 
 def run_settings(corpus, start, out, **changes):
     values = {"data": str(corpus), "model": str(start), "out": str(out), "informative": 2, "rounds": 2, "steps": 5}
-    values |= {"eval_every": 2, "eval_problems": 1, "eval_tokens": 8, "save_every": 2}
+    values |= {"eval_every": 2, "eval_problems": 1, "eval_tokens": 8, "save_every": 3}
     return settings(**(values | changes))
 
 
@@ -426,7 +430,7 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
         rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
     monkeypatch.setattr(rl, "step_once", real_step)
     saved = sft.newest_checkpoint(tmp_path / "cut")
-    assert saved.name == "step-2" and calls == drawn[: len(calls)]
+    assert saved.name == "step-3" and calls == drawn[: len(calls)]
     before = ranks.place(saved)["drawn"]
     calls.clear()
     rl.main(run_settings(corpus, tiny_folder, tmp_path / "cut", **changes))
@@ -436,11 +440,8 @@ def test_resume_equals_an_uninterrupted_run_bitwise(corpus, tiny_folder, tmp_pat
     a, b = (load(sft.newest_checkpoint(tmp_path / n)).state_dict() for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], v) for k, v in load(tiny_folder).state_dict().items())
-    lines = [
-        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut")
-    ]
-    strip = [[{k: v for k, v in x.items() if not k.endswith("_s")} for x in run] for run in lines]
-    assert strip[0] == strip[1] and [x["step"] for x in strip[0]] == list(range(6))
+    lines = [ranks.metrics(tmp_path / n) for n in ("whole", "cut")]
+    assert lines[0] == lines[1] and [x["step"] for x in lines[0]] == list(range(6))
     assert sum(x.get("groups", 0) for x in lines[0]) == len(drawn)
     assert len({x["groups"] for x in lines[0] if "groups" in x}) == (2 if changes["informative"] else 1)
     texts = [(tmp_path / n / "rollouts/step-4.txt").read_text() for n in ("whole", "cut")]
@@ -454,7 +455,7 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
     asked = []
 
     def half_right(model, tok, tasks, max_new_tokens, temperature, samples=1, seed=0, rows=512, progress=None):
-        asked.extend(tasks)
+        asked.extend((language, max_new_tokens, samples) for _, language in tasks)
         rollouts = []
         for record, language in tasks:
             for i in range(samples):
@@ -467,15 +468,14 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
 
     monkeypatch.setattr(rl, "roll_out", half_right)
     monkeypatch.setattr(evaluation, "roll_out", half_right)
-    rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    held = {"own words": {"python": 1.0}, "the source's words": {"python": 1.0}, "reserved words": {"python": 0.0}}
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1, eval_languages=("ruby",)))
+    lines = ranks.metrics(tmp_path / "run", timed=True)
+    held = {"own words": {"ruby": 1.0}, "the source's words": {"ruby": 1.0}, "reserved words": {"ruby": 0.0}}
     assert [line["held_out"] for line in lines] == [held, held]
     assert lines[-1]["reward"] == 0.5 and lines[-1]["no_spread"] == 0 and lines[-1]["truncated"] == 0
-    assert {"entropy", "clipped", "drift", "sample_tokens_per_s", "sandbox_tokens_per_s", "train_tokens_per_s"} <= set(
-        lines[-1]
-    )
-    assert {language for _, language in asked} == {"python"}  # the source PL: no unseen PL in RL
+    speeds = {f"{phase}_tokens_per_s" for phase in ("sample", "sandbox", "train")}
+    assert {"entropy", "clipped", "drift"} | speeds <= lines[-1].keys()
+    assert {*asked} == {("python", 12, 4), ("ruby", 8, 1)}  # RL in the source PL, since no other is asked for
     said = "of 3 groups 100% have spread; mean reward 0.50; 100% of the responses hold a program"
     assert said in capsys.readouterr().out
     text = (tmp_path / "run/rollouts/step-1.txt").read_text()
@@ -496,6 +496,19 @@ def test_verdicts_are_kept_over_steps_and_apart_for_held_out_problems(corpus, ti
     assert len(given[rl]) >= 2 <= len(given[evaluation]) and len(taught) == len(held) == 1 and taught != held
 
 
+def test_what_is_evaluated_is_what_is_saved_and_no_weight_decays(corpus, tiny_folder, tmp_path, monkeypatch):
+    """In bfloat16, where the sampler has a copy of the weights, as on several ranks."""
+    seen, decays, optimizer = [], [], sft.make_optimizer
+    keep = lambda model, *_: seen.append({name: x.clone() for name, x in model.state_dict().items()}) or {}  # noqa: E731
+    monkeypatch.setattr(rl, "held_out_passes", keep)
+    monkeypatch.setattr(rl, "grade", by_length)
+    monkeypatch.setattr(sft, "make_optimizer", lambda model, decay: decays.append(decay) or optimizer(model, decay))
+    rl.main(run_settings(corpus, tiny_folder, tmp_path / "run", steps=1, precision="bfloat16", lr=1e-2, warmup=0))
+    before, after = seen
+    assert ranks.same(after, load(sft.newest_checkpoint(tmp_path / "run")).state_dict()) and decays == [0]
+    assert not ranks.same(before, after)
+
+
 def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
     corpus, tiny_folder, tmp_path, monkeypatch, capsys
 ):
@@ -508,14 +521,12 @@ def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
     rl_records, dev = (data.read_split(corpus, name) for name in ("rl", "dev"))
     rl_records = [rl_records[0] | ruby, *(r | {"prompt": 1000 * "long "} for r in rl_records[1:3]), *rl_records[3:6]]
     data.write_records(folder / "rl.jsonl.gz", [{k: v for k, v in r.items() if k != "prompts"} for r in rl_records])
-    data.write_records(
-        folder / "dev.jsonl.gz", [dev[0] | ruby, dev[30], dev[60] | {"prompts": {"lua": 1000 * "long "}}]
-    )
+    dev = [dev[0] | ruby, dev[30], dev[60] | {"prompts": {"lua": 1000 * "long "}}]
+    data.write_records(folder / "dev.jsonl.gz", dev)
     rl.main(run_settings(folder, tiny_folder, tmp_path / "run", steps=1))
     out = capsys.readouterr().out
     assert {*asked} == {"rl-3", "rl-4", "rl-5"}
-    held = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["held_out"]
-    assert held.keys() == {"the source's words"}
+    assert ranks.metrics(tmp_path / "run")[0]["held_out"].keys() == {"the source's words"}
     for line in (
         "left out: 1 of 6 RL problems, the first record 'rl-0': no tests in each of python",
         "left out: of 3 held-out problems without tests 1 in python",
@@ -524,9 +535,8 @@ def test_problems_that_are_too_long_or_have_no_tests_are_left_out_and_counted(
     ):
         assert re.search(rf"^{line}$", out, re.MULTILINE)
     data.write_records(folder / "rl.jsonl.gz", [r | ruby for r in rl_records])
-    with pytest.raises(
-        ValueError, match=r"too many to leave out: 6 of 6 RL problems, .* no tests in each of .*; give other"
-    ):
+    lacking = r"too many to leave out: 6 of 6 RL problems, .* no tests in each of .*; give other"
+    with pytest.raises(ValueError, match=lacking):
         rl.main(run_settings(folder, tiny_folder, tmp_path / "none"))
 
 

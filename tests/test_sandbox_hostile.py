@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import sandbox_cases
-from conftest import descendants
+from conftest import descendants, helper_or_skip
 from sandbox_cases import CASES, Case, run_case
 
 import sandbox
@@ -51,10 +51,7 @@ def traces(box: sandbox.Sandbox) -> dict:
 def box(request):
     forkserver = request.param == "forkserver"
     level = "namespaces" if forkserver else request.param
-    try:
-        sandbox._Helper(level).close()
-    except sandbox._Refused as refusal:
-        pytest.skip(f"{level}: {refusal}")
+    helper_or_skip(level).close()
     with sandbox.Sandbox(1, level=level, forkserver=forkserver) as box:
         box.run("print(1)", "python", [{"stdin": "", "stdout": "1"}])
         yield box

@@ -4,24 +4,13 @@ import pytest
 from sandbox_programs import PROGRAMS
 
 import sandbox
-from sandbox import LANGUAGES, Limits, Sandbox
+from sandbox import LANGUAGES, Limits
 
-VERDICTS = {
-    "sum": "ok",
-    "fail": "runtime_error",
-    "spin": "time_limit",
-    "hoard": "memory_limit",
-    "flood": "output_limit",
-}
+VERDICTS = {"sum": "ok", "fail": "runtime_error"}
+VERDICTS |= {"spin": "time_limit", "hoard": "memory_limit", "flood": "output_limit"}
 PATIENT = Limits(wall=30, cpu=30, memory=256, output=1 << 18)
 HURRIED = Limits(wall=1.0, cpu=1.0, memory=256)
 GARBAGE = "@@@ ( not a { program \n"
-
-
-@pytest.fixture(scope="module")
-def box():
-    with Sandbox(2) as box:
-        yield box
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -30,12 +19,9 @@ def test_language(box, name):
         pytest.skip(f"no toolchain: {sandbox._missing(LANGUAGES[name])}")
     programs = dict(PROGRAMS[name])
     stdin = programs.pop("stdin", "3 4\n")
-    jobs = {
-        kind: box.submit(
-            program, name, [{"stdin": stdin, "stdout": "7"}], limits=HURRIED if kind == "spin" else PATIENT
-        )
-        for kind, program in programs.items()
-    }
+    jobs, tests = {}, [{"stdin": stdin, "stdout": "7"}]
+    for kind, program in programs.items():
+        jobs[kind] = box.submit(program, name, tests, limits=HURRIED if kind == "spin" else PATIENT)
     wrong = box.submit(programs["sum"], name, [{"stdin": stdin, "stdout": "8"}])
     garbage = box.submit(GARBAGE, name, [{"stdin": "", "stdout": ""}])
     for kind, job in jobs.items():
@@ -51,6 +37,5 @@ def test_table_is_sound():
     assert len(LANGUAGES) >= 40
     assert set(PROGRAMS) <= set(LANGUAGES)
     assert all(lang.run and lang.file for lang in LANGUAGES.values())
-    assert not any(
-        "|" in tool for lang in LANGUAGES.values() for tool in sandbox._tools(lang)
-    )  # one implementation each
+    tools = [tool for lang in LANGUAGES.values() for tool in sandbox._tools(lang)]
+    assert not any("|" in tool for tool in tools)  # one implementation each
