@@ -89,15 +89,16 @@ $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 
 # --- the demo
 
-# Smaller than the study: half of its SFT, three quarters of its RL, two thirds of its reserved problems, two arms, one seed.
+# Smaller than the study: half of its SFT, three quarters of its RL, two thirds of its reserved problems, two arms,
+# one seed. SEED, SPLIT and THREADS count; what else is to differ, give to run.
 DEMO := runs/demo-$(SEED)-$(SPLIT)
 demo: interpreters .venv/installed-plots
 	@echo "A base model; for each arm (source: python alone, parallel: each function in four PLs) SFT and RL in python; evaluation"
-	@$(MAKE) --no-print-directory --jobs=2 run RUN=$(DEMO) SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
+	@$(MAKE) --no-print-directory --jobs=2 run RUN=$(DEMO) ARMS="source parallel" SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
 	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(DEMO)/eval/table.md
 	@echo "all tables: $(DEMO)/eval/table.md   the figure: $(DEMO)/eval/transfer.png"
-	@echo "this seed: $$(grep '^parallel less source' $(DEMO)/eval/table.md)"
-	@echo "the study: $$(grep '^parallel less source' results/study/joined.md); see README.md"
+	@grep '^parallel less source' $(DEMO)/eval/table.md | sed 's/^/this seed: /'
+	@grep '^parallel less source' results/study/joined.md | sed 's/^/the study: /; s/$$/; see README.md/'
 
 # --- the same from a model that was really pre-trained, sized for two hours on two cores; on a GPU give SFT, RL and EVAL
 

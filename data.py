@@ -177,7 +177,6 @@ def parse_record(line: str, where: str, general: bool = False) -> dict:
         record["tests"], harness = sandbox.tests_of(record)
     except ValueError as error:
         raise RecordError(f"{where}: {error}") from None
-    need(record["tests"], "tests", "give a list with at least one test")
     for name in ("function", "phrase"):
         need(is_text(record.get(name, "")), name, "give a text, or leave it out")
     wrong = record.get("distractors", {})
@@ -2005,6 +2004,8 @@ def verify(s: VerifySettings) -> None:
     files = {path: read_records(path)[: s.limit or None] for path in record_files(s.data)}
     if not files:
         fail(f"{s.data}: holds no JSONL file; `python data.py make` writes the embedded corpus")
+    if s.keep and Path(s.keep).resolve() in {path.parent.resolve() for path in files}:
+        fail(f"--keep {s.keep}: holds the records themselves; give another folder")
     records = list(itertools.chain(*files.values()))
     here = sandbox.installed()
     wanted = [sandbox.canonical(p) for p in s.languages] or list(here)

@@ -441,15 +441,16 @@ def make_cells(measures: dict[str, tuple[int, dict]], titles: dict[str, list[str
 
 
 # Student's t at 0.975 by degrees of freedom, from 1; what lies beyond takes the last, which is a little wider.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
 def over_seeds(values: Sequence[float]) -> dict:
     """Mean and 95% t-interval of one value a seed: endless for a single seed, nan where a value is."""
-    n, centre = len(values), sum(values) / len(values)
+    n, centre = len(values), math.fsum(values) / len(values)
     half = math.inf
     if n > 1:
-        half = T95[min(n - 1, len(T95)) - 1] * (sum((v - centre) ** 2 for v in values) / (n - 1) / n) ** 0.5
+        half = T95[min(n - 1, len(T95)) - 1] * (math.fsum((v - centre) ** 2 for v in values) / (n - 1) / n) ** 0.5
     return {"value": centre, "low": centre - half, "high": centre + half, "seeds": n}
 
 
@@ -556,7 +557,7 @@ def by_phrase(cells: Sequence[dict]) -> list[list[dict]]:
 def claims(runs: Sequence[list[dict]]) -> list[dict]:
     """The paper's claims over runs with several seeds: a row each, with its value in every seed."""
     studies, rows = [Study(cells) for cells in runs], []
-    arms = studies[0].arms
+    arms = studies[0].arms if studies[0].source else []
 
     def add(claim: str, decides: bool, text: str, value: Callable[[Study], float]) -> None:
         values = [value(study) for study in studies]
@@ -894,9 +895,12 @@ def write(folder: str, name: str, text: str) -> None:
 def read_cells(path: str) -> list[dict]:
     """The cells of an eval.json; ValueError naming `path` if it is anything else."""
     try:
-        return json.loads(Path(path).read_text())["cells"]
-    except (IsADirectoryError, KeyError, TypeError, ValueError):
-        raise ValueError(f"--join: {path}: not an eval.json that an evaluation wrote") from None
+        cells = json.loads(Path(path).read_text())["cells"]
+        if all({"measure", "group", "model", "column", "value", "problems"} <= c.keys() for c in cells) and cells:
+            return cells
+    except (AttributeError, IsADirectoryError, KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"--join: {path}: not an eval.json that an evaluation wrote")
 
 
 def join_seeds(s: Settings) -> list[dict]:

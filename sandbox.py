@@ -618,7 +618,9 @@ def demands(record: dict) -> Demands:
     need("memory_limit", number, "MB, a number above 0")
     need("harness", lambda value: isinstance(value, dict), "an object from language to text")
     for name, text in own.get("harness", {}).items():
-        if canonical(name) != name or not isinstance(text, str) or text.count("«answer»") != 1 or "«word»" not in text:
+        if canonical(name) != name:
+            raise ValueError(f"field 'harness.{name}': name it {canonical(name)}")
+        if not isinstance(text, str) or text.count("«answer»") != 1 or "«word»" not in text:
             raise ValueError(f"field 'harness.{name}': give a text with «answer» once and «word»")
     return Demands(**own)
 
@@ -628,8 +630,8 @@ def tests_of(record: dict) -> tuple[list[dict], dict[str, str]]:
     ValueError naming the field that is not valid, and the mend."""
     harness = demands(record).harness
     tests = record.get("tests", [{"stdin": ""}] if harness else None)
-    if not isinstance(tests, list):
-        raise ValueError("field 'tests': give a list")
+    if not isinstance(tests, list) or not tests:
+        raise ValueError("field 'tests': give a list with at least one test")
     for i, test in enumerate(tests):
         stdout = test.get("stdout", "" if harness else None) if isinstance(test, dict) else None
         accepted = stdout if isinstance(stdout, list) else [stdout]
@@ -2093,6 +2095,8 @@ def _cmd_run(options) -> int:
     language = options.language or by_suffix.get(path.suffix, path.suffix.lstrip("."))
     program = path.read_text("utf-8", "surrogateescape")
     tests = _json_lines(options.tests, lambda test: tests_of({"tests": [test]})[0][0])
+    if canonical(language) and not tests:
+        raise ValueError(f"{options.tests}: no tests")
     with _open_sandbox(options) as sandbox:
         result = sandbox.run(program, language, tests)
     print(json.dumps(asdict(result), indent=1))

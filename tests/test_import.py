@@ -389,6 +389,8 @@ def test_verify_keeps_files_apart_that_share_an_id(tmp_path):
     data.verify(data.VerifySettings(data=str(tmp_path), keep=str(tmp_path / "kept")))
     kept = [list(data.read_records(tmp_path / f"kept/{name}.jsonl")[0]["solutions"]) for name in "ab"]
     assert kept == [["perl"], ["python", "perl"]]
+    with pytest.raises(SystemExit, match="holds the records themselves; give another folder"):
+        data.verify(data.VerifySettings(data=str(tmp_path), keep=str(tmp_path)))
 
 
 def test_split_keeps_equal_problems_on_one_side(tmp_path, capsys):

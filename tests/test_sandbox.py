@@ -181,7 +181,7 @@ def test_comparing(record, expected, got, right):
         ({"tolerance": "1"}, "field 'tolerance': give a number above 0"), ({"time_limit": 0}, "field 'time_limit': give seconds"),
         ({"memory_limit": float("nan")}, "field 'memory_limit': give MB"), ({"harness": "print"}, "field 'harness': give an object"),
         ({"harness": {"python": "«answer»"}}, "field 'harness.python': give a text with «answer» once and «word»"),
-        ({"harness": {"python": "«answer»«answer»«word»"}}, "field 'harness.python'"), ({"harness": {"py": "«answer»«word»"}}, "field 'harness.py'"),
+        ({"harness": {"python": "«answer»«answer»«word»"}}, "field 'harness.python'"), ({"harness": {"py": "«answer»«word»"}}, "field 'harness.py': name it python"),
     ],
 )  # fmt: skip
 def test_demands_that_are_none(record, message):
@@ -696,7 +696,7 @@ PROGRAM = '{"program": "print(1)", "language": "python", "tests": %s}'
             ("\n[1, 2]", ':2: give an object with texts "program" and "language"'),
             ('{"program": 5, "language": "c", "tests": []}', ':1: give an object with texts "program"'),
             ('{"program": "", "language": 7, "tests": []}', ':1: give an object with texts "program"'),
-            ('{"program": "", "language": "c"}', ":1: field 'tests': give a list"), (PROGRAM % '["x"]', ":1: field 'tests[0]': give {"),
+            ('{"program": "", "language": "c"}', ":1: field 'tests': give a list"), (PROGRAM % "[]", "give a list with at least one test"), (PROGRAM % '["x"]', ":1: field 'tests[0]': give {"),
             (PROGRAM % '[{"stdout": "1"}, {}]', ":1: field 'tests[1]': give {"), (PROGRAM % '[{"stdout": []}]', ":1: field 'tests[0]': give {"),
             (PROGRAM % '[{"stdout": "1", "stdin": null}]', ":1: field 'tests[0]': give {"),
             (PROGRAM % '[{"stdout": "1", "args": ["a\\u0000"]}]', "'tests[0].args': give a list of texts without NUL"),
