@@ -541,9 +541,11 @@ def summary(cells: Sequence[dict]) -> str:
 def conclusion(rows: Sequence[dict], over: str) -> str:
     """A line: what claim (b) comes to, from its rows of `claims`, whose intervals are over so many `over`; else empty."""
     own = [row for row in rows if row["claim"] == "b" and row["decides"] and math.isfinite(row["low"])]
-    points = [[100 * row[name] for name in ("value", "low", "high")] for row in own]
-    parts = (f"{p[0]:+.1f} ({p[1]:.1f} to {p[2]:.1f}), {verdict(row)}" for p, row in zip(points, own, strict=True))
-    texts = [f"{row['text'].partition(',')[0]} {part}" for row, part in zip(own, parts, strict=True)]
+    texts = [
+        f"{row['text'].partition(',')[0]} {100 * row['value']:+.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f}), "
+        + verdict(row)
+        for row in own
+    ]
     return f"parallel less source: {'; '.join(texts)} (95% intervals over {own[0]['seeds']} {over})" if own else ""
 
 
