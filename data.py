@@ -1035,10 +1035,11 @@ def function_part(
 def humaneval_x(row: Row) -> dict:
     name, number = row("task_id").split("/")
     language = public_language(name)
-    opening, shown = row("import", str, "") + row("declaration"), row("prompt")
-    opening = shown if language == "python" else opening  # a declaration there may hold half a docstring
-    shown += "" if opening.strip().split("\n")[-1] in shown else opening
-    own = {"shown": shown, "setup": row("test_setup", str, "")}
+    imports, opening, declaration = row("import", str, "").strip(), row("prompt"), row("declaration")
+    opening = opening if imports in opening else f"{imports}\n{opening}"
+    last, text = ("".join(part.split()) for part in (declaration.strip().split("\n")[-1], opening))
+    opening += "" if last in text else declaration  # Rust's prompts are comments alone
+    own = {"setup": row("test_setup", str, "")}
     return function_part(f"HumanEval/{number}", language, opening, row("canonical_solution"), row("test"), **own)
 
 

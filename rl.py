@@ -208,9 +208,8 @@ def transcript(rollouts: Sequence[Rollout], advantage: Tensor, tokenizer: Tokeni
     for g, row in enumerate(advantage[:groups].tolist()):
         own = rollouts[g * size : (g + 1) * size]
         text.append(f"=== {own[0].record['id']} in {own[0].language}: {data.statement(own[0].record, own[0].language)}")
-        text += [
-            f"--- {r.verdict}, advantage {a:+.2f}\n{tokenizer.decode(r.tokens)}" for r, a in zip(own, row, strict=True)
-        ]
+        for r, a in zip(own, row, strict=True):
+            text.append(f"--- {r.verdict}, advantage {a:+.2f}\n{tokenizer.decode(r.tokens)}")
     return "\n".join(text) + "\n"
 
 
@@ -277,15 +276,14 @@ class Batch:
 
 def rollout_figures(batch: Batch, world: World) -> dict:
     """What the rollout phase itself shows, over all ranks: reward, groups without spread, truncation, lengths."""
-    rollouts = batch.rollouts
     sums = {
         "reward": batch.rewards.sum().item(),
         "no_spread": (~batch.spread).sum().item(),
-        "truncated": sum(not r.stopped for r in rollouts),
-        "no_program": sum(r.verdict == "no_program" for r in rollouts),
-        "response_tokens": sum(len(r.tokens) for r in rollouts),
+        "truncated": sum(not r.stopped for r in batch.rollouts),
+        "no_program": sum(r.verdict == "no_program" for r in batch.rollouts),
+        "response_tokens": sum(len(r.tokens) for r in batch.rollouts),
     }
-    counts = [batch.valid.sum().item(), len(batch.rewards), *[len(rollouts)] * 3]
+    counts = [batch.valid.sum().item(), len(batch.rewards), *[len(batch.rollouts)] * 3]
     totals = world.sum(*sums.values(), *counts)
     means = {name: a / max(1, n) for name, a, n in zip(sums, totals, totals[len(sums) :], strict=False)}
     return means | {"groups": int(totals[len(sums) + 1])}
@@ -310,8 +308,7 @@ def gather_rollouts(
             grade(new, tokenizer, box, known)
         rollouts, rounds, run.drawn = rollouts + new, rounds + 1, run.drawn + s.prompts
         batch = Batch.of(rollouts, s)
-        enough = world.sum(batch.spread.sum().item())[0] >= s.informative
-        if enough or rounds == s.rounds:
+        if world.sum(batch.spread.sum().item())[0] >= s.informative or rounds == s.rounds:
             return batch
 
 
@@ -415,8 +412,7 @@ def main(s: Settings) -> None:
     with World(s.device) as world:  # what fails on one host alone then breaks the connections that others wait on
         taught = s.languages or (data.read_roles(s.data).source,)
         wanted = {*map(sandbox.canonical, (*taught, *s.eval_languages))}
-        if absent := wanted - set(sandbox.installed()):
-            absent = ", ".join(sorted(absent))
+        if absent := ", ".join(sorted(wanted - set(sandbox.installed()))):
             data.fail(f"no toolchain here for {absent}; `python sandbox.py languages` names the package")
         train(s, world)
 

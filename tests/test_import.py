@@ -161,6 +161,19 @@ def test_formats(format, tmp_path, box):
     assert verdicts[0] == "ok" and verdicts[1] in ("wrong_answer", "runtime_error"), record
 
 
+@pytest.mark.parametrize(
+    "prompt", ["# Twice.\n", "def one():\n    return 1\n\n\n# Twice.\ndef twice( x ):\n"], ids=["comment", "helper"]
+)
+def test_what_opens_a_program_of_humaneval_x(prompt, tmp_path, box):
+    """Its prompt, which may lack the imports and, in Rust, the declaration."""
+    solution = f"    return math.floor(2 * x * {'one()' if 'one' in prompt else 1})\n"
+    own = {"prompt": prompt, "import": "import math\n", "canonical_solution": solution}
+    [record] = bring(tmp_path, "humaneval-x", FORMATS["humaneval-x"][0][0] | {"declaration": "def twice(x):\n"} | own)
+    program = record["solutions"]["python"]
+    assert program.count("def twice") == program.count("import math") == 1
+    assert box.run(*data.job(record, "python", program)).passed
+
+
 def test_functions_are_asked_for_as_a_whole_and_shown_with_their_signature(tmp_path):
     [record] = bring(tmp_path, "mbxp", *FORMATS["mbxp"][0])
     assert PY["prompt"].strip() in record["prompts"]["python"] and "func twice (x int) int {" in record["prompts"]["go"]

@@ -59,7 +59,7 @@ class Job:
             process.join(max(0.0, end - time.monotonic()))
         text, codes = self.output.read_text(), [process.exitcode for process in self.processes]
         self.kill()
-        assert None not in codes and (set(codes) == {0}) == (code == 0), (codes, text)
+        assert None not in codes and (set(codes) == {0}) == (code == 0), f"{codes}\n{text}"
         return text
 
 
