@@ -87,6 +87,12 @@ $(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.j
 $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 	$(PY) eval.py --forkserver --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) | sed '/^[|*]/d; /^$$/d'
 
+define show
+	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(1)/eval/table.md
+	@echo "all tables: $(1)/eval/table.md   the figure: $(1)/eval/transfer.png"
+	@grep '^parallel less source' $(1)/eval/table.md | sed 's/^/this seed: /'
+endef
+
 # --- the demo
 
 # Smaller than the study: half of its SFT, three quarters of its RL, two thirds of its reserved problems, two arms,
@@ -95,9 +101,7 @@ DEMO := runs/demo-$(SEED)-$(SPLIT)
 demo: interpreters .venv/installed-plots
 	@echo "A base model; for each arm (source: python alone, parallel: each function in four PLs) SFT and RL in python; evaluation"
 	@$(MAKE) --no-print-directory --jobs=2 run RUN=$(DEMO) ARMS="source parallel" SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
-	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(DEMO)/eval/table.md
-	@echo "all tables: $(DEMO)/eval/table.md   the figure: $(DEMO)/eval/transfer.png"
-	@grep '^parallel less source' $(DEMO)/eval/table.md | sed 's/^/this seed: /'
+	$(call show,$(DEMO))
 	@grep '^parallel less source' results/study/joined.md | sed 's/^/the study: /; s/$$/; see README.md/'
 
 # --- the same from a model that was really pre-trained, sized for two hours on two cores; on a GPU give SFT, RL and EVAL
@@ -106,8 +110,8 @@ smollm2: interpreters .venv/installed-tests
 	@$(MAKE) --no-print-directory --jobs=2 run RUN=runs/smollm2 PRETRAINED=tests/smollm2.py \
 		SFT="$(or $(SFT),--replay 0 --tokens 100000 --batch 2048 --lr 1e-4)" \
 		RL="$(or $(RL),--steps 15 --prompts 8 --samples 8 --informative 4 --rounds 2 --lr 1e-5 --warmup 3 --max-new-tokens 128 --eval-problems 5)" \
-		EVAL="$(or $(EVAL),--problems 10)"
-	@cat runs/smollm2/eval/table.md
+		EVAL="$(or $(EVAL),--problems 20 --plots)"
+	$(call show,runs/smollm2)
 
 # --- the study: two seeds at a time, each with a thread of its own
 

@@ -367,7 +367,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
 
     with open_sandbox(s, world) as box:
         if run.step == 0:
-            run.log(held_out=evaluation())
+            run.log("pass@1", held_out=evaluation())
         while run.step < s.steps and not stopping:
             figures, text = step_once(records, taught, learner, sampler, tokenizer, box, known, run, s, reference)
             run.step, run.tokens = run.step + 1, run.tokens + figures["trained_tokens"]
@@ -376,7 +376,7 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
             if run.step % s.eval_every == 0 or run.step == s.steps:
                 figures["held_out"] = evaluation()
                 run.write_text(f"rollouts/step-{run.step}.txt", text)
-            run.log(**figures)
+            run.log("pass@1", **figures)
             if run.step % s.save_every == 0:
                 run.save(learner, tokenizer)
             stopping = world.sum(run.stopping)[0] > 0

@@ -411,6 +411,11 @@ FREE = {"device", "shard", "micro_tokens", "recompute", "workers", "forkserver",
 FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems", "eval_tokens"}
 
 
+def as_text(figures: dict) -> str:
+    """Figures by name, some of which may be such a dict again, to be read: a 1, b (c 2, d 3)."""
+    return ", ".join(f"{k} ({as_text(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in figures.items())
+
+
 class Run:
     """A run folder, the same for all ranks. `stopping` turns true on Ctrl-C or SIGTERM: finish the step, save.
 
@@ -508,16 +513,15 @@ class Run:
         self.saved = self.step
         return state["metrics_bytes"]
 
-    def log(self, **figures) -> None:
-        """Appends one line, the step and its figures, to metrics.jsonl; shows held-out figures."""
+    def log(self, measure: str, **figures) -> None:
+        """Appends one line, the step and its figures, to metrics.jsonl; shows those held out, which are of `measure`."""
         if self.world.rank:
             return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": self.step} | rounded) + "\n")
         if "held_out" in figures:
-            what = "pass@1" if any(isinstance(v, dict) for v in figures["held_out"].values()) else "loss"
-            tqdm.write(f"{self.out} step {self.step}: {what} on dev {figures['held_out']}")
+            tqdm.write(f"{self.out} step {self.step}: {measure} on dev: {as_text(figures['held_out'])}")
 
     def write_text(self, name: str, text: str) -> None:
         """A file in the run folder."""
@@ -562,7 +566,7 @@ class Run:
         totals |= {"tokens": self.tokens, "tokens_per_s": round(self.tokens / self.seconds["train"])}
         totals["seconds"] = {phase: round(t, 1) for phase, t in self.seconds.items()}
         self.write_text(self.summary.name, json.dumps(totals) + "\n")
-        print(f"{self.out}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in totals.items()))
+        print(f"{self.out}: " + as_text(totals).replace("_", " "))
         if self.world.sum(self.stopping)[0]:  # told too late to stop before: but what follows must not start
             sys.exit(130)
 
@@ -713,7 +717,7 @@ def loop(s: Settings, run: Run, learner: Learner, mixture: Mixture) -> None:
         if run.step % s.eval_every == 0:
             with run.phase("evaluate"):
                 figures["held_out"] = held_out_losses(learner, held)
-        run.log(tokens=run.tokens, **figures)
+        run.log("loss", tokens=run.tokens, **figures)
         if run.step % s.save_every == 0:
             run.save(learner, tokenizer)
     bar.close()

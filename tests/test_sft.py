@@ -248,7 +248,7 @@ def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path):
     s = settings(corpus, tmp_path / "run")
     with sft.Run(s.out, s, sft.World("cpu")) as ours:
         ours.start()
-        ours.log(lr=1.23456789e-7, tokens_per_s=123456.789, tokens=12345678)
+        ours.log("loss", lr=1.23456789e-7, tokens_per_s=123456.789, tokens=12345678)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert line == {"step": 0, "lr": 1.23457e-7, "tokens_per_s": 123457.0, "tokens": 12345678}
 
