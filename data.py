@@ -36,7 +36,7 @@ Our choices, where the Parallel-SFT paper (arXiv 2604.20835) leaves freedom or i
    Reserved wordings occur there in a few documents of the source PL, so that RL has something to reinforce.
 3. The arms differ in one thing each. `source`: the source PL alone. `multi`: each function in one SFT PL, worded as
    its community does. `crossed`: the same, worded as any SFT community does: one wording meets several PLs.
-   `parallel`: each function in all SFT PLs, with one statement. `in-context`: the same in one answer.
+   `parallel`: each function in all SFT PLs, with one statement.
    In all of them a share of the examples (`replay`) are base documents, the only place where an unseen PL occurs.
    Records may lack SFT PLs: what an arm shows of them is in those that they have, at least two in `parallel`.
 4. Example number i of a mixture is a function of the seed and i, so that a resumed run reads on where
@@ -127,6 +127,11 @@ def command(main: Callable, settings: type, description: str, argv: Sequence[str
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    if (
+        "RANK" in os.environ
+    ):  # threads of gloo live on, and one that frees a tensor while python ends aborts the process
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -331,16 +336,16 @@ class Example(NamedTuple):
     first: int
 
 
-def example(tokenizer: "Tokenizer", record: dict, text: str, languages: Sequence[str]) -> Example:
-    """The statement `text` and the record's answer in the tokenizer's format; trained on answer and stop token."""
-    prompt = tokenizer.prompt(text, languages)
-    response = [*tokenizer.encode(answer(record["solutions"], languages) or record["answer"]), tokenizer.stop]
-    return Example(prompt + response, len(prompt))
+def example(tokenizer: "Tokenizer", record: dict, text: str, language: str) -> Example:
+    """The statement `text` and the record's answer in the PL ("" for general data); trained on answer and stop token."""
+    prompt = tokenizer.prompt(text, language)
+    response = answer(record["solutions"][language], language) if language else record["answer"]
+    return Example([*prompt, *tokenizer.encode(response), tokenizer.stop], len(prompt))
 
 
-def statement(record: dict, *languages: str) -> str:
-    """The record's statement as people who write in the PLs word it: each different text, one below the other."""
-    return "\n\n".join(dict.fromkeys(record.get("prompts", {}).get(p, record["prompt"]) for p in languages))
+def statement(record: dict, language: str) -> str:
+    """The record's statement as people who write in the PL word it."""
+    return record.get("prompts", {}).get(language, record["prompt"])
 
 
 def home(function: str, languages: Sequence):
@@ -375,7 +380,7 @@ class Mixture:
         before = int(i * self.general_share)
         if int((i + 1) * self.general_share) > before:
             record = self.general[pick(f"{self.seed} general", before, len(self.general))]
-            return example(self.tokenizer, record, record["prompt"], ())
+            return example(self.tokenizer, record, record["prompt"], "")
         i -= before
         before = 0 if self.name == "base" else int(i * self.replay)
         name, number = self.name, i - before
@@ -383,29 +388,27 @@ class Mixture:
             name, number = "base", before
         return MIXTURES[name](self, number, random.Random(f"{self.seed} {name} {number}"))
 
-    def answers(self, record: dict) -> list[tuple[str, ...]]:
-        """The PLs of each answer that the arm may show of a record; none if it lacks those that the arm needs."""
-        own = tuple(p for p in self.sft[: 1 if self.name == "source" else None] if p in record["solutions"])
-        if self.name == "in-context":
-            return [own] if own else []
-        return [(p,) for p in own] if len(own) > (self.name == "parallel") else []
+    def shown(self, record: dict) -> list[str]:
+        """The PLs in which the arm may show a record; none if it lacks those that the arm needs."""
+        own = [p for p in self.sft[: 1 if self.name == "source" else None] if p in record["solutions"]]
+        return own if len(own) > (self.name == "parallel") else []
 
     @functools.cached_property
     def turns(self) -> tuple[int, ...]:
-        """How many answers the arm may show of each record."""
-        return tuple(len(self.answers(record)) for record in self.records)
+        """In how many PLs the arm may show each record."""
+        return tuple(len(self.shown(record)) for record in self.records)
 
     def record(self, i: int) -> dict:
         """Record number i of the passes, in the same order in every arm."""
         return self.records[pick(f"{self.seed} sft", i, len(self.records))]
 
-    def any_words(self, record: dict, languages: Sequence[str], rng: random.Random) -> str:
+    def any_words(self, record: dict, language: str, rng: random.Random) -> str:
         """The statement as some SFT PL's people word it: each different text is as likely.
 
-        A record with a harness states the signature in each PL that is asked for, which none of the others can replace.
+        A record with a harness states the signature in the PL that is asked for, which no other's can replace.
         """
         if "harness" in record:
-            return statement(record, *languages)
+            return statement(record, language)
         return rng.choice(list(dict.fromkeys(statement(record, p) for p in self.sft)))
 
 
@@ -433,29 +436,30 @@ def base(m: Mixture, i: int, rng: random.Random) -> Example:
     record = m.documents[pick(f"{m.seed} base", i, len(m.documents))]
     language = rng.choice(list(record["solutions"]))
     if rng.random() < m.statements:
-        return example(m.tokenizer, record, statement(record, language), [language])._replace(first=1)
-    tokens = m.tokenizer.encode(answer(record["solutions"] | record.get("commented", {}), [language]))
+        return example(m.tokenizer, record, statement(record, language), language)._replace(first=1)
+    program = record.get("commented", {}).get(language, record["solutions"][language])
+    tokens = m.tokenizer.encode(answer(program, language))
     return Example([m.tokenizer.bos, *tokens, m.tokenizer.eos], 1)
 
 
 def source(m: Mixture, i: int, rng: random.Random) -> Example:
     """The source PL only, in the words of its community."""
     record = m.record(i)
-    return example(m.tokenizer, record, statement(record, m.sft[0]), m.sft[:1])
+    return example(m.tokenizer, record, statement(record, m.sft[0]), m.sft[0])
 
 
 def multi(m: Mixture, i: int, rng: random.Random) -> Example:
     """All SFT PLs, each function in one of those it has, in the words of that PL's community."""
     record = m.record(i)
-    languages = home(record.get("function", record["id"]), m.answers(record))
-    return example(m.tokenizer, record, statement(record, *languages), languages)
+    language = home(record.get("function", record["id"]), m.shown(record))
+    return example(m.tokenizer, record, statement(record, language), language)
 
 
 def crossed(m: Mixture, i: int, rng: random.Random) -> Example:
     """As `multi`, but in any SFT community's words: one wording meets several PLs, one function does not."""
     record = m.record(i)
-    languages = home(record.get("function", record["id"]), m.answers(record))
-    return example(m.tokenizer, record, m.any_words(record, languages, rng), languages)
+    language = home(record.get("function", record["id"]), m.shown(record))
+    return example(m.tokenizer, record, m.any_words(record, language, rng), language)
 
 
 def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
@@ -464,19 +468,11 @@ def parallel(m: Mixture, i: int, rng: random.Random) -> Example:
     place, turn = _turns(f"{m.seed} sft {passes}", m.turns)[i]
     number = passes * len(m.records) + place
     record, lot = m.record(number), random.Random(f"{m.seed} parallel {number}")
-    languages = lot.sample(m.answers(record), len(m.answers(record)))[turn]
-    return example(m.tokenizer, record, m.any_words(record, languages, lot), languages)
+    language = lot.sample(m.shown(record), len(m.shown(record)))[turn]
+    return example(m.tokenizer, record, m.any_words(record, language, lot), language)
 
 
-def in_context(m: Mixture, i: int, rng: random.Random) -> Example:
-    """Each function in all SFT PLs that it has in one answer."""
-    record = m.record(i)
-    [languages] = m.answers(record)
-    text = m.any_words(record, languages, rng)
-    return example(m.tokenizer, record, text, rng.sample(languages, len(languages)))
-
-
-MIXTURES = {f.__name__.replace("_", "-"): f for f in (base, source, multi, crossed, parallel, in_context)}
+MIXTURES = {f.__name__: f for f in (base, source, multi, crossed, parallel)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,7 +497,7 @@ def train_tokenizer(records: Sequence[dict], vocabulary: int, out: Path) -> None
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    texts = (ask(statement(r, p), [p]) + answer(r["solutions"], [p]) for r in records for p in r["solutions"])
+    texts = (ask(statement(r, p), p) + answer(r["solutions"][p], p) for r in records for p in r["solutions"])
     tokenizer.train_from_iterator(texts, trainer)
     (out / "tokenizer_config.json").unlink(missing_ok=True)
     write_atomically(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
@@ -725,9 +721,9 @@ class Tokenizer:
         """The ids of `parts` with `text` for the statement."""
         return [i for p in self.parts for i in (self.encode(p.replace("\0", text)) if isinstance(p, str) else [p])]
 
-    def prompt(self, statement: str, languages: Sequence[str]) -> list[int]:
-        """Everything up to where the answer in `languages` begins."""
-        return self._fill(ask(statement, languages))
+    def prompt(self, statement: str, language: str) -> list[int]:
+        """Everything up to where the answer in the PL begins."""
+        return self._fill(ask(statement, language))
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`, so that a checkpoint is whole.
@@ -744,22 +740,19 @@ class Tokenizer:
             write_atomically(Path(folder) / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
 
 
-def ask(statement: str, languages: Sequence[str]) -> str:
+def ask(statement: str, language: str) -> str:
     """The prompt's text. The only prompt template: SFT, RL and evaluation all use it; general data names no PL."""
-    return statement.strip() + (f"\nAnswer in {', '.join(languages)}." if languages else "")
+    return statement.strip() + (f"\nAnswer in {language}." if language else "")
 
 
-def answer(solutions: dict[str, str], languages: Sequence[str]) -> str:
-    """The response's text: one fenced block a PL, of which `extract` gives the program back, its last line ended.
+def answer(program: str, language: str) -> str:
+    """The response's text: a fenced block, of which `extract` gives the program back, its last line ended.
 
     A fence is ```, or longer than those that begin a line of the program, as in CommonMark.
     """
-    blocks = []
-    for language in languages:
-        program = solutions[language].removesuffix("\n")
-        fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
-        blocks.append(f"{fence}{language}\n{program}\n{fence}")
-    return "\n".join(blocks)
+    program = program.removesuffix("\n")
+    fence = "`" * (1 + max(map(len, re.findall("^`{3,}", program, re.MULTILINE)), default=2))
+    return f"{fence}{language}\n{program}\n{fence}"
 
 
 def extract(response: str, language: str) -> str | None:

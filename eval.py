@@ -115,7 +115,7 @@ def roll_out(
     """
     if not tasks:
         return []
-    prompts = [tokenizer.prompt(data.statement(record, language), [language]) for record, language in tasks]
+    prompts = [tokenizer.prompt(data.statement(record, language), language) for record, language in tasks]
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     completions = generate(
         model, prompts, max_new_tokens, tokenizer.stops, temperature, samples, generator, progress, rows, **truncation
@@ -228,7 +228,7 @@ def evaluate(
 @torch.inference_mode()
 def log_probs(model: Llama, tokenizer: Tokenizer, answers: Sequence[tuple[dict, str, str]]) -> list[float]:
     """The log-prob of each (record, PL, program) as the answer to the record's statement, its stop token included."""
-    rows = [data.example(tokenizer, {"solutions": {p: text}}, data.statement(r, p), [p]) for r, p, text in answers]
+    rows = [data.example(tokenizer, {"solutions": {p: text}}, data.statement(r, p), p) for r, p, text in answers]
     values = [0.0] * len(rows)
     lengths = [len(tokens) - 1 for tokens, _ in rows]
     for group in pack(lengths, PREFILL_TOKENS):
@@ -304,7 +304,7 @@ def document(tokenizer: Tokenizer, record: dict, language: str) -> tuple[list[in
 
 def question(tokenizer: Tokenizer, record: dict, language: str) -> tuple[list[int], int]:
     """The prompt for the record in the words of the PL's own community, and the index of its last token."""
-    tokens = tokenizer.prompt(data.statement(record, language), [language])
+    tokens = tokenizer.prompt(data.statement(record, language), language)
     return tokens, len(tokens) - 1
 
 
@@ -857,12 +857,12 @@ def evaluate_models(s: Settings) -> list[dict]:
             raise ValueError("--representations: compares PLs; name two or more with --languages")
         languages = present_languages(wanted) if s.sampling else []
         count_untested(records, languages)
-        asked = [(s.max_new_tokens, lambda _: [[p] for p in languages])] * s.sampling
-        asked += [(0, lambda r: [[p] for p in wanted if p in r["solutions"]])] * s.representations
+        checks = [(s.max_new_tokens, lambda _: languages)] * s.sampling
+        checks += [(0, lambda r: [p for p in wanted if p in r["solutions"]])] * s.representations
         for folder in models.values():  # what is missing shows before the long work, as does a place for the results
             limit, tokenizer = Config.load(folder).max_position_embeddings, Tokenizer(folder, s.format)
-            for budget, answers in asked:  # every model gets the same problems
-                records = fitting(tokenizer, limit, records, answers, "held-out problems", budget)
+            for budget, asked in checks:  # every model gets the same problems
+                records = fitting(tokenizer, limit, records, asked, "held-out problems", budget)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=s.out).close()
         # A forward pass over short texts: the first rank does it alone, and before the long work, since it may refuse.
@@ -970,7 +970,7 @@ def write_programs(s: Settings) -> None:
                 left[f"no tests in {language}" if given or s.solve else "no program to translate"] += 1
             else:
                 task = shown_program(record, given[0]) if s.translate else record
-                fits = len(tokenizer.prompt(data.statement(task, language), [language])) <= limit
+                fits = len(tokenizer.prompt(data.statement(task, language), language)) <= limit
                 tasks += [(task, language)] * fits
                 left["prompt too long"] += not fits
         if not world.rank:

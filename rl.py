@@ -356,8 +356,8 @@ def loop(s: Settings, run: Run, learner: Learner, tokenizer: Tokenizer, referenc
     records = data.leave_out(records, untested, "RL problems", "give other --languages")
     count_untested(held, languages)
     limit = sampler.model.config.max_position_embeddings
-    records = fitting(tokenizer, limit, records, lambda _: [[p] for p in taught], "RL problems", s.max_new_tokens)
-    held = fitting(tokenizer, limit, held, lambda _: [[p] for p in languages], "held-out problems", s.eval_tokens)
+    records = fitting(tokenizer, limit, records, lambda _: taught, "RL problems", s.max_new_tokens)
+    held = fitting(tokenizer, limit, held, lambda _: languages, "held-out problems", s.eval_tokens)
     bar = tqdm(total=s.steps, initial=run.step, desc=run.out.name, disable=world.rank > 0 or None)
 
     def evaluation() -> dict:

@@ -369,12 +369,12 @@ def open_checkpoint(folder: Path, world: World, s, train: bool = False) -> tuple
 
 
 def fitting(
-    tokenizer: Tokenizer, limit: int, records: Sequence[dict], answers: Callable[[dict], Sequence[Sequence[str]]],
-    what: str, budget: int = 0,
+    tokenizer: Tokenizer, limit: int, records: Sequence[dict], asked: Callable[[dict], Sequence[str]], what: str,
+    budget: int = 0,
 ) -> list[dict]:  # fmt: skip
     """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most half may be too long.
 
-    `answers`: the PLs of each answer that is asked for. An answer has `budget` tokens, or with 0 as many as the
+    `asked`: the PLs in which an answer is asked for. It has `budget` tokens, or with 0 as many as the
     record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
     one byte, and a format's template is longer than the tokens that it puts around a text.
     """
@@ -382,13 +382,12 @@ def fitting(
     def fault(record: dict) -> str:
         """Why it does not fit; "" if it does."""
         programs = record["solutions"] | record.get("commented", {})
-        for languages in answers(record):
-            text = "" if budget else data.answer(programs, languages) or record["answer"]
-            texts = record["prompt"], *record.get("prompts", {}).values(), data.statement(record, *languages)
-            prompt = max(texts, key=len)  # any of them may be asked
-            around = data.ask(prompt, languages) + tokenizer.template
+        prompt = max([record["prompt"], *record.get("prompts", {}).values()], key=len)  # any of them may be asked
+        for language in asked(record):
+            text = record["answer"] if not language else "" if budget else data.answer(programs[language], language)
+            around = data.ask(prompt, language) + tokenizer.template
             if len((around + text).encode()) + budget > limit:
-                length, new = len(tokenizer.prompt(prompt, languages)), budget or len(tokenizer.encode(text)) + 1
+                length, new = len(tokenizer.prompt(prompt, language)), budget or len(tokenizer.encode(text)) + 1
                 if length + new > limit:
                     return f"a prompt of {length} tokens and {new} new ones, the model takes {limit}"
         return ""
@@ -619,35 +618,35 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
     return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
-def each_alone(record: dict) -> list[tuple[str, ...]]:
-    """The PLs of the record's answers, one answer each; general data has one, in no PL."""
-    return [(p,) for p in record["solutions"]] or [()] * ("answer" in record)
+def each(record: dict) -> list[str]:
+    """The PLs of the record's programs; general data has one answer, in no PL."""
+    return list(record["solutions"]) or [""] * ("answer" in record)
 
 
 def choose_examples(m: Mixture, limit: int) -> Mixture:
     """The mixture without what lacks the PLs that it needs, or has more tokens than `limit`."""
 
-    def chosen(records: Sequence[dict], answers: Callable, what: str) -> list[dict]:
-        there = {r["id"]: ", ".join(r["solutions"]) or "none" for r in records if not answers(r)}
+    def chosen(records: Sequence[dict], shown: Callable, what: str) -> list[dict]:
+        there = {r["id"]: ", ".join(r["solutions"]) or "none" for r in records if not shown(r)}
         lacking = {name: f"too few programs in SFT PLs for {m.name}; it has {own}" for name, own in there.items()}
         records = data.leave_out(records, lacking, what, "add programs, or give another --mixture")
-        return fitting(m.tokenizer, limit, records, answers, what)
+        return fitting(m.tokenizer, limit, records, shown, what)
 
     return replace(
         m,
-        records=chosen(m.records, m.answers, "training problems"),
-        documents=chosen(m.documents, each_alone, "base documents"),
-        general=chosen(m.general, each_alone, "general examples"),
+        records=chosen(m.records, m.shown, "training problems"),
+        documents=chosen(m.documents, each, "base documents"),
+        general=chosen(m.general, each, "general examples"),
     )
 
 
 def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
-    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each_alone, "held-out problems")
+    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each, "held-out problems")
     rows = defaultdict(list)
     for record in data.first_kind(records)[: s.eval_problems]:
         for language in record["solutions"]:
-            rows[language].append(data.example(tokenizer, record, data.statement(record, language), [language]))
+            rows[language].append(data.example(tokenizer, record, data.statement(record, language), language))
     return rows
 
 

@@ -544,7 +544,7 @@ def trl_steps(folder: Path, records: list[dict], language: str, box: sandbox.San
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer, ends = transformers.AutoTokenizer.from_pretrained(folder), []
-    by_prompt = {data.ask(r["prompt"], [language]): r for r in records}
+    by_prompt = {data.ask(r["prompt"], language): r for r in records}
 
     def reward(prompts, completions, **_):
         texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]

@@ -104,11 +104,11 @@ def test_prompts_and_answers_are_what_transformers_renders_from_the_folders_temp
         assert ours.format == format
         assert tuple(map(ours.core.id_to_token, (ours.bos, ours.eos, ours.stop, ours.pad))) == roles
         said = conversation(True)
-        said[0]["content"] = data.ask(STATEMENT, ["python"])  # not every template takes white space off
+        said[0]["content"] = data.ask(STATEMENT, "python")  # not every template takes white space off
         said[1]["content"] = said[1]["content"].strip()
         ids = theirs.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
-        assert ours.prompt(STATEMENT, ["python"]) == ids
-        e = data.example(ours, record, STATEMENT, ["python"])
+        assert ours.prompt(STATEMENT, "python") == ids
+        e = data.example(ours, record, STATEMENT, "python")
         ids = theirs.apply_chat_template(said, return_dict=False)
         assert e.tokens == ids[: len(e.tokens)] and theirs.decode(ids[len(e.tokens) :]).strip() == ""
         assert e.tokens[-1] == ours.stop == theirs.convert_tokens_to_ids(roles[2]) and ours.stop in ours.stops
@@ -179,7 +179,7 @@ def test_a_format_may_be_chosen_where_a_folders_own_is_not_known(tmp_path):
     make(tmp_path, special, roles, ZEPHYR)
     plain, chatml = (data.Tokenizer(tmp_path, format) for format in ("plain", "chatml"))
     assert plain.stop == plain.bos == 0 and chatml.stop == 2
-    assert chatml.prompt("x", ["python"])[0] == 1  # without a system turn
+    assert chatml.prompt("x", "python")[0] == 1  # without a system turn
     with pytest.raises(ValueError, match=r"has no token <\|start_header_id\|>; use .* or --format plain"):
         data.Tokenizer(tmp_path, "chat")
     make(tmp_path, special, roles, "")
@@ -190,4 +190,4 @@ def test_a_character_without_a_token_is_named(tmp_path):
     ours = data.Tokenizer(make(tmp_path, *FOLDERS["SmolLM2"][:3]))
     assert ours.decode(ours.encode("ünïcödé 漢 \x05")) == "ünïcödé 漢 \x05"
     with pytest.raises(ValueError, match=r"has no tokens for '\\x04'; leave such texts out"):
-        ours.prompt("Print \x04.", ["python"])
+        ours.prompt("Print \x04.", "python")

@@ -374,16 +374,17 @@ def test_another_source_pl_has_the_sources_words():
 # --------------------------------------------------------------------------------------------------
 # Mixtures
 
-ARMS = ("source", "multi", "crossed", "parallel", "in-context")
+ARMS = ("source", "multi", "crossed", "parallel")
 
 
 def mixture(records, tokenizer, name, **settings):
     return data.Mixture(name, records["train"], records["base"], tokenizer, SMALL.sft, **settings)
 
 
-def programs(tokenizer, e):
-    """(PL, program) of each fenced block of an example."""
-    return re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.first :]), re.DOTALL)
+def block_of(tokenizer, e):
+    """(PL, program) of the one fenced block of an example."""
+    [block] = re.findall(r"```(\w+)\n(.*?)\n```", tokenizer.decode(e.tokens[e.first :]), re.DOTALL)
+    return block
 
 
 def asked(tokenizer, e):
@@ -394,11 +395,11 @@ def asked(tokenizer, e):
 
 @dataclass(frozen=True)
 class Shown:
-    """What one example of an arm shows: its function, PLs and statement; `replayed`: a base document."""
+    """What one example of an arm shows: its function, PL and statement; `replayed`: a base document."""
 
     replayed: bool
     function: str
-    languages: tuple
+    language: str
     statement: str
     tokens: int
 
@@ -422,10 +423,9 @@ def runs(records, tokenizer):
             run.tokens += sum(len(tokens) for tokens, _ in rows)
             update = []
             for tokens, start in rows:
-                found = programs(tokenizer, data.Example(tokens, start))
-                [function] = {function_of[block] for block in found}
+                block = block_of(tokenizer, data.Example(tokens, start))
                 text = "" if start == 1 else asked(tokenizer, data.Example(tokens, start))
-                update.append(Shown(start == 1, function, tuple(p for p, _ in found), text, len(tokens)))
+                update.append(Shown(start == 1, function_of[block], block[0], text, len(tokens)))
             shown[arm].append(update)
     return some, shown
 
@@ -457,9 +457,8 @@ def test_the_arms_differ_in_pls_and_wordings_alone(runs):
     words = {arm: defaultdict(set) for arm in ARMS}  # by PL
     for arm in ARMS:
         for e in own(shown[arm]):
-            homes[arm][e.function].update(e.languages)
-            for language in e.languages:
-                words[arm][language] |= {frozenset(words_of(e.statement))}
+            homes[arm][e.function].add(e.language)
+            words[arm][e.language].add(frozenset(words_of(e.statement)))
     both = {frozenset({"source"}), frozenset({"others"})}
     assert set(homes["source"]) and all(pls == {"python"} for pls in homes["source"].values())
     assert words["source"] == {"python": {frozenset({"source"})}}
@@ -467,17 +466,14 @@ def test_the_arms_differ_in_pls_and_wordings_alone(runs):
         assert {len(pls) for pls in homes[arm].values()} == {1} and set.union(*homes[arm].values()) == set(SMALL.sft)
     assert homes["multi"] == homes["crossed"]
     assert words["multi"] == {p: {frozenset({COMMUNITY[p]})} for p in SMALL.sft}
-    for arm in ("crossed", "parallel", "in-context"):
+    for arm in ("crossed", "parallel"):
         assert words[arm] == dict.fromkeys(SMALL.sft, both), arm
-    for arm in ("parallel", "in-context"):
-        assert all(pls == set(SMALL.sft) for pls in homes[arm].values())
-    assert {tuple(sorted(e.languages)) for e in own(shown["in-context"])} == {tuple(sorted(SMALL.sft))}
-    assert len({e.languages for e in own(shown["in-context"])}) > 1  # their order varies
+    assert all(pls == set(SMALL.sft) for pls in homes["parallel"].values())
     groups = [own(shown["parallel"])[i : i + 3] for i in range(0, len(own(shown["parallel"])) - 2, 3)]
     for group in groups:  # one function, one statement, each PL once, whatever is replayed in between
         assert len({(e.function, e.statement) for e in group}) == 1
-        assert sorted(e.languages[0] for e in group) == sorted(SMALL.sft)
-    assert len({tuple(e.languages for e in group) for group in groups}) > 1
+        assert sorted(e.language for e in group) == sorted(SMALL.sft)
+    assert len({tuple(e.language for e in group) for group in groups}) > 1  # their order varies
 
 
 def test_records_without_communities_are_worded_alike_in_multi_and_crossed(records, tokenizer):
@@ -494,8 +490,8 @@ def test_records_without_communities_are_worded_alike_in_multi_and_crossed(recor
 def test_only_replay_shows_unseen_pls(runs):
     _, shown = runs
     for arm in ARMS:
-        assert {p for e in own(shown[arm]) for p in e.languages} <= set(SMALL.sft)
-        assert {p for e in itertools.chain(*shown[arm]) if e.replayed for p in e.languages} >= set(SMALL.unseen)
+        assert {e.language for e in own(shown[arm])} <= set(SMALL.sft)
+        assert {e.language for e in itertools.chain(*shown[arm]) if e.replayed} >= set(SMALL.unseen)
 
 
 PARTLY = {"a": "ruby python javascript", "b": "python ruby", "c": "ruby", "d": "lua", "e": "javascript lua ruby"}
@@ -516,7 +512,6 @@ def partly(**more):
         ("parallel", {"a": ["javascript", "python", "ruby"], "b": ["python", "ruby"], "e": ["javascript", "ruby"]}),
         ("multi", {"a": 1, "b": 1, "c": 1, "e": 1}),
         ("crossed", {"a": 1, "b": 1, "c": 1, "e": 1}),
-        ("in-context", {"a": ["javascript python ruby"], "b": ["python ruby"], "c": ["ruby"], "e": ["javascript ruby"]}),
     ],
 )  # fmt: skip
 def test_records_that_lack_pls_are_shown_in_those_that_they_have(tokenizer, capsys, arm, shown):
@@ -528,11 +523,10 @@ def test_records_that_lack_pls_are_shown_in_those_that_they_have(tokenizer, caps
     for start in range(0, 3 * size, size):
         found = []
         for e in (m[i] for i in range(start, start + size)):
-            blocks = programs(tokenizer, e)
-            name, pls = blocks[0][1].split()[0], {p for p, _ in blocks}
-            assert all(text == f"{name} program {p}" for p, text in blocks)
-            assert asked(tokenizer, e) == "\n\n".join(f"{name} states {p}" for p in SMALL.sft if p in pls)
-            found.append((name, " ".join(sorted(pls))))
+            language, text = block_of(tokenizer, e)
+            name = text.split()[0]
+            assert (text, asked(tokenizer, e)) == (f"{name} program {language}", f"{name} states {language}")
+            found.append((name, language))
         groups = [(name, sorted(pls for _, pls in own)) for name, own in itertools.groupby(found, lambda x: x[0])]
         assert len(groups) == len(shown)  # the examples of a record follow on each other
         for name, own in groups:
@@ -551,7 +545,7 @@ def test_a_mixture_that_no_record_has_the_pls_for_is_refused(tokenizer):
             sft.choose_examples(data.Mixture(arm, records, documents, tokenizer, SMALL.sft), 1024)
 
 
-@pytest.mark.parametrize("arm, share", [("parallel", 0.25), ("base", 0.1), ("in-context", 0.0), ("source", 1.0)])
+@pytest.mark.parametrize("arm, share", [("parallel", 0.25), ("base", 0.1), ("multi", 0.0), ("source", 1.0)])
 def test_general_data_takes_its_share_and_moves_nothing_else(records, tokenizer, tmp_path, arm, share):
     """Chat of any kind: no PL is asked for, the answer and its stop token are trained."""
     lines = [{"prompt": f" Is {i} odd?", "answer": f"{'no yes'.split()[i % 2]}, {i}\n", "id": 3} for i in range(7)]
@@ -594,7 +588,7 @@ def test_base_shows_every_document_in_a_pass_and_states_a_share_of_them(records,
     shown, stated = Counter(), 0
     for e in (m[i] for i in range(count)):
         assert e.first == 1 and e.tokens[0] == tokenizer.bos
-        [(language, program)] = programs(tokenizer, e)
+        language, program = block_of(tokenizer, e)
         shown[language, known[language, program]] += 1
         lines, mark = map(str.strip, program.splitlines()), (data.COMMON | data.SNIPPETS[language])["comment"] + " "
         commented = any(line.startswith(mark) for line in lines)
@@ -622,11 +616,11 @@ def test_examples_depend_on_seed_and_number_alone(records, tokenizer):
 def test_transformers_writes_the_same_prompt_from_a_saved_folder(corpus, records, tmp_path, format):
     data.Tokenizer(corpus, format).save(tmp_path)
     ours, theirs, record = data.Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path), records["train"][0]
-    messages = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
+    messages = [{"role": "user", "content": data.ask(record["prompt"], "python")}]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ours.format == format and ours.prompt(record["prompt"], ["python"]) == ids
-    messages.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
-    e = data.example(ours, record, record["prompt"], ["python"])
+    assert ours.format == format and ours.prompt(record["prompt"], "python") == ids
+    messages.append({"role": "assistant", "content": data.answer(record["solutions"]["python"], "python")})
+    e = data.example(ours, record, record["prompt"], "python")
     assert e.tokens == theirs.apply_chat_template(messages, return_dict=False)
     assert theirs.eos_token_id == ours.stop and theirs.pad_token_id == ours.pad != ours.stop
     assert {ours.format, data.Tokenizer(tmp_path, "chat").format} == {format, "chat"}
@@ -638,7 +632,7 @@ def test_special_tokens(tokenizer, records):
     text = "a <|eot_id|> inside a statement, ünïcödé and \ttabs\n"
     ids = tokenizer.encode(text)
     assert tokenizer.stop not in ids and tokenizer.decode(ids) == text
-    examples = (data.example(tokenizer, r, r["prompt"], ["python"]) for r in records["train"])
+    examples = (data.example(tokenizer, r, r["prompt"], "python") for r in records["train"])
     assert all(tokenizer.pad not in e.tokens for e in examples)
 
 
@@ -699,13 +693,13 @@ def test_what_a_tokenizers_file_carries_means_what_it_means_to_transformers(corp
         theirs = AutoTokenizer.from_pretrained(folder)
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False) and len(theirs) == ours.size
         assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
-        messages = [{"role": "user", "content": data.ask(statement, ["python"])}]
+        messages = [{"role": "user", "content": data.ask(statement, "python")}]
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ours.prompt(statement, ["python"]) == ids
+        assert ours.prompt(statement, "python") == ids
         messages.append({"role": "assistant", "content": "```python\nx = 1\n\n\nprint(x)\n```"})
         record = {"solutions": {"python": "x = 1\n\n\nprint(x)"}}
         ids = theirs.apply_chat_template(messages, return_dict=False)
-        assert data.example(ours, record, statement, ["python"]).tokens == ids
+        assert data.example(ours, record, statement, "python").tokens == ids
     saved, config = (json.loads((tmp_path / "b" / f"tokenizer{x}.json").read_text()) for x in ("", "_config"))
     assert saved["truncation"] is saved["padding"] is None
     assert not {"truncation", "max_length", "padding"} & config.keys()
@@ -775,7 +769,9 @@ def test_a_program_is_read_back_whatever_it_holds(tokenizer):
     drawn = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(500)]
     for program in FENCED + [p for p in drawn if p.strip()]:
         whole = program if program.endswith("\n") else program + "\n"
-        text = data.answer({"python": "```\n", "bash": program}, ["python", "bash", "python"])
+        text = "\n".join(
+            data.answer(text, p) for text, p in [("```\n", "python"), (program, "bash"), ("```\n", "python")]
+        )
         assert data.extract(tokenizer.decode(tokenizer.encode(text)), "bash") == whole
         assert data.extract(text, "python") == "```\n"
 

@@ -76,7 +76,7 @@ def test_sample_keeps_tasks_in_order_and_is_reproducible(tokenizer, tiny):
     tasks = [(r, p) for r in records for p in ("python", "ruby")]
     rows = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
     assert [(r.record["id"], r.language) for r in rows] == [(r["id"], p) for r, p in tasks for _ in range(2)]
-    assert all(r.prompt == tokenizer.prompt(r.record["prompt"], [r.language]) for r in rows)
+    assert all(r.prompt == tokenizer.prompt(r.record["prompt"], r.language) for r in rows)
     again = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=3)
     assert [r.tokens for r in rows] == [r.tokens for r in again]
     other = evaluation.roll_out(tiny, tokenizer, tasks, 5, 1.0, samples=2, seed=4)
@@ -208,7 +208,7 @@ def test_evaluate_on_right_answers_scores_one_hundred(corpus, tokenizer, tiny, m
     """With the sampler replaced by the corpus's own programs, every PL must come out at 100%."""
 
     def perfect(model, tok, tasks, *_):
-        return [rollout(tok, data.answer(r["solutions"], [p]), language=p, record=r) for r, p in tasks]
+        return [rollout(tok, data.answer(r["solutions"][p], p), language=p, record=r) for r, p in tasks]
 
     monkeypatch.setattr(evaluation, "roll_out", perfect)
     records = data.read_split(corpus, "dev")[::20]
@@ -353,7 +353,7 @@ def log_probs_of_transformers(folder, tokenizer, answers):
     """The same by transformers, one answer at a time."""
     theirs, values = LlamaForCausalLM.from_pretrained(folder).eval(), []
     for record, language, program in answers:
-        prompt = tokenizer.prompt(data.statement(record, language), [language])
+        prompt = tokenizer.prompt(data.statement(record, language), language)
         response = [*tokenizer.encode(f"```{language}\n{program.strip()}\n```"), tokenizer.stop]
         with torch.no_grad():
             logits = theirs(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -472,7 +472,7 @@ def test_a_program_stands_where_training_shows_it(corpus, tokenizer):
     for record in data.read_split(corpus, "dev")[:5]:
         for language, program in record["solutions"].items():
             tokens, first = evaluation.document(tokenizer, record, language)
-            shown = [tokenizer.bos, *tokenizer.encode(data.answer(record["solutions"], [language]))]
+            shown = [tokenizer.bos, *tokenizer.encode(data.answer(record["solutions"][language], language))]
             assert shown[: len(tokens)] == tokens and tokenizer.decode(tokens[first:]) == program.strip() + "\n"
 
 
@@ -481,7 +481,7 @@ def test_a_question_is_the_prompt_in_own_words_up_to_its_last_token(corpus, toke
     for language in record["solutions"]:
         tokens, first = evaluation.question(tokenizer, record, language)
         text = record["prompt"] if language == "python" else record["prompts"][language]
-        assert tokens == tokenizer.prompt(text, [language]) and first == len(tokens) - 1
+        assert tokens == tokenizer.prompt(text, language) and first == len(tokens) - 1
 
 
 def documents(corpus, tokenizer):

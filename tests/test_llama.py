@@ -71,7 +71,7 @@ def instruct(corpus, tmp_path_factory):
     """A bfloat16 model in shards, with the other files that such a folder holds."""
     folder = tmp_path_factory.mktemp("hub") / "Llama-3.1-0B-Instruct"
     records = data.read_split(corpus, "train")
-    core = train_tokenizer(data.ask(r["prompt"], [p]) + r["solutions"][p] for r in records for p in r["solutions"])
+    core = train_tokenizer(data.ask(r["prompt"], p) + r["solutions"][p] for r in records for p in r["solutions"])
     torch.manual_seed(0)
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
@@ -98,7 +98,7 @@ STATEMENT = "  \n Read integers.\n\n    Keep the even ones,\tthen  print them. \
 
 def conversation(answered):
     """Of one user, with white space around what is said, as the template is to take it off."""
-    turns = [{"role": "user", "content": f"\n {data.ask(STATEMENT, ['python'])}\n\n"}]
+    turns = [{"role": "user", "content": f"\n {data.ask(STATEMENT, 'python')}\n\n"}]
     return turns + [{"role": "assistant", "content": "\n```python\nx = 1\n\n\nprint(x)\n```\n"}] * answered
 
 

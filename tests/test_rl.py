@@ -461,8 +461,8 @@ def test_a_step_with_real_programs_shows_its_figures(corpus, tiny_folder, tmp_pa
             for i in range(samples):
                 right = i % 2 or (samples == 1 and "phrase" not in record)
                 program = record["solutions"][language] if right else "print('no')"
-                ids = [*tok.encode(data.answer({language: program}, [language])), tok.stop]
-                prompt = tok.prompt(data.statement(record, language), [language])
+                ids = [*tok.encode(data.answer(program, language)), tok.stop]
+                prompt = tok.prompt(data.statement(record, language), language)
                 rollouts.append(Rollout(record, language, prompt, ids, [-1.0] * len(ids), True))
         return rollouts
 

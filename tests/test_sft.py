@@ -179,7 +179,7 @@ def test_the_held_out_loss_is_of_dev_in_own_words_per_trained_token(corpus, toke
         sums, count = 0.0, 0
         for record in data.read_split(corpus, "dev")[:3]:
             text = record["prompt"] if language == "python" else record["prompts"][language]
-            tokens, first = data.example(tokenizer, record, text, [language])
+            tokens, first = data.example(tokenizer, record, text, language)
             logits, targets = tiny(torch.tensor([tokens[:-1]]))[0, first - 1 :], torch.tensor(tokens[first:])
             sums, count = sums + F.cross_entropy(logits, targets, reduction="sum").item(), count + len(targets)
         assert loss == pytest.approx(sums / count, abs=1e-4)
@@ -483,7 +483,7 @@ def test_what_is_longer_than_the_model_takes_is_left_out(corpus, tokenizer, caps
 def test_no_more_than_half_of_the_records_are_left_out_for_their_length(corpus, tokenizer, capsys):
     """Answers of 0 to 9 words more, a token each, and the model takes those of `words` more at most."""
     general = [{"id": str(i), "prompt": "p", "answer": "so" + i * " so", "solutions": {}} for i in range(10)]
-    lengths = [len(data.example(tokenizer, r, "p", ()).tokens) for r in general]
+    lengths = [len(data.example(tokenizer, r, "p", "").tokens) for r in general]
     m = replace(mixture(corpus, tokenizer), records=[], documents=[], general=general)
     for words in (9, 7, 4):
         assert sft.choose_examples(m, lengths[words]).general == general[: words + 1]
@@ -524,8 +524,7 @@ def test_all_arms_get_the_same_number_of_updates_and_tokens(corpus, tmp_path):
         assert summary["updates"] == len(lines) == 8 and summary["tokens"] == lines[-1]["tokens"]  # 3000 / 400, up
         rates = [1e-3 * sft.schedule(i / 8, 0.05) for i in range(8)]
         assert [line["lr"] for line in lines] == pytest.approx(rates, rel=1e-5)
-        longest = 250 * (3 if name == "in-context" else 1)
-        assert all(400 * line["step"] <= line["tokens"] < 400 * line["step"] + longest for line in lines)
+        assert all(400 * line["step"] <= line["tokens"] < 400 * line["step"] + 250 for line in lines)
 
 
 @pytest.mark.parametrize("share, kinds", [(0.0, {True}), (0.5, {True, False}), (1.0, {False})])
@@ -582,5 +581,5 @@ def test_every_flag_has_a_help_line_and_help_shows_the_manual(capsys):
         data.parse_flags(sft.Settings, sft.__doc__, ["--help"])
     out = capsys.readouterr().out
     assert "The supervised stage" in out and f"(default: {sft.Settings.batch})" in out
-    given = data.parse_flags(sft.Settings, "", ["--batch", "7", "--mixture", "in-context"])
-    assert (given.batch, given.mixture) == (7, "in-context")
+    given = data.parse_flags(sft.Settings, "", ["--batch", "7", "--mixture", "crossed"])
+    assert (given.batch, given.mixture) == (7, "crossed")

@@ -42,11 +42,11 @@ def test_prompts_and_logits_are_those_of_transformers(folder, opened, corpus):
     [answer] = generate(model, [prompt], 10, ours.stops, temperature=0.0)
     assert "Paris" in ours.decode(answer.tokens)
     for record in data.read_split(corpus, "train")[:2]:
-        said = [{"role": "user", "content": data.ask(record["prompt"], ["python"])}]
+        said = [{"role": "user", "content": data.ask(record["prompt"], "python")}]
         prompt = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-        assert ours.prompt(record["prompt"], ["python"]) == prompt
-        said.append({"role": "assistant", "content": data.answer(record["solutions"], ["python"])})
-        tokens = data.example(ours, record, record["prompt"], ["python"]).tokens
+        assert ours.prompt(record["prompt"], "python") == prompt
+        said.append({"role": "assistant", "content": data.answer(record["solutions"]["python"], "python")})
+        tokens = data.example(ours, record, record["prompt"], "python").tokens
         ids = theirs.apply_chat_template(said, return_dict=False)
         assert tokens == ids[:-1]  # less the newline after the last turn
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_sft_and_rl_teach_it_and_it_translates(folder, opened, corpus, tmp_path,
     records = data.read_split(corpus, "train")[:2]
     s = rl.Settings(device="cpu", prompts=2, samples=2, informative=0, max_new_tokens=12, warmup=0, lr=1e-6)
     learner, losses = sft.Learner(model, world, s, 0.0, tokenizer.pad), []
-    examples = [data.example(tokenizer, r, r["prompt"], ["python"]) for r in records]
+    examples = [data.example(tokenizer, r, r["prompt"], "python") for r in records]
     for _ in range(3):
         losses.append(float(sft.accumulate(learner, [(e.tokens, e.first) for e in examples])))
         learner.step(1e-4)
