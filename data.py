@@ -120,16 +120,15 @@ def _options(f: dataclasses.Field) -> dict:
 
 
 def command(main: Callable, settings: type, description: str, argv: Sequence[str] | None = None) -> None:
-    """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback."""
+    """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback. A rank ends here."""
     try:
         main(parse_flags(settings, description, argv))
     except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    if (
-        "RANK" in os.environ
-    ):  # threads of gloo live on, and one that frees a tensor while python ends aborts the process
+    if "RANK" in os.environ:
+        # Gloo's threads live on, and one that frees a tensor while python ends aborts the process.
         sys.stdout.flush()
         os._exit(0)
 
@@ -348,7 +347,7 @@ def statement(record: dict, language: str) -> str:
     return record.get("prompts", {}).get(language, record["prompt"])
 
 
-def home(function: str, languages: Sequence):
+def home(function: str, languages: Sequence[str]) -> str:
     """The one of `languages` that shows a function in mixtures with a single PL for each: by its hash (or id), always the same."""
     return languages[int(hashlib.sha256(function.encode()).hexdigest(), 16) % len(languages)]
 
@@ -405,7 +404,7 @@ class Mixture:
     def any_words(self, record: dict, language: str, rng: random.Random) -> str:
         """The statement as some SFT PL's people word it: each different text is as likely.
 
-        A record with a harness states the signature in the PL that is asked for, which no other's can replace.
+        A record with a harness states the signature in the PL that is asked for; no other PL's statement can replace it.
         """
         if "harness" in record:
             return statement(record, language)
@@ -1030,10 +1029,10 @@ def humaneval_x(row: Row) -> dict:
     language = public_language(name)
     imports, opening, declaration = row("import", str, "").strip(), row("prompt"), row("declaration")
     opening = opening if imports in opening else f"{imports}\n{opening}"
-    last, text = ("".join(part.split()) for part in (declaration.strip().split("\n")[-1], opening))
-    opening += "" if last in text else declaration  # Rust's prompts are comments alone
-    own = {"setup": row("test_setup", str, "")}
-    return function_part(f"HumanEval/{number}", language, opening, row("canonical_solution"), row("test"), **own)
+    if "".join(declaration.strip().split("\n")[-1].split()) not in "".join(opening.split()):
+        opening += declaration  # Rust's prompts are comments alone
+    setup, solution = row("test_setup", str, ""), row("canonical_solution")
+    return function_part(f"HumanEval/{number}", language, opening, solution, row("test"), setup=setup)
 
 
 def humanevalpack(row: Row) -> dict:

@@ -374,7 +374,7 @@ def fitting(
 ) -> list[dict]:  # fmt: skip
     """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most half may be too long.
 
-    `asked`: the PLs in which an answer is asked for. It has `budget` tokens, or with 0 as many as the
+    `asked`: the PLs in which a record is to be answered ("" for general data). The answer has `budget` tokens, or with 0 as many as the
     record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
     one byte, and a format's template is longer than the tokens that it puts around a text.
     """
@@ -384,7 +384,7 @@ def fitting(
         programs = record["solutions"] | record.get("commented", {})
         prompt = max([record["prompt"], *record.get("prompts", {}).values()], key=len)  # any of them may be asked
         for language in asked(record):
-            text = record["answer"] if not language else "" if budget else data.answer(programs[language], language)
+            text = "" if budget else data.answer(programs[language], language) if language else record["answer"]
             around = data.ask(prompt, language) + tokenizer.template
             if len((around + text).encode()) + budget > limit:
                 length, new = len(tokenizer.prompt(prompt, language)), budget or len(tokenizer.encode(text)) + 1
@@ -411,7 +411,7 @@ FREE |= {"eval_every", "save_every", "eval_languages", "eval_problems", "eval_to
 
 
 def as_text(figures: dict) -> str:
-    """Figures by name, some of which may be such a dict again, to be read: a 1, b (c 2, d 3)."""
+    """Figures by name as a line to read; a dict among them goes in brackets: a 1, b (c 2, d 3)."""
     return ", ".join(f"{k} ({as_text(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in figures.items())
 
 
@@ -513,7 +513,7 @@ class Run:
         return state["metrics_bytes"]
 
     def log(self, measure: str, **figures) -> None:
-        """Appends one line, the step and its figures, to metrics.jsonl; shows those held out, which are of `measure`."""
+        """Appends the step and its figures to metrics.jsonl; prints those held out, which are of `measure`."""
         if self.world.rank:
             return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
@@ -618,8 +618,8 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
     return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
-def each(record: dict) -> list[str]:
-    """The PLs of the record's programs; general data has one answer, in no PL."""
+def own_languages(record: dict) -> list[str]:
+    """The PLs of the record's programs; "" for the one answer of general data."""
     return list(record["solutions"]) or [""] * ("answer" in record)
 
 
@@ -635,14 +635,14 @@ def choose_examples(m: Mixture, limit: int) -> Mixture:
     return replace(
         m,
         records=chosen(m.records, m.shown, "training problems"),
-        documents=chosen(m.documents, each, "base documents"),
-        general=chosen(m.general, each, "general examples"),
+        documents=chosen(m.documents, own_languages, "base documents"),
+        general=chosen(m.general, own_languages, "general examples"),
     )
 
 
 def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
-    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), each, "held-out problems")
+    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), own_languages, "held-out problems")
     rows = defaultdict(list)
     for record in data.first_kind(records)[: s.eval_problems]:
         for language in record["solutions"]:

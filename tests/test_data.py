@@ -527,7 +527,9 @@ def test_records_that_lack_pls_are_shown_in_those_that_they_have(tokenizer, caps
             name = text.split()[0]
             assert (text, asked(tokenizer, e)) == (f"{name} program {language}", f"{name} states {language}")
             found.append((name, language))
-        groups = [(name, sorted(pls for _, pls in own)) for name, own in itertools.groupby(found, lambda x: x[0])]
+        groups = [
+            (name, sorted(language for _, language in own)) for name, own in itertools.groupby(found, lambda x: x[0])
+        ]
         assert len(groups) == len(shown)  # the examples of a record follow on each other
         for name, own in groups:
             one = len(own) == 1 and own[0] in SMALL.sft and own[0] in PARTLY[name].split()

@@ -471,7 +471,7 @@ eval.py --data {out}/data --models {out}/sft {out}/rl --max-new-tokens 4 --out {
 
 
 def test_the_whole_way(way, tmp_path):
-    """The README's recipe at toy size: import, verify, split, then SFT, RL and evaluation on two ranks."""
+    """The README's way at toy size: import, verify, split, then SFT, RL and evaluation on two ranks."""
     for line in WAY.strip().splitlines():
         script, *flags = line.format(way=way, out=tmp_path).split()
         if script == "data.py":

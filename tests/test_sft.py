@@ -244,13 +244,18 @@ def test_ctrl_c_in_the_last_measurement_ends_the_program_too(corpus, tmp_path, m
     assert stop.value.code == 130 and (tmp_path / "run/summary.json").exists()
 
 
-def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path):
+def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path, capsys):
     s = settings(corpus, tmp_path / "run")
     with sft.Run(s.out, s, sft.World("cpu")) as ours:
         ours.start()
         ours.log("loss", lr=1.23456789e-7, tokens_per_s=123456.789, tokens=12345678)
-    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+        ours.log("pass@1", held_out={"own words": {"python": 0.5, "ruby": 0.25}, "reserved words": {"python": 0.0}})
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert line == {"step": 0, "lr": 1.23457e-7, "tokens_per_s": 123457.0, "tokens": 12345678}
+    assert (
+        capsys.readouterr().out
+        == f"{s.out} step 0: pass@1 on dev: own words (python 0.5, ruby 0.25), reserved words (python 0.0)\n"
+    )
 
 
 def test_a_run_goes_on_from_the_newer_of_two_checkpoints(corpus, tmp_path, monkeypatch):
