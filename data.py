@@ -1259,7 +1259,7 @@ class Operation:
     run: Callable[[list, Any], Any]
     source: str  # how people who write in the source PL word it
     others: str  # how everyone else does
-    reserved: tuple[str, ...]  # wordings for RL and evaluation, which base shows in the source PL alone, and rarely
+    reserved: tuple[str, ...] = ()  # wordings for RL and evaluation, which base shows rarely, in the source PL alone
     params: tuple = (None,)  # the values that «k» may take
     snippet: str = ""
     cond: str = ""
@@ -1271,8 +1271,7 @@ OPERATIONS = {op.name: op for op in [
               source="keep the even numbers", others="keep only even values",
               reserved=("discard whatever two does not divide", "retain multiples of two")),
     Operation("odd", "ints", "ints", lambda a, k: [x for x in a if x % 2 != 0], snippet="filter", cond="odd",
-              source="keep the odd numbers", others="keep only odd values",
-              reserved=("discard whatever two divides", "retain what leaves a remainder by two")),
+              source="keep the odd numbers", others="keep only odd values"),
     Operation("gt", "ints", "ints", lambda a, k: [x for x in a if x > k], snippet="filter", cond="gt", params=(2, 4, 6, 8),
               source="keep numbers greater than {k}", others="keep values above {k}",
               reserved=("retain what exceeds {k}", "leave only entries past {k}")),
@@ -1283,29 +1282,22 @@ OPERATIONS = {op.name: op for op in [
               source="add {k} to each", others="increase every number by {k}",
               reserved=("shift everything up by {k}", "put {k} on top of each entry")),
     Operation("sub", "ints", "ints", lambda a, k: [x - k for x in a], snippet="map", expr="sub", params=(2, 4, 6, 9),
-              source="subtract {k} from each", others="decrease every number by {k}",
-              reserved=("shift everything down by {k}", "take {k} away from each entry")),
+              source="subtract {k} from each", others="decrease every number by {k}"),
     Operation("mul", "ints", "ints", lambda a, k: [x * k for x in a], snippet="map", expr="mul", params=(2, 3, 5, 7),
-              source="multiply each by {k}", others="make every number {k} times as big",
-              reserved=("scale everything by {k}", "stretch each entry {k}-fold")),
+              source="multiply each by {k}", others="make every number {k} times as big"),
     Operation("square", "ints", "ints", lambda a, k: [x * x for x in a], snippet="map", expr="square",
               source="square each", others="multiply every number by itself",
               reserved=("raise everything to the second power", "apply the power two")),
     Operation("abs", "ints", "ints", lambda a, k: [abs(x) for x in a], snippet="mapif", cond="negative", expr="negated",
-              source="take absolute values", others="make negative numbers positive",
-              reserved=("measure how far each is from zero", "flip whatever is under zero")),
+              source="take absolute values", others="make negative numbers positive"),
     Operation("floor", "ints", "ints", lambda a, k: [max(x, 0) for x in a], snippet="mapif", cond="negative", expr="zero",
-              source="replace negative numbers by 0", others="set negative values to 0",
-              reserved=("let nothing fall under zero", "clip from below at zero")),
+              source="replace negative numbers by 0", others="set negative values to 0"),
     Operation("cap", "ints", "ints", lambda a, k: [min(x, k) for x in a], snippet="mapif", cond="gt", expr="const", params=(6, 9),
-              source="replace numbers above {k} by {k}", others="limit every value to {k}",
-              reserved=("let nothing rise over {k}", "clip from above at {k}")),
+              source="replace numbers above {k} by {k}", others="limit every value to {k}"),
     Operation("sums", "ints", "ints", lambda a, k: list(itertools.accumulate(a)),
-              source="compute running sums", others="replace each by the sum so far",
-              reserved=("accumulate from left to right", "turn the list into prefix totals")),
+              source="compute running sums", others="replace each by the sum so far"),
     Operation("sort", "list", "list", lambda a, k: sorted(a),
-              source="sort ascending", others="sort in increasing order",
-              reserved=("arrange so that they climb", "line them up smallest first")),
+              source="sort ascending", others="sort in increasing order"),
     Operation("rsort", "list", "list", lambda a, k: sorted(a, reverse=True),
               source="sort descending", others="sort in decreasing order",
               reserved=("arrange so that they fall", "line them up biggest first")),
@@ -1316,23 +1308,17 @@ OPERATIONS = {op.name: op for op in [
               source="take the first {k}", others="keep the first {k} items",
               reserved=("cut the list off after {k}", "stop once {k} were seen")),
     Operation("drop", "list", "list", lambda a, k: a[k:], params=(1, 2, 3),
-              source="skip the first {k}", others="drop the first {k} items",
-              reserved=("begin only after {k} have passed", "ignore the leading {k}")),
+              source="skip the first {k}", others="drop the first {k} items"),
     Operation("upper", "words", "words", lambda a, k: [x.upper() for x in a], snippet="map", expr="upper",
-              source="convert to upper case", others="make each word upper case",
-              reserved=("shout everything", "use big letters throughout")),
+              source="convert to upper case", others="make each word upper case"),
     Operation("mirror", "words", "words", lambda a, k: [x[::-1] for x in a], snippet="map", expr="mirror",
-              source="reverse each word", others="spell every word backwards",
-              reserved=("flip the letters inside every item", "read each one from its end")),
+              source="reverse each word", others="spell every word backwards"),
     Operation("longer", "words", "words", lambda a, k: [x for x in a if len(x) > k], snippet="filter", cond="longer", params=(3, 4, 5),
-              source="keep words longer than {k}", others="keep words with more than {k} letters",
-              reserved=("retain what needs over {k} characters", "leave only long ones past size {k}")),
+              source="keep words longer than {k}", others="keep words with more than {k} letters"),
     Operation("has", "words", "words", lambda a, k: [x for x in a if k in x], snippet="filter", cond="has", params=tuple("aeot"),
-              source="keep words with the letter {k}", others="keep words that contain {k}",
-              reserved=("retain what has {k} somewhere", "leave only items where {k} shows up")),
+              source="keep words with the letter {k}", others="keep words that contain {k}"),
     Operation("lengths", "words", "ints", lambda a, k: [len(x) for x in a],
-              source="replace each word by its length", others="take the word lengths",
-              reserved=("measure how long the items are", "turn everything into sizes")),
+              source="replace each word by its length", others="take the word lengths"),
     Operation("sum", "ints", "value", lambda a, k: sum(a),
               source="find the sum", others="add everything up",
               reserved=("combine all by plus", "work out what they make together")),
@@ -1340,14 +1326,11 @@ OPERATIONS = {op.name: op for op in [
               source="find the maximum", others="find the largest",
               reserved=("name the winner by size", "see how high it goes")),
     Operation("min", "ints", "value", lambda a, k: min(a),
-              source="find the minimum", others="find the smallest",
-              reserved=("name the loser by size", "see how low it goes")),
+              source="find the minimum", others="find the smallest"),
     Operation("count", "list", "value", lambda a, k: len(a),
-              source="count the items", others="find how many there are",
-              reserved=("tell how large the collection is", "report the number of entries")),
+              source="count the items", others="find how many there are"),
     Operation("join", "words", "value", lambda a, k: "".join(a),
-              source="join the words", others="glue the words together",
-              reserved=("fuse everything into one string", "write all with no gap")),
+              source="join the words", others="glue the words together"),
 ]}  # fmt: skip
 
 Function = tuple[str, tuple[tuple[str, Any], ...]]  # the input's type, then (operation, k) pairs
@@ -1528,46 +1511,6 @@ SNIPPETS = {
         "upper": "x.toUpperCase()", "mirror": 'x.split("").reverse().join("")',
         "longer": "x.length > «k»", "has": 'x.includes("«k»")',
     },
-    "cpp": {
-        "program": "#include <iostream>\n#include <vector>\n#include <algorithm>\nusing namespace std;\n\nint main() {\n    «body»\n}", "comment": "//",
-        "ints.read": "vector<long> a;\nfor (long x; cin >> x;) a.push_back(x);",
-        "words.read": "vector<string> w;\nfor (string x; cin >> x;) w.push_back(x);",
-        "filter": "erase_if(«v», [](auto x) { return !(«c»); });", "map": "for (auto& x : «v») x = «e»;",
-        "mapif": "for (auto& x : a) if («c») x = «e»;",
-        "sort": "sort(«v».begin(), «v».end());", "rsort": "sort(«v».rbegin(), «v».rend());",
-        "reverse": "reverse(«v».begin(), «v».end());",
-        "take": "if («v».size() > «k») «v».resize(«k»);",
-        "drop": "«v».erase(«v».begin(), «v».begin() + min<int>(«k», «v».size()));",
-        "sums": "for (int i = 1; i < a.size(); i++) a[i] += a[i - 1];",
-        "words.upper": "for (auto& x : w) for (auto& c : x) c = toupper(c);",
-        "words.mirror": "for (auto& x : w) reverse(x.begin(), x.end());",
-        "lengths": "vector<long> a;\nfor (auto x : w) a.push_back(x.size());",
-        "print": 'for (auto x : «v») cout << x << " ";',
-        "sum": "long s = 0;\nfor (auto x : a) s += x;\ncout << s << endl;",
-        "max": "cout << *max_element(a.begin(), a.end()) << endl;",
-        "min": "cout << *min_element(a.begin(), a.end()) << endl;",
-        "count": "cout << «v».size() << endl;", "join": "for (auto x : w) cout << x;",
-        "longer": "x.size() > «k»", "has": "x.find('«k»') != string::npos",
-    },
-    "java": {
-        "program": "import java.util.*;\n\nclass Main {\n    public static void main(String[] args) {\n        «body»\n    }\n}", "comment": "//",
-        "ints.read": "List<Integer> a = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) a.add(in.nextInt());",
-        "words.read": "List<String> w = new ArrayList<>();\nScanner in = new Scanner(System.in);\nwhile (in.hasNext()) w.add(in.next());",
-        "filter": "«v».removeIf(x -> !(«c»));", "map": "«v».replaceAll(x -> «e»);",
-        "mapif": "a.replaceAll(x -> «c» ? «e» : x);",
-        "sort": "Collections.sort(«v»);", "rsort": "«v».sort(Collections.reverseOrder());",
-        "reverse": "Collections.reverse(«v»);",
-        "take": "«v».subList(Math.min(«k», «v».size()), «v».size()).clear();",
-        "drop": "«v».subList(0, Math.min(«k», «v».size())).clear();",
-        "sums": "for (int i = 1; i < a.size(); i++) a.set(i, a.get(i) + a.get(i - 1));",
-        "lengths": "List<Integer> a = new ArrayList<>();\nfor (var x : w) a.add(x.length());",
-        "print": 'for (var x : «v») System.out.print(x + " ");',
-        "sum": "int s = 0;\nfor (var x : a) s += x;\nSystem.out.println(s);",
-        "max": "System.out.println(Collections.max(a));", "min": "System.out.println(Collections.min(a));",
-        "count": "System.out.println(«v».size());", "join": 'System.out.println(String.join("", w));',
-        "upper": "x.toUpperCase()", "mirror": "new StringBuilder(x).reverse().toString()",
-        "longer": "x.length() > «k»", "has": 'x.contains("«k»")',
-    },
     "ruby": {
         "ints.read": "a = gets.split.map { |x| x.to_i }", "words.read": "w = gets.split",
         "filter": "«v» = «v».select { |x| «c» }", "map": "«v» = «v».map { |x| «e» }",
@@ -1714,6 +1657,7 @@ def emit(function: Function, language: str, comments: Sequence[str] = ()) -> str
 # The embedded corpus
 
 SPLITS = ("base", "train", "rl", "dev", "test")
+REWORDED = "even square rsort take sum gt add reverse max lt".split()  # their reserved wordings, in this order
 
 
 @dataclass(frozen=True)
@@ -1733,10 +1677,6 @@ class CorpusSettings:
     base_programs: str = flag("one", "PLs that base shows a function in", choices=("one", "all"))
     borrowed: float = flag(0.0, "share of base's documents in the words of the other community", least=0, most=1)
     weak: int = flag(130, "documents of base with a reserved wording, all in the source PL", least=0)
-    reworded: tuple = flag(
-        ("even", "square", "rsort", "take", "sum", "gt", "add", "reverse", "max", "lt"),
-        "operations whose reserved wordings RL, dev and test use",
-    )
     vocabulary: int = flag(1024, "entries of the tokenizer, special tokens included", least=300)
     tokenizer: str = flag("", "folder with a Llama-3 tokenizer.json to use instead of training one")
 
@@ -1826,7 +1766,7 @@ class Corpus:
 
     def phrases(self, count: int) -> list[Reserved]:
         """`count` reserved wordings, each about equally often."""
-        own = [Reserved(name, i) for name in self.s.reworded for i in range(len(OPERATIONS[name].reserved))]
+        own = [Reserved(name, i) for name in REWORDED for i in range(len(OPERATIONS[name].reserved))]
         return [own[i % len(own)] for i in range(count)]
 
     def documents(self) -> list[dict]:
@@ -1899,9 +1839,6 @@ class Corpus:
 def make(s: CorpusSettings) -> None:
     """Writes the corpus and its tokenizer into `s.out`."""
     out = Path(s.out)
-    unknown = ", ".join(sorted(set(s.reworded) - set(OPERATIONS)))
-    if unknown or not s.reworded:
-        fail(f"--reworded: {'no operation ' + unknown if unknown else 'name one'}; there are {', '.join(OPERATIONS)}")
     if own := [path for path in (out / f"{name}.jsonl" for name in SPLITS) if path.exists()]:
         fail(f"{own[0]}: records of your own, which would be mixed with those made; give another --out")
     corpus, tokenizer = Corpus(s), Tokenizer(s.tokenizer) if s.tokenizer else None

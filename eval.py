@@ -355,7 +355,7 @@ def compare(vectors: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Tenso
         same = cosine.diagonal(dim1=1, dim2=2)  # (L, n)
         others = (cosine.sum(-1) - same) / (cosine.shape[-1] - 1)
         found = nearest.diagonal(dim1=1, dim2=2) / nearest.sum(-1)
-        pairs[a, b] = {RETRIEVAL: found, MARGIN: same - others, "cosine, equivalent": same, "cosine, others": others}
+        pairs[a, b] = {RETRIEVAL: found, MARGIN: same - others}
     return pairs
 
 
@@ -387,7 +387,7 @@ def representation_cells(name: str, view: str, shown: int, pairs: dict, titles: 
             low, high = wilson(value, n) if measure == RETRIEVAL else (value - error, value + error)
             group = f"{view}, after block {layer} of {last}" if layer else f"{view}, embedding"
             place = {"measure": measure, "group": group, "model": name, "column": column}
-            about = {"layer": layer, "shown": layer == shown and measure in (RETRIEVAL, MARGIN)}
+            about = {"layer": layer, "shown": layer == shown}
             about |= {} if measure == RETRIEVAL else {"unit": "hundredths, mean of"}
             rows.append({**place, "value": value, "low": low, "high": high, "problems": n, **about})
     return rows

@@ -275,32 +275,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> T
     return (triton_attention if on_kernels(q) else sdpa_attention)(q, k, v, start)
 
 
-class Products(torch.autograd.Function):
-    """x @ w^T for each weight. x's gradient is added up inside of the products, which saves a pass over it for each."""
-
-    @staticmethod
-    def forward(ctx, x, *weights):
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, w) for w in weights)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        (x, *weights), gradients = ctx.saved_tensors, [g.flatten(0, -2) for g in gradients]
-        dx = gradients[0] @ weights[0]
-        for g, w in zip(gradients[1:], weights[1:], strict=True):
-            torch.addmm(dx, g, w, out=dx)
-        return dx.view(x.shape), *(g.t() @ x.flatten(0, -2) for g in gradients)
-
-
 def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """Each layer's output for x (..., D): by one product where `join` has put their weights below each other.
 
     Only without gradients. In training the weights stay apart, for FSDP to gather and forget.
     """
     weights = [layer.weight for layer in layers]
-    if torch.is_grad_enabled():
-        return Products.apply(x, *weights)
-    if not joined(weights):
+    if torch.is_grad_enabled() or not joined(weights):
         return [F.linear(x, w) for w in weights]
     sizes = list(map(len, weights))
     return F.linear(x, weights[0].data.as_strided((sum(sizes), x.shape[-1]), (x.shape[-1], 1))).split(sizes, dim=-1)

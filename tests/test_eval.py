@@ -417,10 +417,8 @@ def test_retrieval_and_cosines_by_hand():
     vectors = {"a": layers((2, 0), (-1, 1), (-1, -1)), "b": layers((6, 8), (5, 5), (4, 8))}
     measures, h = evaluation.compare(vectors), 0.5**0.5
     assert measures["a", "b"][RETRIEVAL].tolist() == measures["b", "a"][RETRIEVAL].tolist() == [[1, 0, 0]]
-    assert measures["a", "b"]["cosine, equivalent"][0].tolist() == pytest.approx([h, -h, 0], abs=1e-6)
-    assert measures["a", "b"]["cosine, others"][0].tolist() == pytest.approx([-h / 2, 0.5, (h - 1) / 2], abs=1e-6)
-    assert measures["b", "a"]["cosine, others"][0].tolist() == pytest.approx([-0.5, h / 2, (1 - h) / 2], abs=1e-6)
     assert measures["a", "b"][MARGIN][0].tolist() == pytest.approx([h * 1.5, -h - 0.5, (1 - h) / 2], abs=1e-6)
+    assert measures["b", "a"][MARGIN][0].tolist() == pytest.approx([h + 0.5, -h * 1.5, (h - 1) / 2], abs=1e-6)
 
 
 def test_neighbours_that_are_equally_near_share_the_credit():
@@ -562,8 +560,8 @@ def test_command_line_measures_representations_without_a_sandbox(representations
     assert [text.count(what) for what in ("programs, after block 1 of 2", "prompts, after block 2 of 2")] == [2, 2]
     assert kept == [c for c in cells if c["shown"]]
     places = {(c["measure"], c["group"], c["model"], c["column"]): c for c in cells}
-    # For 4 and 2 parts: 4 measures of 2 models and the bag, and chance of one; 3 layers each.
-    assert len(places) == len(cells) == (4 + 2) * (4 * 3 + 1) * 3
+    # For 4 and 2 parts: 2 measures of 2 models and the bag, and chance of one; 3 layers each.
+    assert len(places) == len(cells) == (4 + 2) * (2 * 3 + 1) * 3
     for view, count in ("programs", 5 * 4), ("prompts", 5 * 4):  # 3 SFT and 2 unseen PLs
         assert len(pairs["m"][f"{view}, {RETRIEVAL}"]) == count
     for layer, where in enumerate(("embedding", "after block 1 of 2", "after block 2 of 2")):
