@@ -90,7 +90,7 @@ $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 define show
 	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(1)/eval/table.md
 	@echo "all tables: $(1)/eval/table.md   the figure: $(1)/eval/transfer.png"
-	@grep '^parallel less source' $(1)/eval/table.md | sed 's/^/this seed: /'
+	@sed -n 's/^parallel less source/this seed: &/p' $(1)/eval/table.md
 endef
 
 # --- the demo
@@ -102,7 +102,7 @@ demo: interpreters .venv/installed-plots
 	@echo "A base model; for each arm (source: python alone, parallel: each function in four PLs) SFT and RL in python; evaluation"
 	@$(MAKE) --no-print-directory --jobs=2 run RUN=$(DEMO) ARMS="source parallel" SFT="--tokens 1000000" RL="--steps 30" EVAL="--problems 40 --plots"
 	$(call show,$(DEMO))
-	@grep '^parallel less source' results/study/joined.md | sed 's/^/the study: /; s/$$/; see README.md/'
+	@sed -n 's/^parallel less source.*/the study: &; see README.md/p' results/study/joined.md
 
 # --- the same from a model that was really pre-trained, sized for two hours on two cores; on a GPU give SFT, RL and EVAL
 

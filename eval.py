@@ -269,7 +269,7 @@ def estimate(outcomes: Sequence[Outcome], languages: Sequence[str], k: int) -> d
     value = mean(map(mean, by_unit.values()))
     low, high = wilson(value, len(by_unit))
     units = {unit: round(mean(scores), 4) for unit, scores in by_unit.items()}
-    by_phrase = {"phrases": units} if len(units) < len(problems) else {}
+    by_phrase = {"phrases": units} if units.keys() != problems else {}
     return {"value": value, "low": low, "high": high, "problems": len(problems), **by_phrase}
 
 

@@ -141,6 +141,7 @@ def test_the_phrase_is_the_sample(languages, phrases):
     assert (cell["low"], cell["high"]) == pytest.approx(evaluation.wilson(value, 2))
     assert cell["phrases"] == pytest.approx(phrases, abs=1e-4)
     assert "phrases" not in evaluation.estimate(outcomes(), ["python"], 1)  # each problem stands for itself
+    assert evaluation.estimate(phrase_outcomes()[3:4], ["python"], 1)["phrases"] == {"gt 2": 1}  # a problem a phrase
     assert evaluation.estimate(phrase_outcomes(), ["ruby"], 1) is None
 
 
@@ -740,6 +741,15 @@ def test_the_readmes_show_what_the_studies_gave():
     assert shown == [study, lines["first"]] and all(shown)
     hidden = len(lines["study"]) - len(study), sum(line.startswith("| d |") for line in lines["study"])
     assert hidden == (9, 12) and "nine of (d)'s twelve that are not seen" in readmes[0]
+    cells = evaluation.read_cells(str(root / "results/smollm2/eval.json"))
+    text = {
+        (c["model"], c["column"]): evaluation.percent(c)
+        for c in cells
+        if c["group"] == evaluation.RESERVED and c["measure"] == evaluation.GREEDY
+    }
+    for arm in ("source", "parallel"):
+        row = [f"{text[arm, c]} → {text[f'rl-{arm}', c]}" for c in ("python (source)", "other SFT mean", "unseen mean")]
+        assert f"| {arm} | {' | '.join(row)} |" in readmes[0]
 
 
 # --------------------------------------------------------------------------------------------------
