@@ -110,7 +110,7 @@ smollm2: interpreters .venv/installed-tests
 	@$(MAKE) --no-print-directory --jobs=2 run RUN=runs/smollm2 PRETRAINED=tests/smollm2.py \
 		SFT="$(or $(SFT),--replay 0 --tokens 100000 --batch 2048 --lr 1e-4)" \
 		RL="$(or $(RL),--steps 15 --prompts 8 --samples 8 --informative 4 --rounds 2 --lr 1e-5 --warmup 3 --max-new-tokens 128 --eval-problems 5)" \
-		EVAL="$(or $(EVAL),--problems 20) --plots"
+		EVAL="--plots $(or $(EVAL),--problems 20)"
 	$(call show,runs/smollm2)
 
 # --- the study: two seeds at a time, each with a thread of its own

@@ -123,13 +123,12 @@ def command(main: Callable, settings: type, description: str, argv: Sequence[str
     """Runs `main` on the settings of the command line; a user's mistake ends in one line, no traceback. A rank ends here."""
     try:
         main(parse_flags(settings, description, argv))
+        sys.stdout.flush()
     except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    if "RANK" in os.environ:
-        # Gloo's threads live on, and one that frees a tensor while python ends aborts the process.
-        sys.stdout.flush()
+    if "RANK" in os.environ:  # gloo's threads live on: one that frees a tensor while python ends aborts the process
         os._exit(0)
 
 
@@ -990,8 +989,10 @@ def function_part(
     """
     if not test.strip() or language not in ENDINGS:
         raise LeftOut(f"{language}: " + ("how its tests end is not known" if test.strip() else "no tests"))
+    if language == "rust":  # without crates that are not here, and that no program needs
+        opening, shown = (re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", t, flags=re.M) for t in (opening, shown))
     bare = re.sub(COMMENTS[language], "", opening + "\n", flags=re.M)
-    bare = re.sub(r"\n\s*\n+", "\n\n", re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", bare, flags=re.M)).strip("\n")
+    bare = re.sub(r"\n\s*\n+", "\n\n", bare).strip("\n")
     test = test if solution else re.sub(r"\A\s*\}", "", test)  # MultiPL-E's close the function
     if language == "python" and "def check(" in test and not re.search(r"(?<!def )\bcheck\(", test):
         test += f"\ncheck({entry})\n"

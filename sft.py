@@ -40,9 +40,10 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -369,7 +370,7 @@ def open_checkpoint(folder: Path, world: World, s, train: bool = False) -> tuple
 
 
 def fitting(
-    tokenizer: Tokenizer, limit: int, records: Sequence[dict], asked: Callable[[dict], Sequence[str]], what: str,
+    tokenizer: Tokenizer, limit: int, records: Sequence[dict], asked: Callable[[dict], Iterable[str]], what: str,
     budget: int = 0,
 ) -> list[dict]:  # fmt: skip
     """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most half may be too long.
@@ -618,11 +619,6 @@ def fresh(s: Settings, world: World) -> tuple[Llama, Tokenizer]:
     return Llama(config).init_weights(s.seed).to(world.device), tokenizer
 
 
-def own_languages(record: dict) -> list[str]:
-    """The PLs of the record's programs; "" for the one answer of general data."""
-    return list(record["solutions"]) or [""] * ("answer" in record)
-
-
 def choose_examples(m: Mixture, limit: int) -> Mixture:
     """The mixture without what lacks the PLs that it needs, or has more tokens than `limit`."""
 
@@ -635,14 +631,14 @@ def choose_examples(m: Mixture, limit: int) -> Mixture:
     return replace(
         m,
         records=chosen(m.records, m.shown, "training problems"),
-        documents=chosen(m.documents, own_languages, "base documents"),
-        general=chosen(m.general, own_languages, "general examples"),
+        documents=chosen(m.documents, itemgetter("solutions"), "base documents"),
+        general=chosen(m.general, lambda _: [""], "general examples"),
     )
 
 
 def held_out_rows(s: Settings, tokenizer: Tokenizer, limit: int) -> dict[str, list[Example]]:
     """Rows of dev problems in the words of each PL's own community, by PL."""
-    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), own_languages, "held-out problems")
+    records = fitting(tokenizer, limit, data.read_split(s.data, "dev"), itemgetter("solutions"), "held-out problems")
     rows = defaultdict(list)
     for record in data.first_kind(records)[: s.eval_problems]:
         for language in record["solutions"]:

@@ -174,6 +174,22 @@ def test_what_opens_a_program_of_humaneval_x(prompt, tmp_path, box):
     assert box.run(*data.job(record, "python", program)).passed
 
 
+def test_rust_is_asked_for_without_crates_that_are_not_here(tmp_path):
+    test = "#[cfg(test)]\nmod tests {\n    use super::*;\n    #[test]\n    fn t() { assert_eq!(twice(21), 42); }\n}\n"
+    own = {
+        "task_id": "Rust/7",
+        "prompt": "// Twice.\n",
+        "canonical_solution": "    x * 2\n}\n",
+        "test": test,
+        "example_test": "",
+    }
+    own["declaration"] = "use rand::Rng;\nuse md5;\nuse std::cmp;\nfn twice(x: i32) -> i32 {\n"
+    [record] = bring(tmp_path, "humaneval-x", own)
+    opening = "use std::cmp;\nfn twice(x: i32) -> i32 {"
+    assert record["prompts"]["rust"].endswith(f"// Twice.\n{opening}")
+    assert record["solutions"]["rust"] == f"{opening}\n    x * 2\n}}"
+
+
 def test_functions_are_asked_for_as_a_whole_and_shown_with_their_signature(tmp_path):
     [record] = bring(tmp_path, "mbxp", *FORMATS["mbxp"][0])
     assert PY["prompt"].strip() in record["prompts"]["python"] and "func twice (x int) int {" in record["prompts"]["go"]
