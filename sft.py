@@ -375,9 +375,9 @@ def fitting(
 ) -> list[dict]:  # fmt: skip
     """The records (`what` names them) whose prompt and answer fit into `limit` positions; at most half may be too long.
 
-    `asked`: the PLs in which a record is to be answered ("" for general data). The answer has `budget` tokens, or with 0 as many as the
-    record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token has at least
-    one byte, and a format's template is longer than the tokens that it puts around a text.
+    `asked`: the PLs in which a record is to be answered ("" for general data). The answer has `budget` tokens, or with 0
+    as many as the record's program, with comments, needs. Only texts of more bytes than positions are encoded: a token
+    has at least one byte, and a format's template is longer than the tokens that it puts around a text.
     """
 
     def fault(record: dict) -> str:
