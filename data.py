@@ -226,8 +226,8 @@ def read_records(path: str | Path, general: bool = False) -> list[dict]:
     """
     path, records, seen = Path(path), [], {}
     if not path.exists():
-        without = "; sft.py --replay 0 does without" if path.name.startswith("base.") else ""
-        raise FileNotFoundError(f"{path}: no such file; `python data.py make` writes the embedded corpus{without}")
+        without = "sft.py --replay 0 does without, and " if path.name.startswith("base.") else ""
+        raise FileNotFoundError(f"{path}: no such file; {without}`python data.py make` writes the embedded corpus")
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             records.append(parse_record(line, f"{path}:{number}", general))
@@ -1955,7 +1955,8 @@ def verify(s: VerifySettings) -> None:
         if program == record["solutions"].get(language):  # without comments
             found.setdefault(id(record), {})[language] = result
     for language in wanted:
-        print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
+        if runs[language]:
+            print(f"{language:<12} {passes[language]:>6} of {runs[language]} programs pass")
     if absent := ", ".join(sorted({p for r in records for p in r["solutions"]} - set(here))):
         print(f"not run, no toolchain: {absent} (`python sandbox.py languages` names the packages)")
     if s.keep:
@@ -2035,6 +2036,8 @@ def split(s: SplitSettings) -> None:
         write_records(Path(s.out) / f"{name}.jsonl.gz", itertools.chain(*own))
         print(f"{name}: {len(own)} problems, {sum(map(len, own))} records")
     write_roles(Path(s.out), roles)
+    for path in Path(s.out).glob("base.jsonl*"):
+        print(f"{path} was there before: sft.py replays it, unless with --replay 0")
     print(f"{len(records) - len(groups)} records share a statement or a program with another and went with it")
 
 

@@ -732,7 +732,7 @@ class Settings:
     problems: int = flag(0, "only the first PROBLEMS problems of each kind; 0 takes all", least=0)
     split: str = flag("test", "held-out problems: dev, on which settings are chosen, or test", choices=("dev", "test"))
     by: str = flag("kind", "the field of the records that tells kinds of problems apart")
-    samples: int = flag(0, "samples per problem for pass@k; 0 measures greedy pass@1 alone", least=0)
+    samples: int = flag(0, "samples per problem for pass@k, or to --translate; 0 measures greedy pass@1 alone", least=0)
     k: tuple = flag((1,), "the k of pass@k", type=int)
     temperature: float = flag(1.0, "temperature of the samples", least=0)
     top_k: int = flag(0, "draw the samples from the TOP_K likeliest tokens; 0 means all", least=0)

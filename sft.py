@@ -470,8 +470,9 @@ class Run:
                 raise ValueError(f"{self.out}: another process trains here; wait for it, or end it") from None
 
     def finished(self) -> bool:
-        """Whether the run is over; says so."""
+        """Whether the run is over; says so. ValueError if it had other settings."""
         if self.summary.exists():
+            self.compare(json.loads((self.out / "settings.json").read_text()))
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
@@ -501,17 +502,21 @@ class Run:
             state = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise broken(path, error) from None
-        settings = json.loads(json.dumps(asdict(self.settings)))  # as they look after that
-        for name, old in state["settings"].items():
-            if old != (new := settings.get(name)) and name not in FREE:
-                name = name.replace("_", "-")
-                raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
+        self.compare(state["settings"])
         if state["data"] != self.data:
             raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
         self.step, self.drawn, self.tokens = (state[n] for n in ("step", "drawn", "tokens"))
         self.seconds.update(state["seconds"])
         self.saved = self.step
         return state["metrics_bytes"]
+
+    def compare(self, before: dict) -> None:
+        """ValueError if the run had settings `before` that are not its own now."""
+        settings = json.loads(json.dumps(asdict(self.settings)))  # as they look after that
+        for name, old in before.items():
+            if old != (new := settings.get(name)) and name not in FREE:
+                name = name.replace("_", "-")
+                raise ValueError(f"{self.out}: began with --{name} {old}, not {new}; give that, or another --out")
 
     def log(self, measure: str, **figures) -> None:
         """Appends the step and its figures to metrics.jsonl; prints those held out, which are of `measure`."""
