@@ -989,7 +989,7 @@ def function_part(
     """
     if not test.strip() or language not in ENDINGS:
         raise LeftOut(f"{language}: " + ("how its tests end is not known" if test.strip() else "no tests"))
-    if language == "rust":  # without crates that are not here, and that no program needs
+    if language == "rust":  # without crates that are not here: few programs need them
         opening, shown = (re.sub(r"^\s*use (rand|regex|md5)\b.*\n", "", t, flags=re.M) for t in (opening, shown))
     bare = re.sub(COMMENTS[language], "", opening + "\n", flags=re.M)
     bare = re.sub(r"\n\s*\n+", "\n\n", bare).strip("\n")
