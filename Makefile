@@ -87,6 +87,7 @@ $(ARMS:%=$(RUN)/rl-%/summary.json): $(RUN)/rl-%/summary.json: $(RUN)/%/summary.j
 $(RUN)/eval/eval.json: $(MODELS:%=%/summary.json)
 	$(PY) eval.py --forkserver --data $(DATA) --models $(MODELS) --split $(SPLIT) --representations --out $(@D) $(EVAL) | sed '/^[|*]/d; /^$$/d'
 
+# What a run ends with: the table of reserved words, where the rest is, and what its phrases say of claim (b).
 define show
 	@echo; awk -v RS= -v ORS='\n\n' '/^\*\*greedy pass@1, reserved words/ { print; getline; print }' $(1)/eval/table.md
 	@echo "all tables: $(1)/eval/table.md   the figure: $(1)/eval/transfer.png"

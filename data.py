@@ -1026,12 +1026,13 @@ def function_part(
 
 
 def humaneval_x(row: Row) -> dict:
+    """A row of HumanEval-X. A program begins with its prompt, which may lack the imports and, in Rust, the declaration."""
     name, number = row("task_id").split("/")
     language = public_language(name)
     imports, opening, declaration = row("import", str, "").strip(), row("prompt"), row("declaration")
     opening = opening if imports in opening else f"{imports}\n{opening}"
     if "".join(declaration.strip().split("\n")[-1].split()) not in "".join(opening.split()):
-        opening += declaration  # Rust's prompts are comments alone
+        opening += declaration
     setup, solution = row("test_setup", str, ""), row("canonical_solution")
     return function_part(f"HumanEval/{number}", language, opening, solution, row("test"), setup=setup)
 

@@ -472,7 +472,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run is over; says so. ValueError if it had other settings."""
         if self.summary.exists():
-            self.compare(json.loads((self.out / "settings.json").read_text()))
+            self.check_settings(json.loads((self.out / "settings.json").read_text()))
             print(f"{self.out}: finished already; give another --out, or delete the folder, to train anew")
         return self.summary.exists()
 
@@ -502,7 +502,7 @@ class Run:
             state = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise broken(path, error) from None
-        self.compare(state["settings"])
+        self.check_settings(state["settings"])
         if state["data"] != self.data:
             raise ValueError(f"{self.out}: began with other records in {self.settings.data}; give another --out")
         self.step, self.drawn, self.tokens = (state[n] for n in ("step", "drawn", "tokens"))
@@ -510,7 +510,7 @@ class Run:
         self.saved = self.step
         return state["metrics_bytes"]
 
-    def compare(self, before: dict) -> None:
+    def check_settings(self, before: dict) -> None:
         """ValueError if the run had settings `before` that are not its own now."""
         settings = json.loads(json.dumps(asdict(self.settings)))  # as they look after that
         for name, old in before.items():

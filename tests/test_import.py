@@ -440,9 +440,12 @@ def test_split_keeps_equal_problems_on_one_side(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "33 records share a statement or a program" in out
     assert re.findall(r"^(\w+: \d+) problems", out, re.M) == ["dev: 5", "test: 6", "rl: 11", "train: 5"]
-    assert data.read_roles(tmp_path / "out").sft == ("python", "perl")
+    assert data.read_roles(tmp_path / "out").sft == ("python", "perl") and "base.jsonl" not in out
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/base.jsonl").write_text("")
     data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "one"), sft=("python",)))
     assert data.read_roles(tmp_path / "one").unseen[0] == "perl"  # which has programs
+    assert "one/base.jsonl was there before: sft.py replays it" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="leave none for"):
         data.split(data.SplitSettings(data=str(tmp_path), out=str(tmp_path / "none"), held_out=0))
     assert not (tmp_path / "none").exists()

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -94,6 +96,18 @@ def test_an_update_is_the_same_for_every_split_into_ranks_and_micro_batches(tmp_
         for name, weight in load(tmp_path, dtype=getattr(torch, dtype)).state_dict().items():
             assert not torch.equal(got[f"master {name}"], weight), (case, name)
             assert got[f"exp_avg {name}"].abs().max() > 1e-6  # what is compared is not lost in the tolerance
+
+
+@pytest.mark.parametrize("rank, ends", [({}, " as python ends\n"), ({"RANK": "0"}, "")], ids=["alone", "rank"])
+def test_a_rank_that_succeeds_leaves_before_python_ends_under_gloos_threads(rank, ends):
+    """With what it printed. Alone, a process ends as any other."""
+    program = "import atexit, data; atexit.register(print, ' as python ends'); print('done', end=''); "
+    program += "data.command(lambda s: None, data.CorpusSettings, '', [])"
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | rank
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=Path(sft.__file__).parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"done{ends}"), done.stderr
 
 
 # --------------------------------------------------------------------------------------------------

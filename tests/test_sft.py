@@ -244,6 +244,14 @@ def test_ctrl_c_in_the_last_measurement_ends_the_program_too(corpus, tmp_path, m
     assert stop.value.code == 130 and (tmp_path / "run/summary.json").exists()
 
 
+def test_a_finished_run_with_other_settings_is_refused(corpus, tmp_path, capsys):
+    run(settings(corpus, tmp_path / "run", tokens=300))
+    run(settings(corpus, tmp_path / "run", tokens=300, eval_every=7))  # which may differ
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"began with --lr 0\.001, not 0\.5; give that"):
+        run(settings(corpus, tmp_path / "run", tokens=300, lr=0.5))
+
+
 def test_metrics_keep_six_digits_of_any_size(corpus, tmp_path, capsys):
     s = settings(corpus, tmp_path / "run")
     with sft.Run(s.out, s, sft.World("cpu")) as ours:
